@@ -1,0 +1,1 @@
+"""Text in, pooled activations out: the only folder that touches torch models."""
