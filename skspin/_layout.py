@@ -203,17 +203,10 @@ class ActivationArray(np.ndarray):
         plain = np.asarray(array)
         return plain[()] if return_scalar else plain
 
-    def _rows_of(self, rows: Any) -> Any:
-        if isinstance(rows, ActivationArray) and rows.ndim == 2 and self.ndim == 2:
-            rows.layout = self.layout
-        return rows
-
     def __getitem__(self, key: Any) -> Any:
         """Index as NumPy does; the layout stays where only rows were chosen."""
-        chosen = super().__getitem__(key)
-        if isinstance(chosen, ActivationArray):
-            return self._rows_of(chosen) if _chooses_rows(key) else np.asarray(chosen)
-        return chosen
+        chosen = np.asarray(self)[key]
+        return ActivationArray(chosen, self.layout) if _chooses_rows(key) else chosen
 
     def take(self, indices: Any, axis: Any = None, out: Any = None, mode: Any = "raise") -> Any:
         """Take rows (axis 0) with the layout, anything else without."""
@@ -224,6 +217,11 @@ class ActivationArray(np.ndarray):
     def copy(self, order: Any = "C") -> ActivationArray:
         """Copy values and layout."""
         return ActivationArray(np.asarray(self).copy(order), self.layout)
+
+    def sort(self, *args: Any, **kwargs: Any) -> None:
+        """Sort in place; columns are then no longer what they were."""
+        super().sort(*args, **kwargs)
+        self.layout = None
 
     def __copy__(self) -> ActivationArray:
         """Copy values and layout."""
@@ -239,20 +237,12 @@ class ActivationArray(np.ndarray):
 
 
 def _chooses_rows(key: Any) -> bool:
-    """Whether an index touches only the first axis: ``X[rows]``, ``X[rows, ...]``, ``X[rows, :]``."""
-    if not isinstance(key, tuple):
-        return key is not None and key is not Ellipsis and not _is_elementwise(key)
-    rows, *rest = key
-    whole = all(part is Ellipsis or part == slice(None) for part in rest if _is_simple(part))
-    return whole and all(_is_simple(part) for part in rest) and not _is_elementwise(rows)
-
-
-def _is_simple(part: Any) -> bool:
-    return part is Ellipsis or isinstance(part, slice)
-
-
-def _is_elementwise(rows: Any) -> bool:
-    return np.ndim(rows) != 1 and not isinstance(rows, slice)
+    """Whether an index touches only rows: ``X[rows]``, ``X[rows, :]`` or ``X[rows, ...]``."""
+    rows, *rest = key if isinstance(key, tuple) else (key,)
+    several = isinstance(rows, slice) or np.ndim(rows) == 1  # neither one row, nor a 2-D mask
+    return several and all(
+        part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in rest
+    )
 
 
 def layout_of(X: Any) -> Layout | None:

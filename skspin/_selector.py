@@ -1,0 +1,356 @@
+"""Select salient neurons by sparse probes, layer by layer."""
+
+from __future__ import annotations
+
+import warnings
+from numbers import Integral, Real
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_selection import SelectorMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from tqdm.auto import tqdm
+
+from skspin._layer_probe import (
+    LayerProbe,
+    ProbeSettings,
+    fit_layer_probe,
+    fit_or_recall_layer_probe,
+)
+from skspin._layout import LayerColumns, Layout, layout_of
+from skspin._salience import CRITERIA, SALIENCES
+from skspin._sklearn import Interval, StrOptions, _fit_context
+from skspin._targets import Targets, encode_targets, validation_rows
+
+
+class SalientNeuronSelector(SelectorMixin, BaseEstimator):
+    """Select the neurons that sparse linear probes rely on, layer by layer.
+
+    One L1-regularised logistic regression, the probe, is fitted to each layer's activations. A
+    neuron's salience is its squared weight; each layer keeps the fewest neurons that together hold
+    at least ``1 - sparsity`` of the layer's salience. This is the selection step of SPIN [1]_.
+
+    Parameters
+    ----------
+    sparsity : float in [0, 1), default=0.4
+        How much is given up: larger keeps fewer neurons. SPIN's threshold eta is ``1 - sparsity``.
+    criterion : {"salience", "count"}, default="salience"
+        ``"salience"`` gives up that share of each layer's salience (SPIN's rule), ``"count"`` that
+        share of each layer's neurons.
+    C : float or sequence of float, default=0.1
+        Inverse strength of the probes' regularisation, as in
+        :class:`~sklearn.linear_model.LogisticRegression` with ``l1_ratio=1``. Of several values
+        each layer takes the one that does best on a validation part of the training data.
+    penalty : {"l1", "l2"}, default="l1"
+        The probes' penalty. With "l2" no weight is exactly zero.
+    salience : {"squared", "absolute"}, default="squared"
+        How a probe's weights become salience; summed over classes.
+    max_layer : int or None, default=None
+        Use layers 0 to ``max_layer`` only, SPIN's "first l layers"; None for all. Searching over it
+        needs no other pass through the language model.
+    layer_sizes : "auto", int, sequence of int or None, default="auto"
+        Where layers are. "auto" reads what :class:`LLMActivationTransformer` attached to its
+        output; an int says that every layer has so many columns, a sequence gives the columns of
+        each; None takes all columns for one layer.
+    standardize : bool, default=True
+        Fit the probes on columns of mean 0 and variance 1. Salience compares neurons whose scales
+        differ widely, so turn this off only for columns that share a scale already. The selected
+        columns themselves come out as they went in.
+    class_weight : dict, list of dict, "balanced" or None, default=None
+        Weights of classes, as in scikit-learn.
+    validation_fraction : float in (0, 1), default=0.2
+        Stratified share of the rows on which ``layer_scores_`` is measured and, with several values
+        of ``C``, chosen.
+    tol : float, default=1e-3
+        Relative duality gap at which a probe is solved.
+    max_iter : int, default=1000
+        Steps after which a probe is given up with a ConvergenceWarning.
+    device : str or None, default=None
+        Where probes are solved: None for NumPy on the CPU, or a torch device such as "cuda".
+    cache : "memory" or None, default="memory"
+        "memory" keeps solved probes for as long as the process lives, found again by their content,
+        so that a search over ``sparsity``, ``criterion``, ``salience`` or ``max_layer`` solves each
+        probe once. None keeps nothing.
+    random_state : int, RandomState or None, default=None
+        Chooses the validation part. None chooses the same part every time, so that a search finds
+        its probes again.
+    verbose : int, default=0
+        1 shows a progress bar over layers.
+
+    Attributes
+    ----------
+    salience_ : ndarray of shape (n_features,)
+        Salience of every column; 0 beyond ``max_layer``.
+    support_ : ndarray of shape (n_features,), bool
+        True for the selected columns.
+    coef_ : ndarray of shape (1, n_features) or (n_classes, n_features)
+        The probes' weights side by side, in standardised units where ``standardize`` is on.
+    classes_ : ndarray of shape (n_classes,)
+        Classes seen in ``fit``; for a multilabel indicator the labels' column numbers.
+    layer_names_ : list of str
+        Names of the layers used, one per probe; the attributes below are in this order.
+    layer_scores_ : ndarray of shape (n_layers,)
+        Each probe's accuracy on the validation part, when fitted on the rest.
+    n_selected_ : ndarray of shape (n_layers,), int
+        Number of neurons selected in each layer.
+    C_ : ndarray of shape (n_layers,)
+        The value of ``C`` that each layer uses.
+    dual_gap_ : ndarray of shape (n_layers,)
+        The relative duality gap that each layer's probe reached; the largest over classes.
+    n_iter_ : ndarray of shape (n_layers,), int
+        Number of steps that each layer's probe took; the largest over classes.
+    sparsity_ : float
+        The share of columns that is dropped in the end.
+    n_features_in_ : int
+        Number of columns seen in ``fit``.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns seen in ``fit``, where ``X`` had any.
+
+    See Also
+    --------
+    LLMActivationTransformer : Turns texts into the activations to select from.
+    sklearn.feature_selection.SelectFromModel : Selects by one model over all columns.
+
+    References
+    ----------
+    .. [1] Jiao et al., "SPIN: Sparsifying and Integrating Internal Neurons in Large Language Models
+       for Text Classification", Findings of ACL 2024, :arxiv:`2311.15983`.
+
+    Examples
+    --------
+    Two layers of five neurons each; the third neuron of the second layer knows the answer.
+
+    >>> import numpy as np
+    >>> from skspin import SalientNeuronSelector
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(200, 10))
+    >>> y = X[:, 7] > 0
+    >>> selector = SalientNeuronSelector(sparsity=0.4, layer_sizes=5).fit(X, y)
+    >>> selector.n_selected_
+    array([1, 1])
+    >>> selector.get_support(indices=True)
+    array([1, 7])
+    """
+
+    _parameter_constraints: dict = {
+        "sparsity": [Interval(Real, 0, 1, closed="left")],
+        "criterion": [StrOptions(set(CRITERIA))],
+        "C": [Interval(Real, 0, None, closed="neither"), "array-like"],
+        "penalty": [StrOptions({"l1", "l2"})],
+        "salience": [StrOptions(set(SALIENCES))],
+        "max_layer": [Interval(Integral, 0, None, closed="left"), None],
+        "layer_sizes": [
+            StrOptions({"auto"}),
+            Interval(Integral, 1, None, closed="left"),
+            "array-like",
+            None,
+        ],
+        "standardize": ["boolean"],
+        "class_weight": [dict, list, StrOptions({"balanced"}), None],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "tol": [Interval(Real, 0, None, closed="neither")],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "device": [str, None],
+        "cache": [StrOptions({"memory"}), None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        sparsity=0.4,
+        *,
+        criterion="salience",
+        C=0.1,
+        penalty="l1",
+        salience="squared",
+        max_layer=None,
+        layer_sizes="auto",
+        standardize=True,
+        class_weight=None,
+        validation_fraction=0.2,
+        tol=1e-3,
+        max_iter=1000,
+        device=None,
+        cache="memory",
+        random_state=None,
+        verbose=0,
+    ):
+        self.sparsity = sparsity
+        self.criterion = criterion
+        self.C = C
+        self.penalty = penalty
+        self.salience = salience
+        self.max_layer = max_layer
+        self.layer_sizes = layer_sizes
+        self.standardize = standardize
+        self.class_weight = class_weight
+        self.validation_fraction = validation_fraction
+        self.tol = tol
+        self.max_iter = max_iter
+        self.device = device
+        self.cache = cache
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y, sample_weight=None):
+        """Fit a probe to each layer and select its salient neurons.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_texts, n_features)
+            Activations, finite; layers are found as ``layer_sizes`` says.
+        y : array-like of shape (n_texts,) or (n_texts, n_labels)
+            Binary or multiclass labels, or a multilabel indicator.
+        sample_weight : array-like of shape (n_texts,), default=None
+            Weights of the texts; 0 leaves a text out.
+
+        Returns
+        -------
+        self : SalientNeuronSelector
+            The fitted selector.
+
+        Raises
+        ------
+        ValueError
+            If the layers do not add up to the columns of ``X``, no layer is left by ``max_layer``,
+            or ``y`` has fewer than two classes.
+        """
+        carried = layout_of(X)
+        X, y = validate_data(
+            self, X, y, dtype=[np.float32, np.float64], multi_output=True, ensure_min_samples=2
+        )
+        layers = self._resolve_layers(carried, X.shape[1])
+        rows: slice | np.ndarray = slice(None)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+            rows = np.flatnonzero(sample_weight)  # a text that weighs nothing is no text
+            y, sample_weight = y[rows], sample_weight[rows]
+        targets = encode_targets(y, sample_weight, self.class_weight)
+        probes = self._fit_probes(X, rows, targets, layers)
+
+        self.classes_ = targets.classes
+        self.layer_names_ = [layer.name for layer in layers]
+        self.layer_scores_ = np.array([probe.score for probe in probes])
+        self.C_ = np.array([probe.C for probe in probes])
+        self.dual_gap_ = np.array([probe.dual_gap for probe in probes])
+        self.n_iter_ = np.array([probe.n_iter for probe in probes])
+        self.coef_ = np.zeros((targets.n_problems, X.shape[1]))
+        for layer, probe in zip(layers, probes, strict=True):
+            self.coef_[:, layer.columns] = probe.coef
+        self._select(layers)
+        self._warn_of_gaps()
+        return self
+
+    def _fit_probes(
+        self,
+        X: np.ndarray,
+        rows: slice | np.ndarray,
+        targets: Targets,
+        layers: list[LayerColumns],
+    ) -> list[LayerProbe]:
+        settings = ProbeSettings(
+            self._resolve_C(), self.penalty, self.standardize, self.tol, self.max_iter, self.device
+        )
+        # A seed of our own for None: another split at every fit would make every fit of a search
+        # solve its probes afresh.
+        random_state = check_random_state(0 if self.random_state is None else self.random_state)
+        validation = validation_rows(targets.strata, self.validation_fraction, random_state)
+        fit = fit_layer_probe if self.cache is None else fit_or_recall_layer_probe
+        probes = []
+        for layer in tqdm(layers, desc="probes", unit="layer", disable=not self.verbose):
+            # One layer at a time: this copy is all that is held beside X.
+            block = np.ascontiguousarray(X[rows, layer.columns], dtype=np.float32)
+            probes.append(fit(block, targets, validation, settings))
+        return probes
+
+    def _resolve_C(self) -> tuple[float, ...]:
+        values = [self.C] if isinstance(self.C, Real) else list(self.C)
+        if not values or not all(isinstance(C, Real) and 0 < C < np.inf for C in values):
+            raise ValueError(f"C={self.C!r} must be a positive number or a sequence of them.")
+        return tuple(sorted({float(C) for C in values}))
+
+    def _select(self, layers: list[LayerColumns]) -> None:
+        keep = CRITERIA[self.criterion]
+        self.salience_ = SALIENCES[self.salience](self.coef_)
+        self.support_ = np.zeros(self.salience_.shape, dtype=bool)
+        for layer in layers:
+            self.support_[layer.columns] = keep(self.salience_[layer.columns], self.sparsity)
+        if not self.support_.any():
+            warnings.warn(
+                f"No probe puts weight on any column at C={self.C!r}, so the first column is all "
+                "that is selected. Try a larger C.",
+                UserWarning,
+                stacklevel=3,
+            )
+            self.support_[layers[0].columns.start] = True
+        self.n_selected_ = np.array([self.support_[layer.columns].sum() for layer in layers])
+        self.sparsity_ = float(1 - self.support_.mean())
+
+    def _warn_of_gaps(self) -> None:
+        behind = [
+            f"{name} ({gap:.1e})"
+            for name, gap in zip(self.layer_names_, self.dual_gap_, strict=True)
+            if gap > self.tol
+        ]
+        if behind:
+            warnings.warn(
+                f"Probes stopped at max_iter={self.max_iter} above the relative duality gap "
+                f"tol={self.tol}: {', '.join(behind)}. Increase max_iter or tol, or lower C.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+    def _get_support_mask(self) -> np.ndarray:
+        check_is_fitted(self, "support_")
+        return self.support_
+
+    def __sklearn_tags__(self):
+        """Tell scikit-learn that labels are needed and may be several."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _resolve_layers(self, carried: Layout | None, n_features: int) -> list[LayerColumns]:
+        layout = self._resolve_layout(carried, n_features)
+        if layout.n_columns != n_features:
+            raise ValueError(
+                f"layer_sizes={self.layer_sizes!r} describes {layout.n_columns} columns, but X has "
+                f"{n_features}. Give the number of columns of each layer, in order."
+            )
+        layers = layout.layers()
+        if self.max_layer is not None:
+            layers = [layer for layer in layers if layer.layer <= self.max_layer]
+        if not layers:
+            first = min(layer.layer for layer in layout.layers())
+            raise ValueError(
+                f"max_layer={self.max_layer} leaves no layer: the first in X is layer {first}."
+            )
+        return layers
+
+    def _resolve_layout(self, carried: Layout | None, n_features: int) -> Layout:
+        if isinstance(self.layer_sizes, str):  # "auto"
+            if carried is not None:
+                return carried
+            warnings.warn(
+                "X carries no layers, so all its columns are taken for one layer. If X comes from "
+                "LLMActivationTransformer, pass it on as it is (a scaler in between loses the "
+                "layers: put it after the selector); otherwise say where layers are, e.g. "
+                "layer_sizes=768, or layer_sizes=None for one layer.",
+                UserWarning,
+                stacklevel=4,
+            )
+        if isinstance(self.layer_sizes, Integral):
+            return Layout.from_sizes([self.layer_sizes] * max(1, n_features // self.layer_sizes))
+        if self.layer_sizes is None or isinstance(self.layer_sizes, str):
+            return Layout.from_sizes([n_features])
+        sizes = list(self.layer_sizes)
+        if not all(isinstance(size, Integral) and size > 0 for size in sizes):
+            raise ValueError(
+                f"layer_sizes={self.layer_sizes!r} must hold one positive number of columns per layer."
+            )
+        return Layout.from_sizes(sizes)

@@ -1,0 +1,155 @@
+"""From labels to the two-sided problems that probes solve, and how well a probe solved them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.preprocessing import label_binarize
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+
+
+@dataclass(frozen=True)
+class Targets:
+    """One problem for a binary target, one per class or label for the others.
+
+    Parameters
+    ----------
+    classes : ndarray of shape (n_classes,)
+        The classes, sorted; for a multilabel indicator the labels' column numbers.
+    signs : ndarray of shape (n_texts, n_problems), float32
+        +1 where a text is in the problem's class, -1 elsewhere.
+    weights : ndarray of shape (n_texts, n_problems), float64
+        Sample weight times class weight.
+    row_weights : ndarray of shape (n_texts,), float64
+        Sample weight alone: how often a text counts where classes do not matter.
+    strata : ndarray of shape (n_texts,), int
+        Texts with the same label, or the same set of labels, share a number.
+    exclusive : bool
+        Whether a text has exactly one class.
+    """
+
+    classes: np.ndarray
+    signs: np.ndarray
+    weights: np.ndarray
+    row_weights: np.ndarray
+    strata: np.ndarray
+    exclusive: bool
+
+    @property
+    def n_problems(self) -> int:
+        """1 for a binary target, else the number of classes or labels."""
+        return self.signs.shape[1]
+
+    def score(self, decision: np.ndarray, rows: np.ndarray) -> float:
+        """Weighted accuracy of a probe on some rows; for several labels, the mean over labels.
+
+        Parameters
+        ----------
+        decision : ndarray of shape (n_rows, n_problems)
+            Decision values; several exclusive classes are decided by the largest.
+        rows : ndarray of shape (n_rows,), int
+            The rows they belong to.
+        """
+        signs, weights = self.signs[rows], self.weights[rows]  # (n_rows, n_problems)
+        if self.exclusive and self.n_problems > 1:
+            right = decision.argmax(axis=1) == signs.argmax(axis=1)  # (n_rows,)
+            return float(np.average(right, weights=weights[:, 0]))
+        right = (decision > 0) == (signs > 0)  # (n_rows, n_problems)
+        return float(np.average(right, weights=weights))
+
+
+def encode_targets(
+    y: np.ndarray,
+    sample_weight: np.ndarray | None = None,
+    class_weight: Mapping[Any, float] | list[Mapping[Any, float]] | str | None = None,
+) -> Targets:
+    """Turn labels into problems.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n_texts,) or (n_texts, n_labels)
+        Binary or multiclass labels, or a multilabel indicator.
+    sample_weight : ndarray of shape (n_texts,) or None
+        Not negative.
+    class_weight : dict, list of dict, "balanced" or None
+        As in scikit-learn; for a multilabel indicator a list has one dict per label.
+
+    Raises
+    ------
+    ValueError
+        If ``y`` is continuous or several multiclass outputs, or has fewer than two classes.
+    """
+    check_classification_targets(y)
+    kind = type_of_target(y)
+    if kind == "multiclass-multioutput":
+        raise ValueError(
+            "y has several columns of classes; allowed are one column of classes or a multilabel "
+            "indicator of zeros and ones. Fit one selector per column."
+        )
+    base = np.ones(len(y)) if sample_weight is None else sample_weight.astype(np.float64)
+    if kind == "multilabel-indicator":
+        indicator = np.asarray(y) != 0  # (n_texts, n_labels)
+        weights = _label_weights(indicator, class_weight) * base[:, None]
+        strata = np.unique(indicator, axis=0, return_inverse=True)[1].reshape(-1)
+        labels = np.arange(y.shape[1])
+        return Targets(labels, _signs(indicator), weights, base, strata, exclusive=False)
+
+    classes, strata = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"y has one class ({classes[0]!r}), but a probe needs at least 2 classes to tell apart."
+        )
+    indicator = label_binarize(strata, classes=np.arange(len(classes))) != 0
+    weights = compute_sample_weight(class_weight, y) * base
+    weights = np.repeat(weights[:, None], indicator.shape[1], axis=1)
+    return Targets(classes, _signs(indicator), weights, base, strata, exclusive=True)
+
+
+def _signs(indicator: np.ndarray) -> np.ndarray:
+    return np.where(indicator, np.float32(1), np.float32(-1))
+
+
+def _label_weights(indicator: np.ndarray, class_weight: Any) -> np.ndarray:
+    # scikit-learn multiplies the weights of all labels into one; each of our labels is a problem
+    # of its own and takes only its own weights.
+    per_label = (
+        class_weight if isinstance(class_weight, list) else [class_weight] * indicator.shape[1]
+    )
+    if len(per_label) != indicator.shape[1]:
+        raise ValueError(
+            f"class_weight has {len(per_label)} dicts for {indicator.shape[1]} labels; "
+            "give one dict per label, 'balanced' or None."
+        )
+    columns = [
+        compute_sample_weight(weight, label.astype(int))
+        for weight, label in zip(per_label, indicator.T, strict=True)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def validation_rows(
+    strata: np.ndarray, fraction: float, random_state: np.random.RandomState
+) -> np.ndarray:
+    """Choose a stratified part of the rows, at least one, in ascending order.
+
+    Sorted by stratum and shuffled within, every (1 / fraction)-th row is taken: each stratum gives
+    its share to within one row however rare it is, where scikit-learn's splitters refuse strata of
+    one row.
+
+    Parameters
+    ----------
+    strata : ndarray of shape (n_rows,), int
+        Group of each row.
+    fraction : float in (0, 1)
+        Share of the rows to choose.
+    random_state : RandomState
+        Shuffles the rows.
+    """
+    order = random_state.permutation(len(strata))
+    order = order[np.argsort(strata[order], kind="stable")]
+    steps = np.ceil(np.arange(len(order) + 1) * fraction)
+    return np.sort(order[np.diff(steps) > 0])

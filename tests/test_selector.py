@@ -1,0 +1,293 @@
+"""What the selector promises, on planted neurons and against scikit-learn's own estimators."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+from sklearn.base import clone
+from sklearn.datasets import make_classification
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from skspin import SalientNeuronSelector
+from skspin._layout import ActivationArray, Layout, Segment
+
+LAYOUT = Layout(
+    tuple(
+        Segment(None, layer, "hidden", pool, 10) for layer in range(3) for pool in ("mean", "max")
+    )
+)  # 3 layers of 20 columns
+
+
+def planted(n_classes=2, n=400, columns=(7, 25, 47), seed=0):
+    """Noise of 60 columns on uneven scales, in which a few columns know the class."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, n_classes, n)
+    X = rng.normal(size=(n, LAYOUT.n_columns))
+    for k, column in enumerate(columns):
+        X[:, column] += 3 * (y == k % n_classes)
+    X *= 10.0 ** rng.uniform(-2, 2, X.shape[1])
+    return ActivationArray(X.astype(np.float32), LAYOUT), y
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_planted_neurons_are_found(n_classes):
+    X, y = planted(n_classes)
+    selector = SalientNeuronSelector(sparsity=0.6, C=0.05).fit(X, y)
+    assert {7, 25, 47} <= set(selector.get_support(indices=True))
+    assert selector.coef_.shape == (1 if n_classes == 2 else n_classes, X.shape[1])
+
+
+def test_shuffled_labels_are_not_predictive():
+    X, y = planted()
+    y = np.random.default_rng(1).permutation(y)
+    selector = SalientNeuronSelector(C=0.05).fit(X, y)
+    assert selector.layer_scores_.max() < 0.65
+
+
+def test_layer_scores_tell_the_layer_that_knows():
+    X, y = planted(columns=(25,))
+    selector = SalientNeuronSelector(C=0.05).fit(X, y)
+    assert selector.layer_names_ == ["layer0_hidden", "layer1_hidden", "layer2_hidden"]
+    assert selector.layer_scores_.argmax() == 1
+    assert selector.layer_scores_[1] > 0.85
+
+
+def test_probes_are_scikit_learns_l1_logistic_regression():
+    X, y = planted()
+    selector = SalientNeuronSelector(C=0.1, tol=1e-6, max_iter=10_000).fit(X, y)
+    Z = StandardScaler().fit_transform(np.asarray(X, dtype=np.float64)[:, :20])
+    oracle = LogisticRegression(
+        penalty="l1" if sklearn.__version__ < "1.8" else "deprecated",
+        l1_ratio=1,
+        C=0.1,
+        solver="saga",
+        tol=1e-8,
+        max_iter=10_000,
+    ).fit(Z, y)
+    np.testing.assert_allclose(selector.coef_[:, :20], oracle.coef_, atol=2e-3)
+
+
+def test_each_layer_keeps_the_fewest_neurons_that_hold_its_share():
+    X, y = planted()
+    selector = SalientNeuronSelector(sparsity=0.3, C=1.0).fit(X, y)
+    np.testing.assert_allclose(selector.salience_, (selector.coef_**2).sum(axis=0))
+    for number, columns in enumerate([slice(0, 20), slice(20, 40), slice(40, 60)]):
+        salience, kept = selector.salience_[columns], selector.support_[columns]
+        assert salience[kept].sum() >= 0.7 * salience.sum() * (1 - 1e-9)
+        assert salience[kept].sum() - salience[kept].min() < 0.7 * salience.sum()
+        assert salience[kept].min() >= salience[~kept].max()
+        assert selector.n_selected_[number] == kept.sum()
+    assert selector.sparsity_ == pytest.approx(1 - selector.support_.mean())
+
+
+def test_count_rule_keeps_the_same_number_in_each_layer():
+    X, y = planted()
+    selector = SalientNeuronSelector(0.75, criterion="count", penalty="l2", C=1.0).fit(X, y)
+    assert selector.n_selected_.tolist() == [5, 5, 5]
+    assert selector.sparsity_ == pytest.approx(0.75)
+
+
+def test_max_layer_uses_the_first_layers_only():
+    X, y = planted()
+    every = SalientNeuronSelector().fit(X, y)
+    first = SalientNeuronSelector(max_layer=1).fit(X, y)
+    np.testing.assert_array_equal(first.support_[:40], every.support_[:40])
+    assert not first.support_[40:].any()
+    assert len(first.layer_scores_) == 2
+    with pytest.raises(ValueError, match="max_layer=0 leaves no layer: the first in X is layer 1"):
+        SalientNeuronSelector(max_layer=0).fit(
+            ActivationArray(np.asarray(X)[:, :4], Layout((Segment(None, 1, "mlp", "mean", 4),))), y
+        )
+
+
+@pytest.mark.parametrize("sizes", [20, [20, 20, 20], np.array([20, 20, 20])])
+def test_layer_sizes_of_a_plain_array_do_what_the_layout_does(sizes):
+    X, y = planted()
+    carried = SalientNeuronSelector().fit(X, y)
+    told = SalientNeuronSelector(layer_sizes=sizes).fit(np.asarray(X), y)
+    np.testing.assert_array_equal(told.support_, carried.support_)
+
+
+def test_a_frame_knows_its_layers_by_name():
+    X, y = planted()
+    frame = pd.DataFrame(np.asarray(X), columns=LAYOUT.feature_names())
+    selector = SalientNeuronSelector().set_output(transform="pandas").fit(frame, y)
+    np.testing.assert_array_equal(selector.support_, SalientNeuronSelector().fit(X, y).support_)
+    kept = selector.transform(frame)
+    assert kept.columns.tolist() == LAYOUT.feature_names()[selector.support_].tolist()
+
+
+def test_an_array_without_layers_is_one_layer_with_a_warning():
+    X, y = planted()
+    scaled = StandardScaler().fit_transform(X)
+    with pytest.warns(UserWarning, match="carries no layers.*layer_sizes"):
+        warned = SalientNeuronSelector().fit(scaled, y)
+    told = SalientNeuronSelector(layer_sizes=None).fit(scaled, y)
+    assert warned.layer_names_ == told.layer_names_ and len(told.layer_names_) == 1
+
+
+@pytest.mark.parametrize("sizes", [7, [20, 20], [20, 20, 21]])
+def test_layer_sizes_must_add_up(sizes):
+    X, y = planted()
+    with pytest.raises(ValueError, match="columns, but X has 60"):
+        SalientNeuronSelector(layer_sizes=sizes).fit(X, y)
+
+
+def test_of_several_C_each_layer_takes_the_best_on_the_validation_part():
+    X, y = planted(columns=(7,))
+    several = SalientNeuronSelector(C=[0.02, 0.05, 10.0]).fit(X, y)
+    single = {C: SalientNeuronSelector(C=C).fit(X, y) for C in (0.02, 0.05, 10.0)}
+    for layer in range(3):
+        scores = {C: selector.layer_scores_[layer] for C, selector in single.items()}
+        assert several.layer_scores_[layer] == max(scores.values())
+        assert several.C_[layer] == min(C for C in scores if scores[C] == max(scores.values()))
+        columns = slice(20 * layer, 20 * layer + 20)
+        chosen = single[several.C_[layer]]
+        np.testing.assert_allclose(several.coef_[:, columns], chosen.coef_[:, columns], atol=5e-3)
+
+
+def test_multilabel_sums_salience_over_labels():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, (400, 2))
+    X = rng.normal(size=(400, 40)).astype(np.float32)
+    X[:, 3] += 3 * y[:, 0]
+    X[:, 30] += 3 * y[:, 1]
+    selector = SalientNeuronSelector(0.5, C=0.05, layer_sizes=20).fit(X, y)
+    assert {3, 30} <= set(selector.get_support(indices=True))
+    assert selector.coef_.shape == (2, 40)
+    assert selector.classes_.tolist() == [0, 1]
+
+
+def test_a_label_that_never_varies_is_left_out_quietly():
+    rng = np.random.default_rng(0)
+    y = np.column_stack([rng.integers(0, 2, 300), np.zeros(300, dtype=int)])
+    X = rng.normal(size=(300, 10))
+    X[:, 4] += 3 * y[:, 0]
+    selector = SalientNeuronSelector(0.5, C=0.05, layer_sizes=None).fit(X, y)
+    assert selector.get_support(indices=True).tolist() == [4]
+    assert not selector.coef_[1].any()
+
+
+def test_weights_of_zero_are_as_if_the_texts_were_not_there():
+    X, y = planted()
+    weight = np.ones(len(y))
+    weight[:100] = 0
+    X[:100] = 1e6
+    weighted = SalientNeuronSelector().fit(X, y, sample_weight=weight)
+    without = SalientNeuronSelector().fit(X[100:], y[100:])
+    np.testing.assert_array_equal(weighted.support_, without.support_)
+    np.testing.assert_allclose(weighted.coef_, without.coef_)
+
+
+def test_class_weights_count_like_sample_weights():
+    X, y = planted()
+    by_class = SalientNeuronSelector(class_weight={0: 1, 1: 3}, standardize=False).fit(X, y)
+    by_sample = SalientNeuronSelector(standardize=False).fit(X, y, sample_weight=1 + 2 * y)
+    np.testing.assert_allclose(by_class.coef_, by_sample.coef_, atol=1e-3)
+
+
+def test_sample_weights_are_routed_through_a_pipeline():
+    X, y = planted()
+    weight = np.where(np.arange(len(y)) < 200, 1.0, 0.0)
+    with sklearn.config_context(enable_metadata_routing=True):
+        selector = SalientNeuronSelector().set_fit_request(sample_weight=True)
+        head = LogisticRegression().set_fit_request(sample_weight=False)
+        pipeline = make_pipeline(selector, head).fit(X, y, sample_weight=weight)
+    direct = SalientNeuronSelector().fit(X, y, sample_weight=weight)
+    np.testing.assert_array_equal(pipeline[0].support_, direct.support_)
+
+
+def test_constant_columns_are_never_salient():
+    X, y = planted()
+    X[:, [0, 21, 45]] = [5.0, 0.0, -1e6]
+    selector = SalientNeuronSelector(0.0, C=10.0).fit(X, y)
+    assert not selector.salience_[[0, 21, 45]].any()
+    assert np.isfinite(selector.coef_).all()
+
+
+def test_one_column_is_selected_where_no_probe_has_weight():
+    X, y = planted()
+    with pytest.warns(UserWarning, match="No probe puts weight on any column.*larger C"):
+        selector = SalientNeuronSelector(C=1e-7).fit(X, y)
+    assert selector.get_support(indices=True).tolist() == [0]
+
+
+def test_a_layer_whose_probe_is_all_zero_gives_no_neuron():
+    X, y = planted(columns=(7,))
+    selector = SalientNeuronSelector(C=0.015).fit(X, y)
+    assert selector.n_selected_.tolist() == [1, 0, 0]
+
+
+def test_the_scale_of_a_column_does_not_matter():
+    X, y = planted()
+    scaled = ActivationArray(np.asarray(X) * np.float32(1024), LAYOUT)
+    one, other = SalientNeuronSelector().fit(X, y), SalientNeuronSelector().fit(scaled, y)
+    np.testing.assert_array_equal(one.support_, other.support_)
+
+
+def test_selected_columns_come_out_as_they_went_in():
+    X, y = planted()
+    selector = SalientNeuronSelector().fit(X, y)
+    kept = selector.transform(X)
+    np.testing.assert_array_equal(kept, np.asarray(X)[:, selector.support_])
+    assert kept.dtype == np.float32
+    back = selector.inverse_transform(kept)
+    np.testing.assert_array_equal(back[:, selector.support_], kept)
+    assert not back[:, ~selector.support_].any()
+    names = selector.get_feature_names_out(LAYOUT.feature_names())
+    assert names.tolist() == LAYOUT.feature_names()[selector.support_].tolist()
+
+
+def test_a_refit_forgets_the_fit_before():
+    X, y = planted()
+    selector = SalientNeuronSelector().fit(X, y)
+    Z, z = make_classification(n_features=12, random_state=0)
+    selector.set_params(layer_sizes=None).fit(Z, z)
+    fresh = clone(selector).fit(Z, z)
+    assert vars(selector).keys() == vars(fresh).keys()
+    np.testing.assert_array_equal(selector.support_, fresh.support_)
+
+
+def test_what_did_not_converge_is_named():
+    X, y = planted()
+    with pytest.warns(ConvergenceWarning, match="layer0_hidden.*Increase max_iter"):
+        SalientNeuronSelector(C=1e4, tol=1e-12, max_iter=2).fit(X, y)
+
+
+@pytest.mark.parametrize("C", [0, -1.0, [], [0.1, -1], [0.1, np.inf], [[0.1]], ["a"]])
+def test_a_C_that_is_not_positive_is_refused(C):
+    X, y = planted()
+    with pytest.raises(ValueError, match="C"):
+        SalientNeuronSelector(C=C).fit(X, y)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 2])
+def test_a_sparsity_outside_its_range_is_refused(sparsity):
+    with pytest.raises(ValueError, match="sparsity"):
+        SalientNeuronSelector(sparsity).fit(*planted())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_not_finite_are_refused(bad):
+    X, y = planted()
+    X[3, 3] = bad
+    with pytest.raises(ValueError, match="NaN|infinity"):
+        SalientNeuronSelector().fit(X, y)
+
+
+def test_it_is_not_fitted_before_fit():
+    with pytest.raises(NotFittedError):
+        SalientNeuronSelector().transform(np.zeros((2, 2)))
+
+
+def test_cross_validation_on_activations_knows_their_layers():
+    X, y = planted()
+    pipeline = make_pipeline(SalientNeuronSelector(), StandardScaler(), LogisticRegression())
+    search = GridSearchCV(pipeline, {"salientneuronselector__max_layer": [0, 1, 2]}, cv=3)
+    search.fit(X, y)
+    assert len(search.best_estimator_[0].layer_names_) >= 2
+    assert search.best_score_ > 0.95
