@@ -67,12 +67,11 @@ def fit_layer_probe(
     settings : ProbeSettings
         How to solve.
     """
-    mean, scale = (
-        _location_and_scale(block, targets.row_weights) if settings.standardize else (0, 1)
-    )
     n_neurons = block.shape[1]
-    mean = np.broadcast_to(np.asarray(mean, dtype=np.float32), n_neurons)
-    scale = np.broadcast_to(np.asarray(scale, dtype=np.float32), n_neurons)
+    mean, scale = np.zeros(n_neurons, np.float32), np.ones(n_neurons, np.float32)
+    if settings.standardize:
+        scaler = StandardScaler().fit(block, sample_weight=targets.row_weights)
+        mean, scale = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
 
     def solve(candidates: tuple[float, ...], weights: np.ndarray):
         n = len(candidates)
@@ -108,13 +107,6 @@ def fit_layer_probe(
         dual_gap=float(final.dual_gap.max()),
         n_iter=int(final.n_iter.max()),
     )
-
-
-def _location_and_scale(
-    block: np.ndarray, row_weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    scaler = StandardScaler().fit(block, sample_weight=row_weights)
-    return scaler.mean_, scaler.scale_
 
 
 fit_or_recall_layer_probe = fit_layer_probe

@@ -351,6 +351,7 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
         sizes = list(self.layer_sizes)
         if not all(isinstance(size, Integral) and size > 0 for size in sizes):
             raise ValueError(
-                f"layer_sizes={self.layer_sizes!r} must hold one positive number of columns per layer."
+                f"layer_sizes={self.layer_sizes!r} must hold one positive int per layer, the "
+                "number of its columns."
             )
         return Layout.from_sizes(sizes)

@@ -1,4 +1,4 @@
-"""scikit-learn's own checks on the selector; for the transformer, whose input is text, their like."""
+"""scikit-learn's own checks on the selector; their like on the transformer, whose input is text."""
 
 import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
