@@ -107,6 +107,3 @@ def fit_layer_probe(
         dual_gap=float(final.dual_gap.max()),
         n_iter=int(final.n_iter.max()),
     )
-
-
-fit_or_recall_layer_probe = fit_layer_probe

@@ -13,12 +13,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from tqdm.auto import tqdm
 
-from skspin._layer_probe import (
-    LayerProbe,
-    ProbeSettings,
-    fit_layer_probe,
-    fit_or_recall_layer_probe,
-)
+from skspin._kept_probes import recall_or_fit_layer_probe
+from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layout import LayerColumns, Layout, layout_of
 from skspin._salience import CRITERIA, SALIENCES
 from skspin._sklearn import Interval, StrOptions, _fit_context
@@ -259,7 +255,7 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
         # solve its probes afresh.
         random_state = check_random_state(0 if self.random_state is None else self.random_state)
         validation = validation_rows(targets.strata, self.validation_fraction, random_state)
-        fit = fit_layer_probe if self.cache is None else fit_or_recall_layer_probe
+        fit = fit_layer_probe if self.cache is None else recall_or_fit_layer_probe
         probes = []
         for layer in tqdm(layers, desc="probes", unit="layer", disable=not self.verbose):
             # One layer at a time: this copy is all that is held beside X.

@@ -1,0 +1,43 @@
+"""Text and a model are there without a download."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from skspin.datasets import demo_model, load_docstrings
+
+
+def test_docstrings_are_balanced_real_text_with_the_libraries_masked():
+    docstrings = load_docstrings(n_per_class=50)
+    assert np.bincount(docstrings.target).tolist() == [50] * 5
+    assert len(set(docstrings.data)) == len(docstrings.data) == 250
+    assert docstrings.target_names == ["numpy", "scipy", "sklearn", "torch", "transformers"]
+    assert "labelled by library" in docstrings.DESCR
+    for text in docstrings.data:
+        assert not any(name in text.lower() for name in [*docstrings.target_names, "scikit-learn"])
+
+
+def test_docstrings_are_the_same_every_time():
+    one, other = load_docstrings(n_per_class=20), load_docstrings(n_per_class=20)
+    assert one.data == other.data and one.target.tolist() == other.target.tolist()
+    assert load_docstrings(n_per_class=20, random_state=1).data != one.data
+
+
+def test_docstrings_are_read_without_importing_the_libraries():
+    code = (
+        "import sys; from skspin.datasets import load_docstrings; load_docstrings(n_per_class=5);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_number_of_texts_must_be_positive():
+    with pytest.raises(ValueError, match="n_per_class=0"):
+        load_docstrings(n_per_class=0)
+
+
+def test_the_demo_model_is_a_folder_with_weights():
+    assert (demo_model() / "config.json").is_file()
+    assert (demo_model() / "model.safetensors").is_file()
