@@ -21,5 +21,5 @@ def array_digest(array: np.ndarray) -> bytes:
     """
     values = np.asarray(array)
     digest = xxhash.xxh3_128(f"{values.dtype.str}{values.shape}".encode())
-    digest.update(memoryview(np.ascontiguousarray(values)).cast("B"))
+    digest.update(np.ascontiguousarray(values).data.cast("B"))
     return digest.digest()
