@@ -1,0 +1,134 @@
+"""The estimators in scikit-learn's own machinery, on the demo model and real text."""
+
+import subprocess
+import sys
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import ColumnTransformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
+from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from skspin import LLMActivationTransformer, SalientNeuronSelector, make_spin_pipeline
+from skspin.datasets import demo_model, load_docstrings
+
+
+@pytest.fixture(scope="module")
+def docstrings():
+    bunch = load_docstrings(n_per_class=40)
+    two = bunch.target < 2
+    texts = [text for text, keep in zip(bunch.data, two, strict=True) if keep]
+    return train_test_split(texts, bunch.target[two], test_size=0.3, random_state=0)
+
+
+def spin(**params):
+    return make_spin_pipeline(demo_model(), site=("hidden", "mlp"), dtype="float32", **params)
+
+
+def test_the_pipeline_learns_from_real_text(docstrings):
+    train, test, y_train, y_test = docstrings
+    pipeline = spin().fit(train, y_train)
+    assert list(pipeline.named_steps) == ["activations", "select", "scale", "classify"]
+    assert pipeline.score(test, y_test) > 0.75
+    assert pipeline.predict_proba(test).shape == (len(test), 2)
+    names = pipeline[:-1].get_feature_names_out()
+    assert len(names) == pipeline["select"].n_selected_.sum()
+    assert all(name.startswith("layer") for name in names)
+
+
+def test_the_selector_knows_the_layers_without_being_told(docstrings):
+    train, _, y_train, _ = docstrings
+    selector = spin().fit(train, y_train)["select"]
+    assert len(selector.layer_names_) == 7 + 6
+    assert selector.layer_names_[-1] == "layer6_mlp"
+
+
+def test_shuffled_labels_are_not_predictive(docstrings):
+    train, test, y_train, y_test = docstrings
+    shuffled = np.random.default_rng(0).permutation(y_train)
+    assert 0.2 < spin().fit(train, shuffled).score(test, y_test) < 0.8
+
+
+def test_grid_search_reaches_every_step(docstrings):
+    train, test, y_train, y_test = docstrings
+    grid = {
+        "select__sparsity": [0.2, 0.6],
+        "select__C": [0.1, 1.0],
+        "activations__layers": [None, [0, 1, 2]],
+        "classify__C": [0.01],
+    }
+    search = GridSearchCV(spin(), grid, cv=3).fit(train, y_train)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert search.score(test, y_test) > 0.75
+
+
+def test_cross_validation_on_activations_computed_once(docstrings):
+    train, _, y_train, _ = docstrings
+    steps = spin()
+    X = steps["activations"].fit_transform(train)
+    on_activations = cross_val_score(steps[1:], X, y_train, cv=3)
+    on_texts = cross_val_score(steps, train, y_train, cv=3)
+    np.testing.assert_allclose(on_activations, on_texts)
+
+
+def test_text_beside_numbers(docstrings):
+    train, test, y_train, y_test = docstrings
+
+    def frame(texts):
+        return pd.DataFrame({"text": texts, "length": [len(text) for text in texts]})
+
+    text = make_pipeline(
+        LLMActivationTransformer(demo_model(), dtype="float32"), SalientNeuronSelector()
+    )
+    columns = ColumnTransformer([("text", text, "text"), ("number", StandardScaler(), ["length"])])
+    pipeline = make_pipeline(columns, LogisticRegression(max_iter=1000))
+    pipeline.fit(frame(train), y_train)
+    assert pipeline.score(frame(test), y_test) > 0.75
+    names = columns.fit(frame(train), y_train).get_feature_names_out()
+    assert names[0].startswith("text__layer") and names[-1] == "number__length"
+
+
+def test_two_models_side_by_side_each_with_its_selector(docstrings):
+    train, test, y_train, y_test = docstrings
+    union = FeatureUnion(
+        [
+            (
+                name,
+                make_pipeline(
+                    LLMActivationTransformer(demo_model(), site=name), SalientNeuronSelector()
+                ),
+            )
+            for name in ("hidden", "mlp")
+        ]
+    )
+    pipeline = make_pipeline(union, StandardScaler(), LogisticRegression(C=0.01))
+    assert pipeline.fit(train, y_train).score(test, y_test) > 0.75
+
+
+def test_calibration(docstrings):
+    train, test, y_train, y_test = docstrings
+    calibrated = CalibratedClassifierCV(spin(head=LinearSVC(C=1e-3)), cv=3).fit(train, y_train)
+    assert calibrated.score(test, y_test) > 0.75
+
+
+def test_a_fitted_pipeline_moves_to_another_process(docstrings, tmp_path):
+    train, test, y_train, _ = docstrings
+    pipeline = spin().fit(train, y_train)
+    joblib.dump(pipeline, tmp_path / "spin.joblib")
+    joblib.dump(test, tmp_path / "test.joblib")
+    assert (tmp_path / "spin.joblib").stat().st_size < 2_000_000
+    code = (
+        "import joblib, sys; folder = sys.argv[1]\n"
+        "pipeline = joblib.load(f'{folder}/spin.joblib')\n"
+        "test = joblib.load(f'{folder}/test.joblib')\n"
+        "joblib.dump(pipeline.decision_function(test), f'{folder}/decisions.joblib')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    decisions = joblib.load(tmp_path / "decisions.joblib")
+    np.testing.assert_allclose(decisions, pipeline.decision_function(test), atol=1e-5)
