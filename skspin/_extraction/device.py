@@ -1,0 +1,122 @@
+"""Which device, and which number format, when the user leaves the choice to us."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def resolve_device(device: Any = None) -> str:
+    """Name the device to compute on.
+
+    Parameters
+    ----------
+    device : str, torch.device or None, default=None
+        None is the current CUDA device where there is one, and the CPU elsewhere. Any other
+        device that torch knows (``"mps"``, ``"xpu"``, ``"cuda:1"``) is used when it is named.
+
+    Returns
+    -------
+    str
+        E.g. ``"cpu"`` or ``"cuda:0"``.
+    """
+    if device is None:
+        device = "cuda" if has_cuda() else "cpu"
+    name = str(device)
+    if name == "cpu":
+        return name
+    import torch
+
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not a device that torch knows. Use e.g. 'cpu' or 'cuda:0'."
+        ) from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={device!r}, but torch sees no CUDA device. Use device=None.")
+        index = torch.cuda.current_device() if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={device!r}, but torch sees {torch.cuda.device_count()} CUDA device(s)."
+            )
+        return f"cuda:{index}"
+    return str(chosen)
+
+
+def resolve_dtype(dtype: Any, device: str) -> str:
+    """Name the format that weights and activations are computed in.
+
+    Parameters
+    ----------
+    dtype : str or torch.dtype
+        A name in `DTYPES`, or ``"auto"``: bfloat16 where the device multiplies it natively (CUDA
+        devices of compute capability 8 and later, CPUs with AMX), float32 elsewhere.
+    device : str
+        As `resolve_device` names it.
+
+    Returns
+    -------
+    str
+        A name in `DTYPES`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return "bfloat16" if multiplies_bfloat16(device) else "float32"
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known. Use 'auto' or one of {list(DTYPES)}.")
+    return name
+
+
+@cache
+def has_cuda() -> bool:
+    """Whether torch sees a CUDA device; without importing torch where no driver is installed."""
+    if "torch" not in sys.modules and not _has_cuda_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_cuda_driver() -> bool:
+    driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(driver)
+    except OSError:
+        # ROCm builds of torch speak CUDA's names without CUDA's driver.
+        return Path("/dev/kfd").exists()
+    return True
+
+
+@cache
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware of their own."""
+    if device == "cpu":
+        return _has_amx()
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return False
+
+
+def _has_amx() -> bool:
+    # avx512_bf16 alone does not count: it multiplies bfloat16 no faster than float32.
+    if "torch" in sys.modules:
+        import torch
+
+        if hasattr(torch.cpu, "get_capabilities"):
+            return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+        return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        import torch  # noqa: F401
+
+        return _has_amx()
