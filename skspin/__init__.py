@@ -1,13 +1,16 @@
 """Classify text with the inner neurons of a frozen language model, inside scikit-learn."""
 
+from skspin._display import LayerSalienceDisplay, SparsityPathDisplay
 from skspin._pipeline import make_spin_pipeline
 from skspin._selector import SalientNeuronSelector
 from skspin._transformer import LLMActivationTransformer, ModelMismatchError
 
 __all__ = [
     "LLMActivationTransformer",
+    "LayerSalienceDisplay",
     "ModelMismatchError",
     "SalientNeuronSelector",
+    "SparsityPathDisplay",
     "make_spin_pipeline",
 ]
 __version__ = "0.1.0.dev0"

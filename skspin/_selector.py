@@ -87,6 +87,8 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
         Classes seen in ``fit``; for a multilabel indicator the labels' column numbers.
     layer_names_ : list of str
         Names of the layers used, one per probe; the attributes below are in this order.
+    layer_columns_ : list of slice
+        The columns of each layer used.
     layer_scores_ : ndarray of shape (n_layers,)
         Each probe's accuracy on the validation part, when fitted on the rest.
     n_selected_ : ndarray of shape (n_layers,), int
@@ -230,6 +232,7 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
 
         self.classes_ = targets.classes
         self.layer_names_ = [layer.name for layer in layers]
+        self.layer_columns_ = [layer.columns for layer in layers]
         self.layer_scores_ = np.array([probe.score for probe in probes])
         self.C_ = np.array([probe.C for probe in probes])
         self.dual_gap_ = np.array([probe.dual_gap for probe in probes])
@@ -237,7 +240,7 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
         self.coef_ = np.zeros((targets.n_problems, X.shape[1]))
         for layer, probe in zip(layers, probes, strict=True):
             self.coef_[:, layer.columns] = probe.coef
-        self._select(layers)
+        self._select()
         self._warn_of_gaps()
         return self
 
@@ -269,12 +272,9 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
             raise ValueError(f"C={self.C!r} must be a positive number or a sequence of them.")
         return tuple(sorted({float(C) for C in values}))
 
-    def _select(self, layers: list[LayerColumns]) -> None:
-        keep = CRITERIA[self.criterion]
+    def _select(self) -> None:
         self.salience_ = SALIENCES[self.salience](self.coef_)
-        self.support_ = np.zeros(self.salience_.shape, dtype=bool)
-        for layer in layers:
-            self.support_[layer.columns] = keep(self.salience_[layer.columns], self.sparsity)
+        self.support_ = self._support_at(self.sparsity)
         if not self.support_.any():
             warnings.warn(
                 f"No probe puts weight on any column at C={self.C!r}, so the first column is all "
@@ -282,9 +282,19 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
                 UserWarning,
                 stacklevel=3,
             )
-            self.support_[layers[0].columns.start] = True
-        self.n_selected_ = np.array([self.support_[layer.columns].sum() for layer in layers])
+            self.support_[self.layer_columns_[0].start] = True
+        self.n_selected_ = np.array(
+            [self.support_[columns].sum() for columns in self.layer_columns_]
+        )
         self.sparsity_ = float(1 - self.support_.mean())
+
+    def _support_at(self, sparsity: float) -> np.ndarray:
+        """Select at another sparsity from the same probes; nothing is fitted again."""
+        keep = CRITERIA[self.criterion]
+        support = np.zeros(self.salience_.shape, dtype=bool)
+        for columns in self.layer_columns_:
+            support[columns] = keep(self.salience_[columns], sparsity)
+        return support
 
     def _warn_of_gaps(self) -> None:
         behind = [

@@ -100,7 +100,7 @@ print(f"\nSaved and loaded {here / 'quickstart.joblib'} ({size:.1f} MB): the sam
 # -----------------------------------------------------
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-SparsityPathDisplay.from_search(search).plot(ax=left)
-LayerSalienceDisplay.from_estimator(selector).plot(ax=right)
+SparsityPathDisplay.from_search(search, ax=left)
+LayerSalienceDisplay.from_estimator(selector, ax=right)
 figure.savefig(here / "quickstart.png", dpi=150)
 print(f"Drew {here / 'quickstart.png'}.")

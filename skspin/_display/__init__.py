@@ -1,0 +1,6 @@
+"""Pictures, made as scikit-learn makes them; matplotlib is imported when one is drawn."""
+
+from skspin._display.layers import LayerSalienceDisplay
+from skspin._display.sparsity import SparsityPathDisplay
+
+__all__ = ["LayerSalienceDisplay", "SparsityPathDisplay"]
