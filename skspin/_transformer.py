@@ -223,7 +223,7 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         check_texts(X)
         self._check_prompt()
         source = self._source()
-        fingerprint = source.fingerprint()
+        fingerprint = self._fingerprint(source)
         shape = self._shape(source, fingerprint)
         self.layout_ = shape.layout(
             stacks=_choice("stack", self.stack, _STACKS),
@@ -233,7 +233,7 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         )
         self.n_layers_ = shape.n_layers
         self.model_fingerprint_ = fingerprint
-        self.revision_ = source.commit()
+        self.revision_ = source.commit
         return self
 
     def transform(self, X):
@@ -290,6 +290,11 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         check_is_fitted(self, "layout_")
         return self.layout_.feature_names()
 
+    def _fingerprint(self, source) -> str:
+        from skspin._extraction.fingerprint import fingerprint
+
+        return fingerprint(source)
+
     def _source(self):
         """Name the model for the backbone registry, which owns the weights."""
         from skspin._extraction.source import Source
@@ -301,7 +306,9 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
             )
         return Source(
             self.model,
-            tokenizer=self.tokenizer,
+            tokenizer=os.fspath(self.tokenizer)
+            if isinstance(self.tokenizer, os.PathLike)
+            else self.tokenizer,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             model_kwargs=self.model_kwargs,
@@ -319,7 +326,7 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         return ModelShape.from_card(card)
 
     def _refuse_other_weights(self, source) -> None:
-        found = source.fingerprint()
+        found = self._fingerprint(source)
         if found != self.model_fingerprint_:
             raise ModelMismatchError(
                 f"model={self.model!r} with its tokenizer has the fingerprint {found}, but this "
@@ -329,9 +336,12 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
 
     def _context(self, source) -> str:
         """Digest everything but text, layer, site and pooling that decides a number."""
-        from skspin._extraction.backbone import resolve_device, resolve_dtype
+        from skspin._extraction.device import resolve_device, resolve_dtype
 
-        dtype = resolve_dtype(source, self.dtype, resolve_device(source, self.device))
+        if source.in_memory and self.dtype == "auto":
+            dtype = str(source.model.dtype)
+        else:
+            dtype = resolve_dtype(self.dtype, resolve_device(self.device))
         parts = [self.model_fingerprint_, self.prompt, int(self.max_length), str(dtype)]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 

@@ -34,8 +34,6 @@ def reference():
     with torch.inference_mode():
         for text in TEXTS:
             tokens = tokenizer(text, return_tensors="pt")
-            if text == "":  # by itself it would be [CLS] [SEP]
-                tokens = {"input_ids": torch.tensor([[tokenizer.cls_token_id]])}
             hidden = model(**tokens, output_hidden_states=True).hidden_states
             states.append(torch.stack(hidden)[:, 0].numpy())  # (7, n_tokens, 384)
     return states
