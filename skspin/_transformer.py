@@ -216,9 +216,8 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError
-            If ``X`` is no container of texts, or the model does not have a layer or site asked for.
-        OSError
-            If the model can't be found.
+            If ``X`` is no container of texts, the model can't be found, or it does not have a layer
+            or site asked for.
         """
         check_texts(X)
         self._check_prompt()
@@ -242,8 +241,8 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : list, tuple, array, Series or one-column frame of str
-            Texts. One that is empty or tokenizes to nothing gets the activations of the
-            tokenizer's first special token (BOS, CLS, EOS or padding, whichever is there first).
+            Texts. One that tokenizes to nothing, not even special tokens, gets the activations of
+            the tokenizer's BOS, CLS, EOS or padding token, whichever is there first.
 
         Returns
         -------
@@ -256,11 +255,9 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         NotFittedError
             If ``fit`` was not called.
         TypeError, ValueError
-            If ``X`` is no container of texts.
+            If ``X`` is no container of texts, or an activation is not finite (float16 can overflow).
         ModelMismatchError
             If the model's weights or tokenizer have changed since ``fit``.
-        FloatingPointError
-            If an activation is not finite, as float16 can overflow.
         """
         check_is_fitted(self, "layout_")
         texts = check_texts(X)

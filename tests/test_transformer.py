@@ -124,7 +124,7 @@ def test_a_prompt_goes_around_every_text():
 
 
 def test_long_texts_are_cut_with_one_warning_that_counts_them():
-    with pytest.warns(UserWarning, match="2 of 6") as warned:
+    with pytest.warns(UserWarning, match="3 of 6") as warned:
         X = transformer(max_length=8).fit_transform(TEXTS)
     assert len(warned) == 1
     assert np.isfinite(X).all()
@@ -300,7 +300,7 @@ def test_a_bad_parameter_is_refused_by_name(params, message):
 
 
 def test_a_model_that_cannot_be_found_offline_says_so():
-    with pytest.raises(OSError, match="no/such-model.*HF_HUB_OFFLINE"):
+    with pytest.raises(ValueError, match="no/such-model.*HF_HUB_OFFLINE"):
         LLMActivationTransformer("no/such-model").fit(TEXTS)
 
 
