@@ -1,36 +1,56 @@
-"""Where a model's blocks, feed-forward neurons and attention outputs are."""
+"""Where a model's blocks are, and where their activations can be read.
+
+Nothing is run to find this out, so it works on a model without weights (torch's meta device), too.
+`skspin._extraction.blocks` finds the blocks, `skspin._extraction.sites` looks inside one, and the few
+architectures that their structure does not explain are in `skspin._extraction.oddities`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from skspin._extraction.blocks import find_blocks
+from skspin._extraction.oddities import ODDITIES, PLAIN, Oddity
+from skspin._extraction.sites import Entry, find_entries
 
 SITES = ("hidden", "mlp", "attention")
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One place in a model where token-level activations can be read.
+    """One place of a model where token-level activations can be read.
 
     Parameters
     ----------
     module : Module
-        Whose input or output is read.
-    call : int
-        Which call of the module within one forward pass, for modules that several blocks share.
-    output : bool
-        Read what the module returns, not what it is given.
+        Whose input is read, or whose output.
     width : int
         Number of neurons.
+    turn : int
+        Which call of the module within one forward pass, from 0: blocks may share a module.
+    output : bool
+        Read what the module returns, not what it is given.
+    parameter : str or None
+        For a module that multiplies by a parameter of its own instead of calling a linear module:
+        the parameter's name. What it is multiplied with is read.
+    time_major : bool
+        The activations are of shape (n_tokens, n_texts, ...), not (n_texts, n_tokens, ...).
+    rounds_up : bool
+        There may be more tokens than in the texts; those at the end are not theirs.
     """
 
-    module: nn.Module
-    call: int
-    output: bool
+    module: nn.Module = field(repr=False)
     width: int
+    turn: int = 0
+    output: bool = False
+    parameter: str | None = None
+    time_major: bool = False
+    rounds_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,42 +62,58 @@ class Stack:
     name : {"encoder", "decoder"} or None
         Which half; None for a model that is one stack.
     blocks : tuple of Module
-        The blocks in the order of the forward pass; a shared block appears at each of its turns.
+        In the order of the forward pass; a shared block appears once for each of its turns.
     taps : dict of (layer, site) to Tap
         Where to read what.
+    missing : dict of (layer, site) to str
+        What there is none of, and why.
     """
 
     name: str | None
-    blocks: tuple[nn.Module, ...]
-    taps: dict[tuple[int, str], Tap]
+    blocks: tuple[nn.Module, ...] = field(repr=False)
+    taps: dict[tuple[int, str], Tap] = field(repr=False)
+    missing: dict[tuple[int, str], str] = field(repr=False)
 
     def tap(self, layer: int, site: str) -> Tap:
-        """Find where ``site`` of ``layer`` is read; a ValueError says why it is not there."""
+        """Say where ``site`` of ``layer`` is read; a ValueError says why there is none."""
         if (layer, site) in self.taps:
             return self.taps[layer, site]
+        n_layers = len(self.blocks)
         if site not in SITES:
-            raise ValueError(f"site={site!r} is not known. Choose from {list(SITES)}.")
-        if not 0 <= layer <= len(self.blocks):
+            raise ValueError(f"site={site!r} is unknown. Choose from {', '.join(SITES)}.")
+        if not 0 <= layer <= n_layers:
             raise ValueError(
-                f"layer {layer} is not there: the model has layers 0 to {len(self.blocks)}."
+                f"layer {layer} does not exist: this model has layers 0 to {n_layers}."
             )
         if layer == 0:
-            raise ValueError(f"site={site!r} begins at layer 1; layer 0 (embeddings) has 'hidden'.")
+            raise ValueError(
+                f"layer 0 (the embeddings) has no site={site!r}. Choose layers from 1 to"
+                f" {n_layers}, or site='hidden'."
+            )
         raise ValueError(
-            f"site={site!r} was not found in block {layer} ({type(self.blocks[layer - 1]).__name__})."
-            " Use site='hidden'."
+            f"layer {layer} ({type(self.blocks[layer - 1]).__name__}) has no site={site!r}:"
+            f" {self.missing[layer, site]} Choose site='hidden', or other layers."
         )
 
     def width(self, layer: int, site: str) -> int:
-        """Count the neurons of ``site`` in ``layer``."""
+        """Count the neurons at ``site`` of ``layer``; a ValueError says why there are none."""
         return self.tap(layer, site).width
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The stacks of a model, by name."""
+    """What is where in a model.
+
+    Parameters
+    ----------
+    stacks : dict of str to Stack
+        By name: "encoder" and "decoder", or None for a model of one stack.
+    mixes_padding : bool
+        Padding tokens change the activations of real ones, whatever the attention mask says.
+    """
 
     stacks: dict[str | None, Stack]
+    mixes_padding: bool = False
 
     @property
     def n_layers(self) -> int:
@@ -91,43 +127,99 @@ def find_anatomy(model: Any) -> Anatomy:
     Parameters
     ----------
     model : PreTrainedModel
-        With weights or on the meta device.
+        With any head or none, wrapped by PEFT or not, with weights or on the meta device.
+
+    Returns
+    -------
+    Anatomy
+
+    Raises
+    ------
+    ValueError
+        If it can't be told which modules are the blocks; the message lists what was looked at.
     """
-    base = model.base_model
-    if base.config.is_encoder_decoder:
-        halves = {"encoder": base.get_encoder(), "decoder": base.get_decoder()}
-        return Anatomy({name: _find_stack(name, half) for name, half in halves.items()})
-    return Anatomy({None: _find_stack(None, base)})
+    model = bare_model(model)
+    oddity = ODDITIES.get(model.config.model_type, PLAIN)
+    stacks = {
+        name: _dissect(name, half, getattr(half, "config", model.config), oddity)
+        for name, half in _halves(model).items()
+    }
+    return Anatomy(stacks, oddity.mixes_padding)
 
 
-def _find_stack(name: str | None, module: nn.Module) -> Stack:
-    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"No blocks were found in {type(module).__name__}.")
-    blocks = tuple(max(lists, key=len))
-    width = module.config.hidden_size  # type: ignore[union-attr]
-    taps = {(i, "hidden"): Tap(block, 0, False, width) for i, block in enumerate(blocks)}
-    taps[len(blocks), "hidden"] = Tap(module, 0, True, width)
-    for i, block in enumerate(blocks, start=1):
-        linears = list(_linears(block))
-        outward = [(linear, shape[0]) for linear, shape in linears if shape[1] == width]
-        down, n_neurons = outward[-1]
-        taps[i, "mlp"] = Tap(down, 0, False, n_neurons)
-        own = _self_attention(block)
-        inside = {id(child) for child in own.modules()} if own is not None else set()
-        attention = [(m, n) for m, n in outward if id(m) in inside]
-        if attention:
-            taps[i, "attention"] = Tap(attention[-1][0], 0, False, attention[-1][1])
-    return Stack(name, blocks, taps)
+def bare_model(model: Any) -> Any:
+    """Take off what text's activations do not need: PEFT's wrapper, the head, other senses.
+
+    Adapters stay in effect, because they live inside the model's own linear modules.
+    """
+    if hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"This PEFT model learns a prompt ({model.peft_type.value}), whose virtual tokens"
+                " only exist in its own forward pass. Pass a model with another kind of adapter,"
+                " such as LoRA, or without one."
+            )
+        model = model.get_base_model()
+    model = model.base_model
+    has_text_part = model.config.get_text_config() is not model.config
+    return model.get_decoder() if has_text_part and not is_encoder_decoder(model) else model
 
 
-def _self_attention(block: nn.Module) -> nn.Module | None:
-    return next((m for m in block.modules() if "Attention" in type(m).__name__), None)
+def is_encoder_decoder(model: Any) -> bool:
+    """Tell whether a model has both halves; T5EncoderModel's configuration claims so, too."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
-def _linears(block: nn.Module) -> Iterator[tuple[nn.Module, tuple[int, int]]]:
-    for child in block.modules():
-        if isinstance(child, nn.Linear):
-            yield child, (child.in_features, child.out_features)
-        elif type(child).__name__ == "Conv1D":
-            yield child, tuple(child.weight.shape)  # type: ignore[misc]
+def _halves(model: Any) -> dict[str | None, Any]:
+    halves: dict[str | None, Any] = {None: model}
+    if is_encoder_decoder(model):
+        halves = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+    elif model.config.is_encoder_decoder:
+        halves = {"encoder": model.get_encoder()}
+    return {name: getattr(half, "base_model", half) for name, half in halves.items()}
+
+
+def _dissect(name: str | None, stack: nn.Module, config: Any, oddity: Oddity) -> Stack:
+    width = config.get_text_config().hidden_size
+    blocks = find_blocks(stack, config.num_hidden_layers, oddity)
+    entries: dict[tuple[int, str], Entry] = {}
+    missing: dict[tuple[int, str], str] = {}
+    for layer, module in enumerate(_takers(stack, blocks, oddity)):
+        entries[layer, "hidden"] = Entry(module, width)
+    for layer, block in enumerate(blocks, start=1):
+        for site, found in find_entries(block, width, oddity.paths).items():
+            if isinstance(found, Entry):
+                entries[layer, site] = found
+            else:
+                missing[layer, site] = found
+
+    turns: Counter[tuple[nn.Module, str]] = Counter()
+    taps = {}
+    for (layer, site), entry in entries.items():
+        turn = turns[entry.module, site]
+        turns[entry.module, site] += 1
+        taps[layer, site] = Tap(
+            entry.module,
+            entry.width,
+            turn,
+            parameter=entry.parameter,
+            time_major=oddity.time_major,
+            rounds_up=oddity.rounds_up,
+        )
+    # OPT-350m narrows the last hidden state by one more projection.
+    width = getattr(getattr(stack, "project_out", None), "out_features", width)
+    taps[len(blocks), "hidden"] = Tap(stack, width, output=True)
+    return Stack(name, tuple(blocks), taps, missing)
+
+
+def _takers(stack: nn.Module, blocks: list[nn.Module], oddity: Oddity) -> list[nn.Module]:
+    """List the modules that take hidden states 0, 1, ...: all but the last, which leaves the stack.
+
+    A hidden state is what goes into the next block, not what comes out of its own: between the two,
+    DeBERTa adds a convolution.
+    """
+    if oddity.parallel_lists:
+        return [next(iter(block.children())) for block in blocks]
+    if oddity.early_norm:
+        return [*blocks[1:], stack.get_submodule(oddity.early_norm)]
+    return blocks

@@ -1,123 +1,191 @@
-"""One batch through the model, pooled by hooks, stopping at the deepest layer asked for."""
+"""One batch through the model: pooled by hooks, stopped at the deepest layer asked for."""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from skspin._extraction.anatomy import Anatomy, Tap
+from skspin._extraction.anatomy import Anatomy, Tap, bare_model, is_encoder_decoder
+from skspin._extraction.listening import as_texts, listen
 from skspin._extraction.pooling import POOLINGS
 from skspin._layout import Segment
 
-# What a forward pass must not do for us, where the model has the choice.
-_QUIET = {
-    "use_cache": False,
-    "use_mems": False,
-    "output_hidden_states": False,
-    "output_attentions": False,
-    "return_dict": True,
-}
-
 
 class _Enough(BaseException):
-    """Raised by a hook when the last activation wanted has been read."""
+    """Everything has been read. Not an Exception, which a model's own code might catch."""
 
 
-@torch.inference_mode()
+# Not inference mode: whatever a model keeps from a pass (a table of positions, say) would then be
+# unusable in its owner's training.
+@torch.no_grad()
 def pooled_forward(
     model: Any, anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
 ) -> Tensor:
-    """Read the activations of a batch of texts.
+    """Read the pooled activations of a batch of texts in one forward pass.
+
+    The pass ends when everything has been read, so later layers and the head cost nothing. The
+    model is left as it was, also when the pass fails. Threads may share a model; a pass that its
+    owner runs meanwhile is neither read nor stopped.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Left as it was.
+        The model that ``anatomy`` is of.
     anatomy : Anatomy
-        Of this model.
-    inputs : dict of Tensor
-        ``input_ids`` and ``attention_mask`` of shape (n_texts, n_tokens), padded on either side.
+        Where to read; see `find_anatomy`.
+    inputs : dict of str to Tensor of shape (n_texts, n_tokens)
+        "input_ids", "attention_mask", and whatever else the model takes by token. Padding may be
+        on either side; it does not change the result. Each text has at least one token.
     segments : sequence of Segment
-        What to read.
+        What to read, in the order of the columns.
 
     Returns
     -------
     Tensor of shape (n_texts, n_columns), float32
+        On the inputs' device.
+
+    Raises
+    ------
+    ValueError
+        If the model does not have a site that is asked for.
+    RuntimeError
+        If the model's pass is not what ``anatomy`` says.
     """
-    base = model.base_model
-    ids, mask = _align(inputs["input_ids"], inputs["attention_mask"].bool())
+    model = bare_model(model)
+    inputs = _pad_right(inputs)
+    if not anatomy.mixes_padding:
+        return _forward(model, anatomy, inputs, segments)
+    # Only texts of one length can be in a batch together where padding leaks into real tokens.
+    lengths = inputs["attention_mask"].sum(1)  # (n_texts,)
+    columns = torch.empty(len(lengths), sum(s.n_columns for s in segments), device=lengths.device)
+    for length in lengths.unique().tolist():
+        rows = lengths == length
+        alike = {name: values[rows, :length] for name, values in inputs.items()}
+        columns[rows] = _forward(model, anatomy, alike, segments)
+    return columns
+
+
+def _forward(
+    model: Any, anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
+) -> Tensor:
     wanted: dict[Tap, list[int]] = {}
     for position, segment in enumerate(segments):
         tap = anatomy.stacks[segment.stack].tap(segment.layer, segment.site)
         wanted.setdefault(tap, []).append(position)
+    mask = inputs["attention_mask"].bool()
+    columns = [mask.new_empty(0)] * len(segments)
 
-    columns: list[Tensor | None] = [None] * len(segments)
-    thread = threading.get_ident()
-
-    def read(tap: Tap, hidden: Tensor) -> None:
+    def read(tap: Tap, activations: Tensor) -> None:
+        activations = as_texts(activations, mask, tap)  # (n_texts, n_tokens, n_neurons)
+        here = mask.to(activations.device)
         for position in wanted.pop(tap):
-            segment = segments[position]
-            pooled = POOLINGS[segment.pooling](hidden, mask.to(hidden.device))
-            if segment.neurons is not None:
-                pooled = pooled[:, torch.tensor(segment.neurons, device=pooled.device)]
-            columns[position] = pooled.to(ids.device)
+            columns[position] = _pool(activations, here, segments[position]).to(mask.device)
         if not wanted:
             raise _Enough
 
-    with ExitStack() as hooks:
-        for tap in list(wanted):
-            hooks.callback(_attach(tap, read, thread).remove)
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            base(**_arguments(base, ids, mask))
-        except _Enough:
-            pass
-        finally:
-            for module in training:
-                module.training = True
-    return torch.cat([column for column in columns if column is not None], dim=1)
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        listen(stack, list(wanted), read)
+        stack.enter_context(suppress(_Enough))
+        model(**_arguments(model, inputs))
+    if wanted:
+        names = sorted({f"{segments[p].key}" for positions in wanted.values() for p in positions})
+        raise RuntimeError(
+            f"{type(model).__name__} ended its forward pass without these layers: {names}. Were its"
+            " modules replaced after loading?"
+        )
+    return torch.cat(columns, dim=1)
 
 
-def _attach(tap: Tap, read: Any, thread: int) -> Any:
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        if threading.get_ident() == thread:
-            read(tap, args[0] if args else kwargs["hidden_states"])
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        if threading.get_ident() == thread:
-            read(tap, output[0])
-
-    if tap.output:
-        return tap.module.register_forward_hook(after)
-    return tap.module.register_forward_pre_hook(before, with_kwargs=True)
+def _pool(activations: Tensor, mask: Tensor, segment: Segment) -> Tensor:
+    pooled = POOLINGS[segment.pooling](activations, mask)  # (n_texts, n_neurons)
+    if segment.neurons is None:
+        return pooled
+    return pooled[:, _on_device(segment.neurons, pooled.device)]
 
 
-def _align(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move every text's tokens to the left edge, so that positions start at the first of them."""
-    order = (~mask).int().argsort(dim=1, stable=True)  # real tokens first, in their own order
-    return ids.gather(1, order), mask.gather(1, order)
+@lru_cache(maxsize=256)  # a pruned pipeline asks for the same neurons in every batch
+def _on_device(neurons: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(neurons, device=device)
 
 
-def _arguments(base: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
-    if base.config.is_encoder_decoder:
-        # Teacher forcing, as in training: the decoder sees token i when it is to tell token i + 1.
-        start = torch.full_like(ids[:, :1], _start_token(base.config))
-        arguments["decoder_input_ids"] = torch.cat([start, ids[:, :-1]], dim=1)
-    accepted = inspect.signature(base.forward).parameters
-    return arguments | {name: value for name, value in _QUIET.items() if name in accepted}
+def _pad_right(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move each text's tokens to the left, and the padding behind them.
+
+    Models count positions from the left edge, and causal ones never look to the right: so padding
+    on the right is the one that changes nothing, in every architecture.
+    """
+    padding = (inputs["attention_mask"] == 0).byte()
+    order = padding.argsort(dim=1, stable=True)  # real tokens first, in their own order
+    return {name: values.gather(1, order) for name, values in inputs.items()}
 
 
-def _start_token(config: Any) -> int:
-    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-        token = getattr(config, name, None)
-        if token is not None:
-            return token
-    raise ValueError("The decoder's first token is not known: set config.decoder_start_token_id.")
+def _arguments(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    accepted = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {k: v for k, v in inputs.items() if k in accepted}
+    if is_encoder_decoder(model):
+        arguments["decoder_input_ids"] = _shift_right(inputs["input_ids"], model.config)
+    # A pass gathers nothing else, whatever the configuration says. XLNet's cache is use_mems.
+    for switch in ("use_cache", "use_mems", "output_hidden_states", "output_attentions"):
+        if switch in accepted or ("kwargs" in accepted and getattr(model.config, switch, False)):
+            arguments[switch] = False
+    return arguments
+
+
+def _shift_right(ids: Tensor, config: Any) -> Tensor:
+    """Give a decoder the text that its encoder reads, as in training (teacher forcing).
+
+    A decoder is trained on the text that it is to produce, moved right by one token: at each
+    position it sees what comes before. The text is as long as it was, so its mask still fits.
+    """
+    # generate looks for the first token in this order; T5, which has no other, starts with padding.
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    start = next((t for n in names if (t := getattr(config, n, None)) is not None), None)
+    if start is None:
+        raise ValueError(
+            "The model's configuration has no token for its decoder to start with. Set"
+            " config.decoder_start_token_id."
+        )
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
+_evaluations: WeakKeyDictionary[nn.Module, _Evaluation] = WeakKeyDictionary()
+_evaluations_lock = threading.Lock()
+
+
+@dataclass
+class _Evaluation:
+    """How many passes are using a model in evaluation mode, and what was in training before."""
+
+    training: list[nn.Module]
+    n_passes: int = 0
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout; the last thread to leave gives each module its own mode back."""
+    with _evaluations_lock:
+        evaluation = _evaluations.get(model)
+        if evaluation is None:
+            training = [module for module in model.modules() if module.training]
+            evaluation = _evaluations[model] = _Evaluation(training)
+            model.eval()
+        evaluation.n_passes += 1
+    try:
+        yield
+    finally:
+        with _evaluations_lock:
+            evaluation.n_passes -= 1
+            if not evaluation.n_passes:
+                del _evaluations[model]
+                for module in evaluation.training:
+                    module.training = True
