@@ -268,7 +268,7 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
 
     def _resolve_C(self) -> tuple[float, ...]:
         values = [self.C] if isinstance(self.C, Real) else list(self.C)
-        if not values or not all(isinstance(C, Real) and 0 < C < np.inf for C in values):
+        if not values or not all(isinstance(C, Real) and 0 < float(C) < np.inf for C in values):
             raise ValueError(f"C={self.C!r} must be a positive number or a sequence of them.")
         return tuple(sorted({float(C) for C in values}))
 
@@ -351,11 +351,12 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
                 stacklevel=4,
             )
         if isinstance(self.layer_sizes, Integral):
-            return Layout.from_sizes([self.layer_sizes] * max(1, n_features // self.layer_sizes))
+            size = int(self.layer_sizes)
+            return Layout.from_sizes([size] * max(1, n_features // size))
         if self.layer_sizes is None or isinstance(self.layer_sizes, str):
             return Layout.from_sizes([n_features])
         sizes = list(self.layer_sizes)
-        if not all(isinstance(size, Integral) and size > 0 for size in sizes):
+        if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
             raise ValueError(
                 f"layer_sizes={self.layer_sizes!r} must hold one positive int per layer, the "
                 "number of its columns."
