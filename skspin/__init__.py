@@ -2,6 +2,7 @@
 
 from skspin._display import LayerSalienceDisplay, SparsityPathDisplay
 from skspin._pipeline import make_spin_pipeline
+from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
 from skspin._transformer import LLMActivationTransformer, ModelMismatchError
 
@@ -12,5 +13,6 @@ __all__ = [
     "SalientNeuronSelector",
     "SparsityPathDisplay",
     "make_spin_pipeline",
+    "prune",
 ]
 __version__ = "0.1.0.dev0"

@@ -296,6 +296,21 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
             support[columns] = keep(self.salience_[columns], sparsity)
         return support
 
+    def _restrict_to(self, columns: np.ndarray) -> SalientNeuronSelector:
+        """Copy this selector for an input that has only some columns, all of which it selects."""
+        narrowed = object.__new__(type(self))
+        narrowed.__dict__.update(vars(self))
+        for name in ("salience_", "support_", "coef_", "feature_names_in_"):
+            if hasattr(self, name):
+                setattr(narrowed, name, getattr(self, name)[..., columns])
+        ends = np.cumsum([0, *columns])
+        narrowed.layer_columns_ = [
+            slice(int(ends[layer.start]), int(ends[layer.stop])) for layer in self.layer_columns_
+        ]
+        narrowed.n_selected_ = np.array([columns[layer].sum() for layer in self.layer_columns_])
+        narrowed.n_features_in_ = int(columns.sum())
+        return narrowed
+
     def _warn_of_gaps(self) -> None:
         behind = [
             f"{name} ({gap:.1e})"

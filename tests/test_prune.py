@@ -1,0 +1,294 @@
+"""Pruning leaves predictions as they are and everything that is not used out."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.compose import ColumnTransformer
+from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_selection import SelectFromModel
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
+from sklearn.preprocessing import (
+    MaxAbsScaler,
+    MinMaxScaler,
+    Normalizer,
+    QuantileTransformer,
+    RobustScaler,
+    StandardScaler,
+)
+from sklearn.svm import LinearSVC
+from transformers import AutoModel, AutoTokenizer
+from transformers.models.bert.modeling_bert import BertLayer
+
+from skspin import LLMActivationTransformer, SalientNeuronSelector, make_spin_pipeline, prune
+from skspin.datasets import demo_model, load_docstrings
+
+
+@pytest.fixture(scope="module")
+def docstrings():
+    bunch = load_docstrings(n_per_class=30)
+    three = bunch.target < 3
+    texts = [text for text, keep in zip(bunch.data, three, strict=True) if keep]
+    return train_test_split(texts, bunch.target[three], test_size=0.3, random_state=0)
+
+
+def activations(**params):
+    params = {
+        "site": ("hidden", "mlp"),
+        "pooling": ("mean", "max"),
+        "layers": [0, 1, 2, 6],
+    } | params
+    return LLMActivationTransformer(demo_model(), dtype="float32", **params)
+
+
+def select(**params):
+    return SalientNeuronSelector(
+        **({"C": 0.3, "sparsity": 0.6, "max_layer": 2, "tol": 1e-2} | params)
+    )
+
+
+def sparse_head(C=0.05):
+    return LinearSVC(penalty="l1", C=C, random_state=0)
+
+
+def spin(*between, head=None):
+    return make_pipeline(
+        activations(),
+        select(),
+        *between,
+        LogisticRegression(max_iter=1000) if head is None else head,
+    )
+
+
+def assert_same_predictions(pruned, whole, texts):
+    np.testing.assert_array_equal(pruned.predict(texts), whole.predict(texts))
+    for method in ("decision_function", "predict_proba"):
+        if hasattr(whole, method):
+            np.testing.assert_allclose(
+                getattr(pruned, method)(texts), getattr(whole, method)(texts), rtol=1e-5, atol=1e-5
+            )
+
+
+def without_store(pipeline):
+    """Make every prediction a pass through the model."""
+    return pipeline.set_params(llmactivationtransformer__cache=None)
+
+
+def test_predictions_stay_the_same(docstrings):
+    train, test, y_train, _ = docstrings
+    whole = spin(StandardScaler()).fit(train, y_train)
+    pruned = prune(whole)
+    assert_same_predictions(pruned, whole, test)
+    assert_same_predictions(without_store(pruned), without_store(whole), test)
+
+
+def test_only_what_the_selector_kept_is_computed(docstrings):
+    train, _, y_train, _ = docstrings
+    whole = spin().fit(train, y_train)
+    pruned = prune(whole)
+    support = whole["salientneuronselector"].get_support()
+    names = whole[0].get_feature_names_out()[support]
+    assert pruned[0].get_feature_names_out().tolist() == names.tolist()
+    assert pruned[0].layout_.segments[-1].layer <= 2
+    assert pruned[1].get_support().all()
+    assert pruned[1].n_selected_.tolist() == whole[1].n_selected_.tolist()
+
+
+def test_the_model_stops_after_the_deepest_layer_in_use(docstrings, monkeypatch):
+    train, test, y_train, _ = docstrings
+    pruned = without_store(prune(spin().fit(train, y_train)))
+    ran, forward = set(), BertLayer.forward
+
+    def counted(block, *args, **kwargs):
+        ran.add(id(block))
+        return forward(block, *args, **kwargs)
+
+    monkeypatch.setattr(BertLayer, "forward", counted)
+    pruned.predict(test[:3])
+    assert len(ran) == pruned[0].layout_.segments[-1].layer < pruned[0].n_layers_
+
+
+def test_the_fitted_pipeline_stays_as_it_was(docstrings):
+    train, test, y_train, _ = docstrings
+    whole = spin(StandardScaler(), head=sparse_head()).fit(train, y_train)
+    before, n_columns = whole.decision_function(test), whole[0].layout_.n_columns
+    pruned = prune(whole)
+    assert whole[0].layout_.n_columns == n_columns
+    np.testing.assert_array_equal(whole.decision_function(test), before)
+    pruned.fit(train, y_train)  # a refit starts from all layers, and leaves the other alone
+    np.testing.assert_allclose(pruned.decision_function(test), before, atol=1e-6)
+    np.testing.assert_array_equal(whole.decision_function(test), before)
+
+
+@pytest.mark.parametrize(
+    "scaler",
+    [
+        StandardScaler(with_mean=False),
+        MinMaxScaler(),
+        MaxAbsScaler(),
+        RobustScaler(with_centering=False),
+        QuantileTransformer(n_quantiles=10),
+        "passthrough",
+    ],
+    ids=str,
+)
+def test_columns_without_weight_are_pruned_through_scalers(scaler, docstrings):
+    train, test, y_train, _ = docstrings
+    whole = spin(scaler, head=OneVsRestClassifier(sparse_head())).fit(train, y_train)
+    pruned = prune(whole)
+    used = np.any([part.coef_[0] != 0 for part in whole[-1].estimators_], axis=0)
+    assert used.sum() < used.size
+    assert pruned[0].layout_.n_columns == used.sum() == pruned[-1].n_features_in_
+    assert_same_predictions(pruned, whole, test)
+
+
+@pytest.mark.parametrize("between", [PCA(5), Normalizer()], ids=str)
+def test_a_step_that_mixes_columns_stays_whole(between, docstrings):
+    train, test, y_train, _ = docstrings
+    head = OneVsRestClassifier(sparse_head())
+    whole = spin(StandardScaler(), between, head=head).fit(train, y_train)
+    pruned = prune(whole)
+    assert pruned[0].layout_.n_columns == whole[1].n_selected_.sum()
+    assert_same_predictions(pruned, whole, test)
+
+
+def test_a_head_that_is_not_linear_keeps_the_selection(docstrings):
+    train, test, y_train, _ = docstrings
+    head = MLPClassifier((5,), max_iter=5, random_state=0)
+    with pytest.warns(match="iterations"):
+        whole = spin(StandardScaler(), head=head).fit(train, y_train)
+    assert_same_predictions(prune(whole), whole, test)
+
+
+def test_a_head_without_any_weight_keeps_one_column(docstrings):
+    train, test, y_train, _ = docstrings
+    whole = spin(head=OneVsRestClassifier(sparse_head(C=1e-9))).fit(train, y_train)
+    pruned = prune(whole)
+    assert pruned[0].layout_.n_columns == 1
+    assert_same_predictions(pruned, whole, test)
+
+
+def test_sparse_weights_are_pruned_too(docstrings):
+    train, test, y_train, _ = docstrings
+    whole = spin(head=sparse_head()).fit(train, y_train)
+    whole[-1].sparsify()
+    pruned = prune(whole)
+    assert pruned[0].layout_.n_columns < whole[1].n_selected_.sum()
+    assert_same_predictions(pruned, whole, test)
+
+
+def test_inside_a_column_transformer(docstrings):
+    train, test, y_train, _ = docstrings
+    frames = [
+        pd.DataFrame({"text": texts, "length": [len(t) for t in texts], "one": 1.0})
+        for texts in (train, test)
+    ]
+    parts = ColumnTransformer(
+        [
+            ("length", StandardScaler(), ["length", "one"]),
+            ("text", make_pipeline(activations(), select(), StandardScaler()), "text"),
+            ("words", TfidfVectorizer(max_features=20), "text"),
+        ],
+        sparse_threshold=0,
+    )
+    for head in (LogisticRegression(max_iter=1000), OneVsRestClassifier(sparse_head())):
+        whole = make_pipeline(parts, head).fit(frames[0], y_train)
+        pruned = prune(whole)
+        assert_same_predictions(pruned, whole, frames[1])
+        layout = pruned[0].named_transformers_["text"][0].layout_
+        assert layout.n_columns <= whole[0].named_transformers_["text"][1].n_selected_.sum()
+        names = whole[0].get_feature_names_out()
+        assert set(pruned[0].get_feature_names_out()) <= set(names)
+
+
+def test_inside_a_feature_union(docstrings):
+    train, test, y_train, _ = docstrings
+    union = FeatureUnion(
+        [("spin", make_pipeline(activations(), select())), ("words", TfidfVectorizer())]
+    )
+    for head in (LogisticRegression(max_iter=1000), sparse_head()):
+        whole = make_pipeline(union, head).fit(train, y_train)
+        pruned = prune(whole)
+        assert_same_predictions(pruned, whole, test)
+        assert pruned[0].transformer_list[0][1][0].layout_.n_columns < 2000
+
+
+def test_frames_keep_their_names(docstrings):
+    train, test, y_train, _ = docstrings
+    whole = spin(StandardScaler(), head=OneVsRestClassifier(sparse_head()))
+    whole.set_output(transform="pandas").fit(train, y_train)
+    pruned = prune(whole)
+    frame = pruned[:-1].transform(test)
+    pd.testing.assert_frame_equal(frame, whole[:-1].transform(test)[frame.columns])
+    assert_same_predictions(pruned, whole, test)
+
+
+def test_other_selectors_become_passthrough(docstrings):
+    train, test, y_train, _ = docstrings
+    choose = SelectFromModel(sparse_head())
+    whole = make_pipeline(activations(layers=2), choose, LogisticRegression(max_iter=1000))
+    whole.fit(train, y_train)
+    pruned = prune(whole)
+    assert pruned[1] == "passthrough"
+    assert pruned[0].layout_.n_columns == choose.get_support().sum()
+    assert_same_predictions(pruned, whole, test)
+
+
+def test_a_scaler_before_the_selector_is_narrowed(docstrings):
+    train, test, y_train, _ = docstrings
+    choose = select(layer_sizes=None, max_layer=None)
+    whole = make_pipeline(activations(layers=2), StandardScaler(), choose, LogisticRegression())
+    whole.fit(train, y_train)
+    pruned = prune(whole)
+    assert pruned[1].mean_.size == pruned[0].layout_.n_columns == whole[2].n_selected_.sum()
+    assert_same_predictions(pruned, whole, test)
+
+
+def test_pruning_twice_changes_nothing(docstrings):
+    train, test, y_train, _ = docstrings
+    once = prune(spin(PCA(5), head=sparse_head()).fit(train, y_train))
+    assert prune(once)[0].layout_ == once[0].layout_
+    assert_same_predictions(prune(once), once, test)
+
+
+def test_the_best_of_a_search_is_pruned_and_the_search_is_refused(docstrings):
+    train, test, y_train, _ = docstrings
+    grid = {"salientneuronselector__sparsity": [0.4, 0.8]}
+    search = GridSearchCV(spin(), grid, cv=2).fit(train, y_train)
+    assert_same_predictions(prune(search.best_estimator_), search, test)
+    with pytest.raises(TypeError, match="GridSearchCV.*Pass its best_estimator_"):
+        prune(search)
+
+
+def test_what_can_not_be_pruned_is_refused_with_the_reason(docstrings):
+    train, _, y_train, _ = docstrings
+    with pytest.raises(NotFittedError):
+        prune(make_spin_pipeline(demo_model()))
+    with pytest.raises(ValueError, match="None of the steps.*is an LLMActivationTransformer"):
+        prune(make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(train, y_train))
+    dense = make_pipeline(activations(layers=1, site="hidden"), LogisticRegression(max_iter=1000))
+    with pytest.raises(ValueError, match="LogisticRegression needs all.*SalientNeuronSelector"):
+        prune(dense.fit(train, y_train))
+    mixed = make_pipeline(
+        activations(layers=1), PCA(10), select(layer_sizes=None), LogisticRegression()
+    )
+    with pytest.raises(ValueError, match="because PCA needs all of them"):
+        prune(mixed.fit(train, y_train))
+
+
+def test_a_model_in_memory_is_shared(docstrings):
+    train, test, y_train, _ = docstrings
+    model = AutoModel.from_pretrained(demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    transformer = LLMActivationTransformer(model, tokenizer=tokenizer, layers=[1, 2])
+    whole = Pipeline(
+        [("activations", transformer), ("select", select()), ("classify", LogisticRegression())]
+    ).fit(train, y_train)
+    pruned = prune(whole)
+    assert pruned["activations"].model is model
+    assert_same_predictions(pruned, whole, test)
