@@ -11,17 +11,17 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from tqdm.auto import tqdm
 
 from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layout import LayerColumns, Layout, layout_of
+from skspin._progress import follow_layers
 from skspin._salience import CRITERIA, SALIENCES
-from skspin._sklearn import Interval, StrOptions, _fit_context
+from skspin._sklearn import CallbackSupportMixin, Interval, StrOptions, _fit_context
 from skspin._targets import Targets, encode_targets, validation_rows
 
 
-class SalientNeuronSelector(SelectorMixin, BaseEstimator):
+class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, BaseEstimator):
     """Select the neurons that sparse linear probes rely on, layer by layer.
 
     One L1-regularised logistic regression, the probe, is fitted to each layer's activations. A
@@ -228,7 +228,7 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
             rows = np.flatnonzero(sample_weight)  # a text that weighs nothing is no text
             y, sample_weight = y[rows], sample_weight[rows]
         targets = encode_targets(y, sample_weight, self.class_weight)
-        probes = self._fit_probes(X, rows, targets, layers)
+        probes = self._fit_probes(X, y, rows, targets, layers)
 
         self.classes_ = targets.classes
         self.layer_names_ = [layer.name for layer in layers]
@@ -247,6 +247,7 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
     def _fit_probes(
         self,
         X: np.ndarray,
+        y: np.ndarray,
         rows: slice | np.ndarray,
         targets: Targets,
         layers: list[LayerColumns],
@@ -260,7 +261,7 @@ class SalientNeuronSelector(SelectorMixin, BaseEstimator):
         validation = validation_rows(targets.strata, self.validation_fraction, random_state)
         fit = fit_layer_probe if self.cache is None else recall_or_fit_layer_probe
         probes = []
-        for layer in tqdm(layers, desc="probes", unit="layer", disable=not self.verbose):
+        for layer in follow_layers(layers, self, X, y, self.verbose):
             # One layer at a time: this copy is all that is held beside X.
             block = np.ascontiguousarray(X[rows, layer.columns], dtype=np.float32)
             probes.append(fit(block, targets, validation, settings))

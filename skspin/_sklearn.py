@@ -7,11 +7,19 @@ where such a move is mended.
 from sklearn.base import _fit_context
 from sklearn.linear_model._base import LinearClassifierMixin
 from sklearn.utils import _safe_indexing
-from sklearn.utils._param_validation import HasMethods, Hidden, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+
+try:
+    from sklearn.callback import CallbackSupportMixin
+except ImportError:
+
+    class CallbackSupportMixin:  # type: ignore[no-redef]
+        """Before scikit-learn 1.9 there was nobody to call back."""
+
 
 __all__ = [
+    "CallbackSupportMixin",
     "HasMethods",
-    "Hidden",
     "Interval",
     "LinearClassifierMixin",
     "StrOptions",

@@ -1,0 +1,57 @@
+"""Whoever wants to know how far a fit has come is told."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import Pipeline
+
+from skspin import SalientNeuronSelector
+
+X = np.random.default_rng(0).normal(size=(60, 12))
+Y = (X[:, 0] > 0).astype(int)
+SELECTOR = {"layer_sizes": 4, "cache": None}
+
+
+class Diary:
+    """A callback that writes down which tasks began and ended."""
+
+    max_propagation_depth = None
+
+    def __init__(self):
+        self.began, self.ended = [], []
+
+    def setup(self, estimator, context): ...
+
+    def teardown(self, estimator, context): ...
+
+    def on_fit_task_begin(self, estimator, context):
+        self.began.append(context.task_name)
+
+    def on_fit_task_end(self, estimator, context):
+        self.ended.append(context.task_name)
+
+
+def test_callbacks_hear_of_every_layer():
+    pytest.importorskip("sklearn.callback")
+    diary = Diary()
+    SalientNeuronSelector(**SELECTOR).set_callbacks(diary).fit(X, Y)
+    layers = ["layer0_input", "layer1_input", "layer2_input"]
+    assert diary.began == ["fit", *layers]
+    assert diary.ended == [*layers, "fit"]
+
+
+def test_callbacks_of_a_search_hear_of_the_selectors_layers():
+    pytest.importorskip("sklearn.callback")
+    diary = Diary()
+    steps = [("select", SalientNeuronSelector(**SELECTOR)), ("classify", LogisticRegression())]
+    search = GridSearchCV(Pipeline(steps), {"select__sparsity": [0.1, 0.5]}, cv=2)
+    search.set_callbacks(diary).fit(X, Y)
+    assert diary.ended.count("layer0_input") == 2 * 2 + 1
+
+
+def test_a_bar_is_shown_when_asked_for(capfd):
+    SalientNeuronSelector(**SELECTOR).fit(X, Y)
+    assert capfd.readouterr() == ("", "")
+    SalientNeuronSelector(**SELECTOR, verbose=1).fit(X, Y)
+    assert "3/3" in capfd.readouterr().err
