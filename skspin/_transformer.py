@@ -255,7 +255,8 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         NotFittedError
             If ``fit`` was not called.
         TypeError, ValueError
-            If ``X`` is no container of texts, or an activation is not finite (float16 can overflow).
+            If ``X`` is no container of texts, or an activation is not finite, as float16 can
+            overflow.
         ModelMismatchError
             If the model's weights or tokenizer have changed since ``fit``.
         """

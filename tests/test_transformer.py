@@ -5,11 +5,9 @@ import subprocess
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
 from skspin import LLMActivationTransformer, ModelMismatchError
@@ -101,15 +99,6 @@ def test_layers_count_from_either_end(layers, found):
     assert fitted.n_layers_ == 6
 
 
-def test_order_and_company_of_texts_do_not_matter():
-    X = transformer().fit_transform(TEXTS)
-    order = [5, 2, 0, 3, 1, 4]
-    np.testing.assert_allclose(
-        transformer().fit_transform([TEXTS[i] for i in order]), X[order], atol=1e-5
-    )
-    np.testing.assert_allclose(transformer().fit_transform(TEXTS[3:4]), X[3:4], atol=1e-5)
-
-
 def test_equal_texts_have_equal_rows():
     X = transformer().fit_transform(TEXTS)
     np.testing.assert_array_equal(X[0], X[4])
@@ -175,28 +164,6 @@ def test_the_same_weights_serve_all_instances():
     assert first.model is load_backbone(other._source(), None, "float32").model
 
 
-def test_no_work_happens_before_fit():
-    absent = LLMActivationTransformer("no/such-model", site=7, layers="x")
-    assert clone(absent).get_params() == absent.get_params()
-    with pytest.raises(NotFittedError):
-        absent.transform(TEXTS)
-    with pytest.raises(NotFittedError):
-        absent.get_feature_names_out()
-
-
-def test_parameters_make_the_round_trip():
-    params = transformer(site="mlp", prompt="{text}!").get_params()
-    assert LLMActivationTransformer(**params).get_params() == params
-    assert LLMActivationTransformer().set_params(**params).get_params() == params
-
-
-def test_fitting_twice_is_fitting_once():
-    once = transformer().fit(TEXTS)
-    before = {**vars(once)}
-    again = once.fit(TEXTS)
-    assert vars(again) == before
-
-
 def test_another_model_after_set_params_is_really_another(tiny_bert):
     changed = transformer().fit(TEXTS)
     changed.set_params(**tiny_bert)
@@ -240,17 +207,6 @@ def test_a_model_in_memory_stays_out_of_the_pickle(tiny_bert):
     np.testing.assert_allclose(X, fitted.transform(TEXTS), atol=1e-6)
 
 
-def test_a_pickle_holds_no_weights_before_and_after_fit():
-    fresh = transformer()
-    fitted = clone(fresh).fit(TEXTS)
-    expected = fitted.transform(TEXTS)
-    for estimator in (fresh, fitted):
-        pickled = pickle.dumps(estimator)
-        assert len(pickled) < 10_000
-        loaded = pickle.loads(pickled)
-        np.testing.assert_array_equal(loaded.fit(TEXTS).transform(TEXTS), expected)
-
-
 def test_a_decoder_without_padding_token_is_handled(tmp_path):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
@@ -263,16 +219,6 @@ def test_a_decoder_without_padding_token_is_handled(tmp_path):
         states = model(tokens["input_ids"], output_hidden_states=True).hidden_states
     expected = np.concatenate([state[0, -1].numpy() for state in states])
     np.testing.assert_allclose(X[1], expected, atol=1e-5)
-
-
-def test_frames_in_and_out():
-    frame = pd.DataFrame({"text": TEXTS}, index=list("abcdef"))
-    out = transformer(layers=2).set_output(transform="pandas").fit_transform(frame)
-    assert out.index.tolist() == list("abcdef")
-    assert out.columns[3] == "layer2_hidden_mean_3"
-    np.testing.assert_allclose(
-        out.to_numpy(), transformer(layers=2).fit_transform(frame["text"]), atol=1e-6
-    )
 
 
 @pytest.mark.parametrize(
