@@ -13,9 +13,9 @@ from skspin._transformer import LLMActivationTransformer
 def make_spin_pipeline(
     model="distilbert/distilbert-base-uncased",
     *,
-    sparsity=0.4,
+    sparsity=0.1,
     head=None,
-    site=("hidden", "mlp"),
+    site="mlp",
     pooling=("mean", "max"),
     **transformer_params,
 ):
@@ -23,18 +23,19 @@ def make_spin_pipeline(
 
     The steps are ``activations`` (:class:`LLMActivationTransformer`), ``select``
     (:class:`SalientNeuronSelector`), ``scale`` (:class:`~sklearn.preprocessing.StandardScaler`) and
-    ``classify``.
+    ``classify``. The defaults are those that did best on the validation parts of SST-2 and TREC-6;
+    `sparsity` and the head's ``C`` are worth a search on other data.
 
     Parameters
     ----------
     model : str, path or PreTrainedModel, default="distilbert/distilbert-base-uncased"
         See :class:`LLMActivationTransformer`.
-    sparsity : float in [0, 1), default=0.4
+    sparsity : float in [0, 1), default=0.1
         See :class:`SalientNeuronSelector`; larger keeps fewer neurons.
     head : classifier or None, default=None
         The last step; None for a strongly regularised
-        :class:`~sklearn.linear_model.LogisticRegression`.
-    site : str or tuple of str, default=("hidden", "mlp")
+        :class:`~sklearn.linear_model.LogisticRegression` (``C=0.002``).
+    site : str or tuple of str, default="mlp"
         See :class:`LLMActivationTransformer`.
     pooling : str or tuple of str, default=("mean", "max")
         See :class:`LLMActivationTransformer`.
@@ -67,6 +68,6 @@ def make_spin_pipeline(
             ("activations", transformer),
             ("select", SalientNeuronSelector(sparsity)),
             ("scale", StandardScaler()),
-            ("classify", LogisticRegression(C=0.01, max_iter=1000) if head is None else head),
+            ("classify", LogisticRegression(C=0.002, max_iter=1000) if head is None else head),
         ]
     )

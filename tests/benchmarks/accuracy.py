@@ -64,8 +64,7 @@ def methods(model):
     spin = make_spin_pipeline(model, site=("hidden", "mlp"), pooling=("mean", "max"))
     grid = {
         "select__sparsity": [0.05, 0.1, 0.2, 0.4],
-        "select__C": [0.1, 0.3],
-        "classify__C": [1e-4, 3e-4, 1e-3, 3e-3, 0.01],
+        "classify__C": [3e-4, 1e-3, 3e-3, 0.01, 0.03],
     }
     yield "SPIN, hidden states and mlp neurons", spin, grid
 
