@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -48,6 +50,27 @@ class DetachedModel:
         return f"<{self.name} left out of the pickle>"
 
 
+@dataclass
+class _Truncation:
+    """How many texts went through the model, and how many of them were cut off."""
+
+    n_texts: int = 0
+    n_truncated: int = 0
+
+    def add(self, positions: np.ndarray) -> None:
+        self.n_truncated += len(positions)
+
+    def warn(self, max_length: int) -> None:
+        """Warn once, however many workers and batches there were."""
+        if self.n_truncated:
+            warnings.warn(
+                f"{self.n_truncated} of {self.n_texts} texts are longer than max_length="
+                f"{max_length} tokens, or than the model has positions, and were truncated.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
 class LLMActivationTransformer(TransformerMixin, BaseEstimator):
     """Turn texts into the inner activations of a frozen language model.
 
@@ -85,8 +108,9 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
     max_length : int, default=512
         The most tokens per text, special tokens included; what is beyond is cut off, with a
         warning. A model that has fewer positions cuts there.
-    device : str or None, default=None
-        Torch device; None takes a GPU where there is one.
+    device : str, sequence of str or None, default=None
+        Torch device; None takes a GPU where there is one. Several, e.g. ``["cuda:0", "cuda:1"]``,
+        share the work: each holds a copy of the model and is kept busy by a thread.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
         The model's number format. "auto" is bfloat16 where the device multiplies it natively (CUDA
         compute capability 8 and up, CPUs with AMX), float32 elsewhere, and for a loaded model its
@@ -97,7 +121,11 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         Where activations are kept so that no text goes through the model twice: in this process, in
         a folder that processes share, or nowhere.
     n_jobs : int or None, default=None
-        Number of processes that share the work on CPUs.
+        Number of workers that share the work, each with a copy of the model: processes on CPUs, or
+        whatever ``joblib.parallel_config`` sets, e.g. a Dask cluster. None is 1 outside of such a
+        context. Only the calling process uses ``cache``, and the output is the same. Leave it alone
+        in a search that has processes of its own: transform the texts once with ``cache`` set to a
+        folder, and then no process of the search loads the model.
     verbose : int, default=0
         1 shows a progress bar.
     trust_remote_code : bool, default=False
@@ -148,7 +176,7 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         "stack": [StrOptions(set(_STACKS)), tuple, list],
         "prompt": [str, None],
         "max_length": [Interval(Integral, 1, None, closed="left")],
-        "device": [str, None],
+        "device": [str, list, tuple, None],
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
         "batch_tokens": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "cache": [str, os.PathLike, None],
@@ -264,13 +292,16 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
         texts = check_texts(X)
         source = self._source()
         self._refuse_other_weights(source)
+        dtype = self._dtype(source)
+        truncation = _Truncation()
         values = recall_or_compute(
             texts,
             self.layout_,
-            context=self._context(source),
+            context=self._context(dtype),
             store=open_store(self.cache),
-            extract=partial(self._extract, source),
+            extract=partial(self._extract, source, dtype, truncation),
         )
+        truncation.warn(self.max_length)
         return ActivationArray(values, self.layout_)
 
     def get_feature_names_out(self, input_features=None):
@@ -332,31 +363,53 @@ class LLMActivationTransformer(TransformerMixin, BaseEstimator):
                 "fitted with (pin `revision` for a hub model), or fit again."
             )
 
-    def _context(self, source) -> str:
-        """Digest everything but text, layer, site and pooling that decides a number."""
+    def _dtype(self, source) -> str:
+        """Resolve the number format, which several devices must agree on."""
         from skspin._extraction.device import resolve_device, resolve_dtype
 
         if source.in_memory and self.dtype == "auto":
-            dtype = str(source.model.dtype)
-        else:
-            dtype = resolve_dtype(self.dtype, resolve_device(self.device))
-        parts = [self.model_fingerprint_, self.prompt, int(self.max_length), str(dtype)]
+            return str(source.model.dtype).removeprefix("torch.")
+        devices = self.device if isinstance(self.device, list | tuple) else [self.device]
+        dtypes = {resolve_dtype(self.dtype, resolve_device(device)) for device in devices}
+        if len(dtypes) != 1:
+            raise ValueError(
+                f"device={self.device!r} must name devices with one dtype in common, but "
+                f"dtype={self.dtype!r} means {sorted(dtypes)} on them. Set dtype='float32'."
+            )
+        return dtypes.pop()
+
+    def _context(self, dtype: str) -> str:
+        """Digest everything but text, layer, site and pooling that decides a number."""
+        parts = [self.model_fingerprint_, self.prompt, int(self.max_length), dtype]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def _extract(
-        self, source, texts: list[str], segments: Sequence[Segment]
+        self,
+        source,
+        dtype: str,
+        truncation: _Truncation,
+        texts: Sequence[str],
+        segments: Sequence[Segment],
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        from skspin._extraction.backbone import load_backbone
-        from skspin._extraction.batching import extract
+        from skspin._extraction.parallel import Work, extract_in_parallel
 
-        return extract(
-            load_backbone(source, self.device, self.dtype),
-            texts,
-            segments,
+        truncation.n_texts += len(texts)
+        work = Work(
+            source,
+            self.model_fingerprint_,
+            dtype,
+            tuple(segments),
             prompt=self.prompt,
             max_length=self.max_length,
             batch_tokens=self.batch_tokens,
+        )
+        return extract_in_parallel(
+            work,
+            texts,
+            device=self.device,
+            n_jobs=self.n_jobs,
             verbose=self.verbose,
+            on_truncated=truncation.add,
         )
 
     def _check_prompt(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ def extract(
     max_length: int = 512,
     batch_tokens: int | str = "auto",
     verbose: int = 0,
+    on_truncated: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Run texts through a model and read their pooled activations.
 
@@ -50,6 +51,8 @@ def extract(
         Tokens that go through the model together, padding included.
     verbose : int, default=0
         1 shows a progress bar.
+    on_truncated : callable or None, default=None
+        Gets the positions of texts that were truncated, instead of a warning that counts them.
 
     Yields
     ------
@@ -64,21 +67,19 @@ def extract(
     for i, text in enumerate(texts):
         places.setdefault(text, []).append(i)
     distinct = list(places)
-    n_truncated = 0
+    truncated: list[int] = []
     n_tokens = 0
     with tqdm(total=len(texts), unit=" texts", disable=not verbose) as bar:
         for start in range(0, len(distinct), _WINDOW):
             window = distinct[start : start + _WINDOW]
             rows, n_cut = encoder.encode(window)
-            n_truncated += (
-                sum(
-                    len(places[t])
-                    for t, r in zip(window, rows, strict=True)
-                    if len(r) >= max_length
-                )
-                if n_cut
-                else 0
-            )
+            if n_cut:
+                truncated += [
+                    position
+                    for text, row in zip(window, rows, strict=True)
+                    if len(row) >= max_length
+                    for position in places[text]
+                ]
             lengths = np.array([len(row) for row in rows])
             order = np.argsort(-lengths, kind="stable")
             todo = _batches(order, lengths, _budget(backbone, batch_tokens))[::-1]
@@ -116,10 +117,12 @@ def extract(
                     f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s"
                 )
                 yield positions, np.repeat(activations, repeats, axis=0)
-    if n_truncated:
+    if truncated and on_truncated is not None:
+        on_truncated(np.array(truncated))
+    elif truncated:
         warnings.warn(
-            f"{n_truncated} of {len(texts)} texts are longer than max_length={max_length} tokens "
-            "and were truncated.",
+            f"{len(truncated)} of {len(texts)} texts are longer than max_length={max_length} "
+            "tokens and were truncated.",
             UserWarning,
             stacklevel=3,
         )
