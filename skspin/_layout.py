@@ -200,8 +200,7 @@ class ActivationArray(np.ndarray):
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         """Return plain arrays and scalars from arithmetic."""
-        plain = np.asarray(array)
-        return plain[()] if return_scalar else plain
+        return np.asarray(array)[()]  # a scalar where there is no dimension left
 
     def __getitem__(self, key: Any) -> Any:
         """Index as NumPy does; the layout stays where only rows were chosen."""

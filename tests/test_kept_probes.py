@@ -78,7 +78,7 @@ def test_the_least_recently_used_is_forgotten_first(fits, monkeypatch):
 
 
 def test_a_search_over_sparsity_solves_six_probes_not_fifty_one(fits):
-    pipeline = make_pipeline(SalientNeuronSelector(layer_sizes=None), LogisticRegression())
+    pipeline = make_pipeline(SalientNeuronSelector(layer_sizes=None, C=1.0), LogisticRegression())
     sparsities = np.linspace(0, 0.9, 10)
     grid = {"salientneuronselector__sparsity": sparsities}
     GridSearchCV(pipeline, grid, cv=5).fit(BLOCK, Y)
