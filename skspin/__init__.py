@@ -1,6 +1,7 @@
 """Classify text with the inner neurons of a frozen language model, inside scikit-learn."""
 
 from skspin._display import LayerSalienceDisplay, SparsityPathDisplay
+from skspin._persistence import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline
 from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
@@ -12,6 +13,7 @@ __all__ = [
     "ModelMismatchError",
     "SalientNeuronSelector",
     "SparsityPathDisplay",
+    "TRUSTED_TYPES",
     "make_spin_pipeline",
     "prune",
 ]

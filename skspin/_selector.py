@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -15,13 +16,14 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layout import LayerColumns, Layout, layout_of
+from skspin._persistence import VersionedState
 from skspin._progress import follow_layers
 from skspin._salience import CRITERIA, SALIENCES
 from skspin._sklearn import CallbackSupportMixin, Interval, StrOptions, _fit_context
 from skspin._targets import Targets, encode_targets, validation_rows
 
 
-class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, BaseEstimator):
+class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState, BaseEstimator):
     """Select the neurons that sparse linear probes rely on, layer by layer.
 
     One L1-regularised logistic regression, the probe, is fitted to each layer's activations. A
@@ -330,6 +332,16 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, BaseEstimator):
         check_is_fitted(self, "support_")
         return self.support_
 
+    def __getstate__(self):
+        """Write of the probes' weights only those that are not zero."""
+        state = super().__getstate__()
+        return state | {name: _pack(state[name]) for name in _MOSTLY_ZERO if name in state}
+
+    def __setstate__(self, state):
+        """Read the probes' weights back into arrays."""
+        arrays = {name: _unpack(**state[name]) for name in _MOSTLY_ZERO if name in state}
+        super().__setstate__(state | arrays)
+
     def __sklearn_tags__(self):
         """Tell scikit-learn that labels are needed and may be several."""
         tags = super().__sklearn_tags__()
@@ -378,3 +390,19 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, BaseEstimator):
                 "number of its columns."
             )
         return Layout.from_sizes(sizes)
+
+
+# One weight per neuron of the model, and under an L1 penalty nearly all of them zero.
+_MOSTLY_ZERO = ("coef_", "salience_")
+
+
+def _pack(array: np.ndarray) -> dict[str, Any]:
+    """Write an array as the values that are not zero and their places."""
+    places = np.flatnonzero(array).astype(np.min_scalar_type(array.size))
+    return {"shape": array.shape, "places": places, "values": array.ravel()[places]}
+
+
+def _unpack(shape: tuple[int, ...], places: np.ndarray, values: np.ndarray) -> np.ndarray:
+    array = np.zeros(shape, dtype=values.dtype)
+    array.flat[places] = values
+    return array

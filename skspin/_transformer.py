@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skspin._layout import ActivationArray, Segment
 from skspin._model_shape import SITES, ModelShape
+from skspin._persistence import VersionedState
 from skspin._recall import recall_or_compute
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
 from skspin._store import open_store
@@ -71,7 +72,7 @@ class _Truncation:
             )
 
 
-class LLMActivationTransformer(TransformerMixin, BaseEstimator):
+class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
     """Turn texts into the inner activations of a frozen language model.
 
     Each text goes once through the model. Hidden states, feed-forward neurons and attention heads

@@ -1,0 +1,54 @@
+"""What a pickle remembers: the version that wrote it, and the types that skops may load."""
+
+from __future__ import annotations
+
+import warnings
+
+from sklearn.exceptions import InconsistentVersionWarning
+
+#: Types of skspin (and paths, which may name a model) in files that :func:`skops.io.dump` writes,
+#: to be passed as ``skops.io.load(file, trusted=skspin.TRUSTED_TYPES)``. None of them runs code
+#: when it is loaded.
+TRUSTED_TYPES = [
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "skspin._layout.Layout",
+    "skspin._layout.Segment",
+    "skspin._prune.KeptColumns",
+    "skspin._selector.SalientNeuronSelector",
+    "skspin._transformer.DetachedModel",
+    "skspin._transformer.LLMActivationTransformer",
+]
+
+
+class VersionedState:
+    """An estimator whose pickle says which version of skspin wrote it.
+
+    To be inherited from before BaseEstimator, which does the same for scikit-learn's estimators
+    and for no others.
+    """
+
+    def __getstate__(self):
+        """Add the version to the state."""
+        return super().__getstate__() | {"_skspin_version": _version()}  # type: ignore[operator]
+
+    def __setstate__(self, state):
+        """Warn, as scikit-learn does, if another version wrote the state."""
+        state = dict(state)
+        written = state.pop("_skspin_version", "unknown")
+        if written != _version():
+            warnings.warn(
+                InconsistentVersionWarning(
+                    estimator_name=type(self).__name__,
+                    current_sklearn_version=f"{_version()} of skspin",
+                    original_sklearn_version=f"{written} of skspin",
+                ),
+                stacklevel=2,
+            )
+        super().__setstate__(state)  # type: ignore[misc]
+
+
+def _version() -> str:
+    import skspin  # here, because skspin itself imports this
+
+    return skspin.__version__
