@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from skspin._probe_columns import Columns
+from skspin._probe_penalties import PENALTIES, Penalty
+from skspin._probe_problem import Problem
+
 
 @dataclass(frozen=True)
 class ProbeSolution:
@@ -72,86 +76,68 @@ def solve_probes(
     device : str or None, default=None
         None for NumPy on the CPU.
     """
-    n, n_columns = X.shape
-    shape = (n, targets.shape[1])
-    C = np.broadcast_to(np.asarray(C, float), shape[1])
-    s = np.ones(n) if sample_weight is None else np.asarray(sample_weight, float)
-    s = np.broadcast_to(s[:, None] if s.ndim == 1 else s, shape) * C  # (n, P)
-    mean = np.zeros(n_columns) if mean is None else mean
-    scale = np.ones(n_columns) if scale is None else scale
-    Z = ((X - mean) / scale).astype(np.float32)  # (n, d)
-    solutions = [_solve(Z, targets[:, p], s[:, p], penalty, tol, max_iter) for p in range(shape[1])]
-    coef, intercept, n_iter, gap = (np.array(part) for part in zip(*solutions, strict=True))
-    return ProbeSolution(coef, intercept, n_iter, gap)
-
-
-def _solve(Z, t, s, penalty, tol, max_iter):
-    """Minimise by accelerated proximal gradient steps with restarts."""
-    rows = np.flatnonzero(s)
-    Z, t, s = Z[rows], t[rows].astype(float), s[rows]
-    w, b = np.zeros(Z.shape[1]), 0.0
-    if not len(t) or np.all(t == t[0]):
-        return w, (t[0] * np.inf if len(t) else 0.0), 0, 0.0
-    center = s @ Z / s.sum()  # decouples the intercept
-    lipschitz = _largest_eigenvalue(Z - center.astype(np.float32), s) / 4 * 1.05
-    shrink = 1 / lipschitz if penalty == "l1" else 0.0
-    decay = 1 / (1 + 1 / lipschitz) if penalty == "l2" else 1.0
-    previous, momentum, at = w, 1.0, w
-    gap = np.inf
-    for step in range(max_iter + 1):
-        z = (Z @ at.astype(np.float32)).astype(float)  # (n,)
-        b = _best_intercept(z, t, s, b)
-        r = -s * t / (1 + np.exp(t * (z + b)))  # (n,)
-        gradient = (r.astype(np.float32) @ Z).astype(float)  # (d,)
-        if step % 10 == 0:
-            gap = _relative_gap(at, z + b, t, s, gradient, penalty)
-            if gap <= tol or step == max_iter:
-                return at, b, step, gap
-        raw = (at - gradient / lipschitz) * decay
-        new = np.sign(raw) * np.maximum(np.abs(raw) - shrink, 0)
-        if (at - new) @ (new - previous) > 0:
-            momentum = 1.0
-        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        at = new + (momentum - 1) / following * (new - previous)
-        previous, momentum = new, following
-    raise AssertionError("unreachable")
-
-
-def _relative_gap(w, z, t, s, gradient, penalty):
-    theta = 1 / (1 + np.exp(t * z))
-    loss = s @ np.logaddexp(0, -t * z)
-    if penalty == "l1":
-        theta = theta / max(1.0, np.abs(gradient).max())
-        primal, dual = loss + np.abs(w).sum(), 0.0
-    else:
-        primal, dual = loss + w @ w / 2, -gradient @ gradient / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = np.nan_to_num(theta * np.log(theta)) + np.nan_to_num(
-            (1 - theta) * np.log1p(-theta)
+    X = np.ascontiguousarray(X, dtype=np.float32)
+    n, d = X.shape
+    mean = np.zeros(d) if mean is None else np.asarray(mean, np.float64)
+    scale = np.ones(d) if scale is None else np.asarray(scale, np.float64)
+    problems = _problems(targets, C, sample_weight, PENALTIES[penalty], d)
+    # First in float32, which is fast, then in float64, which is true: problems that float32 has
+    # solved are measured once more and done; any others are finished there.
+    for dtype, place in (("float32", device), ("float64", None)):
+        _descend(
+            [problem for problem in problems if problem.objective > 0],
+            Columns(X, mean, scale, dtype, place),
+            tol,
+            max_iter,
         )
-    dual -= s @ entropy
-    return max(primal - dual, 0.0) / primal
+    return ProbeSolution(
+        coef=np.stack([problem.coef for problem in problems]),
+        intercept=np.array([problem.intercept for problem in problems]),
+        n_iter=np.array([problem.n_iter for problem in problems]),
+        dual_gap=np.array([problem.gap for problem in problems]),
+    )
 
 
-def _best_intercept(z, t, s, b):
-    """Solve sum_i s_i t_i sigmoid(-t_i (z_i + b)) = 0, on a log scale where it is nearly linear."""
-    positive = t > 0
-    for _ in range(100):
-        p = 1 / (1 + np.exp(t * (z + b)))
-        up, down = s[positive] @ p[positive], s[~positive] @ p[~positive]
-        slope = 2 - s[positive] @ p[positive] ** 2 / up - s[~positive] @ p[~positive] ** 2 / down
-        step = np.log(up / down) / max(slope, 0.1)
-        b += step
-        if abs(step) < 1e-12 * (1 + abs(b)):
-            break
-    return b
+def _problems(
+    targets: np.ndarray, C: Any, sample_weight: np.ndarray | None, penalty: Penalty, n_columns: int
+) -> list[Problem]:
+    n, n_problems = targets.shape
+    weights = np.ones(n) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    weights = np.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, targets.shape)
+    weights = (weights * C).T  # (P, n)
+    signs = np.asarray(targets, np.float64).T  # (P, n)
+    problems = [
+        Problem(t, s, penalty, np.zeros(n_columns)) for t, s in zip(signs, weights, strict=True)
+    ]
+    for problem in problems:
+        problem.solve_if_one_sided()
+    return problems
 
 
-def _largest_eigenvalue(Z, s):
-    v = np.ones(Z.shape[1], np.float32)
-    value = 1.0
-    for _ in range(30):
-        v = v / np.linalg.norm(v)
-        v = (s.astype(np.float32) * (Z @ v)) @ Z
-        value = float(np.linalg.norm(v))
-    return value
+def _descend(problems: list[Problem], columns: Columns, tol: float, max_iter: int) -> None:
+    """Step problems side by side until each is solved or gets no further.
+
+    They share nothing but the products with the columns, which are cheaper for many at once.
+    """
+    if not problems:
+        return
+    scores = columns.scores(np.stack([problem.coef for problem in problems]))  # (P, n)
+    for problem, own in zip(problems, scores, strict=True):
+        problem.scores, problem.idle = own, 0
+    while problems:
+        gradients = columns.correlate(np.stack([problem.residuals() for problem in problems]))
+        for problem, gradient in zip(problems, gradients, strict=True):
+            problem.measure(gradient)
+        unsolved = [
+            (problem, gradient, problem.direction(columns, gradient))
+            for problem, gradient in zip(problems, gradients, strict=True)
+            if problem.gap > tol and problem.n_iter < max_iter and not problem.stalled
+        ]
+        if not unsolved:
+            return
+        changes = columns.scores(np.stack([direction for _, _, direction in unsolved]))  # (P, n)
+        problems = [
+            problem
+            for (problem, gradient, direction), change in zip(unsolved, changes, strict=True)
+            if problem.advance(direction, change, gradient)
+        ]
