@@ -216,7 +216,7 @@ def _load(source: Source, device: str, dtype: str, identity: str) -> Backbone:
     missing = [name for name in info["missing_keys"] if "pooler" not in name]
     if missing:
         raise ValueError(
-            f"The weights of model={source.model!r} lack {len(missing)} of the model's "
+            f"The weights of model={source.model!r} lack {len(missing)} of the "
             f"parameters, e.g. {sorted(missing)[0]!r}, which would be random numbers. Give a complete checkpoint."
         )
     model.eval().requires_grad_(False)
