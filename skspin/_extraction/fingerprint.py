@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from skspin._extraction.source import Source, find_commit
+from skspin._extraction.source import Place, Source
 
 # Options of `from_pretrained` that decide where and how fast, not which numbers.
 _NEUTRAL_OPTIONS = {
@@ -26,66 +26,51 @@ _NEUTRAL_OPTIONS = {
     "offload_folder",
     "offload_state_dict",
     "proxies",
+    "subfolder",
     "token",
     "tp_plan",
     "use_safetensors",
 }
-_CONFIG_SUFFIXES = {".json", ".txt", ".model", ".spm", ".tiktoken", ".py"}
-_PICKLED_SUFFIXES = {".bin", ".pt", ".pth"}
+_SETTINGS = {".json", ".txt", ".model", ".spm", ".tiktoken", ".py"}
+_SAFE_WEIGHTS = {".safetensors", ".gguf"}
+_PICKLED_WEIGHTS = {".bin", ".pt", ".pth"}
 _CHUNK_BYTES = 1 << 24
-_RACY_NS = 2_000_000_000
+_YOUNG_NS = 2_000_000_000
 
-# (path, inode, bytes, modified, changed) -> digest of the file.
-_known_files: dict[tuple, str] = {}
+# Path, inode, bytes and times of a file -> digest of its content.
+_known_files: dict[str, str] = {}
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Source, known_files: MutableMapping[str, str] | None = None) -> str:
     """Say which numbers a model and its tokenizer give.
 
     Parameters
     ----------
     source : Source
         What names the model.
+    known_files : mutable mapping of str to str or None, default=None
+        Remembers the digests of files, so that one that did not change (by path, inode, size and
+        times) is read once; None for the mapping of this process.
 
     Returns
     -------
     str
-        ``"hub:<id>@<commit>"``, ``"folder:<digest>"`` or ``"memory:<digest>"``, followed by
-        ``"+<digest>"`` where a tokenizer or options of the user's own are part of it. Names and
-        paths of folders are not part of it; their content is.
+        ``"hub:<id>@<commit>"``, ``"folder:<digest>"`` or ``"memory:<digest>"``, and behind it
+        ``"+<digest>"`` where a tokenizer or options of the user's own belong to it. The path of a
+        folder is not part of it; its content is.
 
     Notes
     -----
-    For a hub id or a folder neither torch nor transformers is imported, and a file that did not
-    change (by path, inode, size and times) is read once per process.
+    For a hub id and for a folder, neither torch nor transformers is imported.
     """
-    if source.in_memory:
+    known_files = _known_files if known_files is None else known_files
+    pickled = source.options.get("use_safetensors") is False
+    if source.place is None:
         from skspin._extraction.parameters import digest_model
 
-        base = f"memory:{digest_model(source.model)}"
+        model = f"memory:{digest_model(source.model)}"
     else:
-        base = _name_fingerprint(source.model, source)
-    extras = _extras(source)
-    return f"{base}+{_digest_texts([json.dumps(extras, sort_keys=True)])}" if extras else base
-
-
-def _name_fingerprint(name: str, source: Source) -> str:
-    if os.path.isdir(name):
-        pickled = source.options.get("use_safetensors") is False
-        return f"folder:{digest_folder(Path(name) / source.options.get('subfolder', ''), pickled)}"
-    revision = source.revision if name == source.model else None
-    options = source.file_options
-    commit = find_commit(
-        name,
-        revision,
-        cache_dir=options.get("cache_dir"),
-        token=options.get("token"),
-        local_files_only=options.get("local_files_only", False),
-    )
-    return f"hub:{name}@{commit}"
-
-
-def _extras(source: Source) -> dict[str, Any]:
+        model = _place_fingerprint(source.place, pickled, known_files)
     extras = {
         name: _as_json(value)
         for name, value in source.options.items()
@@ -93,70 +78,78 @@ def _extras(source: Source) -> dict[str, Any]:
     }
     if source.trust_remote_code:
         extras["trust_remote_code"] = True
-    if isinstance(source.tokenizer, str):
-        extras["tokenizer"] = _name_fingerprint(source.tokenizer, source)
-    elif source.tokenizer is not None:
+    if source.tokenizer_place is None:
         extras["tokenizer"] = digest_tokenizer(source.tokenizer)
-    return extras
+    elif source.tokenizer is not None:
+        extras["tokenizer"] = _place_fingerprint(source.tokenizer_place, pickled, known_files)
+    return f"{model}+{_digest([json.dumps(extras, sort_keys=True)])}" if extras else model
+
+
+def _place_fingerprint(place: Place, pickled: bool, known_files: MutableMapping[str, str]) -> str:
+    if place.is_folder:
+        return f"folder:{digest_folder(Path(place.name, place.subfolder), pickled, known_files)}"
+    within = f"/{place.subfolder}" if place.subfolder else ""
+    return f"hub:{place.name}{within}@{place.commit}"
 
 
 def _as_json(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else repr(value)
 
 
-def digest_folder(folder: Path, pickled: bool = False) -> str:
+def digest_folder(folder: Path, pickled: bool, known_files: MutableMapping[str, str]) -> str:
     """Digest the configuration, tokenizer and weight files of a folder.
 
     Parameters
     ----------
     folder : Path
-        Where the model is.
-    pickled : bool, default=False
-        Weights are read from pickles, so these count, and safetensors do not.
+        Where the files are.
+    pickled : bool
+        Whether weights are read from pickles; safetensors do not count then.
+    known_files : mutable mapping
+        See `fingerprint`.
     """
-    weights = _PICKLED_SUFFIXES if pickled else {".safetensors"}
-    suffixes = _CONFIG_SUFFIXES | weights
-    files = sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
-    return _digest_texts(f"{path.name}:{digest_file(path)}" for path in files)
+    suffixes = _SETTINGS | (_PICKLED_WEIGHTS if pickled else _SAFE_WEIGHTS)
+    files = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
+    return _digest(f"{path.name}:{digest_file(path, known_files)}" for path in files)
 
 
-def digest_file(path: Path, known: MutableMapping[tuple, str] = _known_files) -> str:
-    """Digest a file's content, or remember the digest if the file did not change since."""
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    if key not in known:
-        digest = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < _RACY_NS:
-            # A clock's tick may hide a second write to a file this young: look again next time.
-            return digest.hexdigest()
-        known[key] = digest.hexdigest()
-    return known[key]
+def digest_file(path: Path, known_files: MutableMapping[str, str]) -> str:
+    """Digest a file's content, or remember its digest if the file did not change since."""
+    real = os.path.realpath(path)
+    stat = os.stat(real)
+    # The time of change, unlike that of modification, can not be set back.
+    times = (stat.st_mtime_ns, stat.st_ctime_ns)
+    key = json.dumps([real, stat.st_ino, stat.st_size, *times])
+    if key in known_files:
+        return known_files[key]
+    digest = xxhash.xxh3_128()
+    with open(real, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    # A second write to a file this young could leave the same times: look again next time.
+    if time.time_ns() - max(times) > _YOUNG_NS:
+        known_files[key] = digest.hexdigest()
+    return digest.hexdigest()
 
 
 def digest_tokenizer(tokenizer: Any) -> str:
     """Digest what decides which token ids a text becomes.
 
-    The side and the token of the padding are not part of it: padding never counts.
+    The side of the padding is not part of it, nor are the length and padding that an earlier call
+    left in a tokenizer: none of them changes an activation.
     """
-    settings = {
-        name: getattr(tokenizer, name, None)
-        for name in ("bos_token_id", "cls_token_id", "eos_token_id", "truncation_side")
-    }
+    tokens = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "truncation_side")
+    settings = {name: getattr(tokenizer, name, None) for name in tokens}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        # Left over from the last call, whatever it was.
-        rules["truncation"] = rules["padding"] = None
-    else:
+    if backend is None:
         rules = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}
-        rules["settings"] = repr(sorted(getattr(tokenizer, "init_kwargs", {}).items()))
-    return _digest_texts([json.dumps([settings, rules], sort_keys=True)])
+        rules["options"] = repr(sorted(getattr(tokenizer, "init_kwargs", {}).items()))
+    else:
+        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    return _digest([json.dumps([settings, rules], sort_keys=True)])
 
 
-def _digest_texts(texts: Iterable[str]) -> str:
+def _digest(texts: Iterable[str]) -> str:
     digest = xxhash.xxh3_128()
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")

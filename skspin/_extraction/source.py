@@ -1,4 +1,4 @@
-"""What names a frozen model: where it comes from, and which commit that is."""
+"""What names a frozen model: a folder, a repository of the hub, or the model itself."""
 
 from __future__ import annotations
 
@@ -7,58 +7,107 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # Options of `from_pretrained` that say where files are, and so concern every file of a model.
-_FILE_OPTIONS = ("cache_dir", "local_files_only", "proxies", "subfolder", "token")
+_PLACE_OPTIONS = ("cache_dir", "local_files_only", "subfolder", "token")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_SECONDS = 5.0  # Long enough for a slow answer; a hub that is silent for longer is not there.
+_HUB_SECONDS = 5.0  # A hub that is silent for longer is not there.
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where files are: a folder of this machine, or a repository of the hub at one commit.
+
+    Parameters
+    ----------
+    name : str
+        Path of a folder, or hub id.
+    revision : str or None, default=None
+        Branch, tag or commit of a hub repository; None for its main branch.
+    subfolder : str, default=""
+        Folder within it.
+    cache_dir : str or None, default=None
+        The hub's cache on this machine; None for its usual place.
+    token : str, bool or None, default=None
+        What opens a private repository.
+    local_files_only : bool, default=False
+        Never ask the hub.
+    """
+
+    name: str
+    revision: str | None = None
+    subfolder: str = ""
+    cache_dir: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    local_files_only: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return os.path.isdir(self.name)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub repository, as it was when this process first asked; else None."""
+        return None if self.is_folder else _find_commit(self)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files are that this machine has already; None if there are none."""
+        if self.is_folder:
+            return Path(self.name) / self.subfolder
+        cached = _find_in_cache(self, self.commit)
+        return None if cached is None else cached / self.subfolder
 
 
 @dataclass(frozen=True)
 class Source:
     """Everything that names a frozen model and its tokenizer.
 
-    Two sources that are equal name the same model; a model in memory is equal to itself alone.
+    Equal sources name the same model. A model in memory is equal to itself alone.
 
     Parameters
     ----------
-    model : str or PreTrainedModel
+    model : str, path or PreTrainedModel
         Hub id, local folder, or a model in memory (a PEFT-wrapped one too).
-    tokenizer : str, tokenizer or None, default=None
+    tokenizer : str, path, tokenizer or None, default=None
         Hub id, local folder or a tokenizer in memory; None for the model's own.
     revision : str or None, default=None
         Branch, tag or commit of a hub model; None for its main branch.
     trust_remote_code : bool, default=False
         Run Python code that comes with the model.
     model_kwargs : mapping or None, default=None
-        Passed to ``AutoModel.from_pretrained``. Options that say where files are (``token``,
-        ``cache_dir``, ``subfolder`` and the like) are used for configuration and tokenizer too.
+        Passed to ``AutoModel.from_pretrained``. What says where files are (``cache_dir``,
+        ``local_files_only``, ``subfolder``, ``token``) holds for configuration and tokenizer too.
     """
 
     model: Any
     tokenizer: Any = None
     revision: str | None = None
     trust_remote_code: bool = False
-    model_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+    model_kwargs: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what can not name a model."""
-        if isinstance(self.model, os.PathLike):
-            object.__setattr__(self, "model", os.fspath(self.model))
+        """Refuse what names no model."""
+        for name in ("model", "tokenizer"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
         if not self.in_memory and not isinstance(self.model, str):
             raise TypeError(
-                f"model is a {type(self.model).__name__}, but must be a hub id, a folder, or a "
-                "loaded transformers model."
+                f"model is a {type(self.model).__name__}, but must be a hub id, the path of a "
+                "folder, or a loaded transformers model."
             )
-        if self.in_memory and (self.tokenizer is None):
+        if self.in_memory and self.tokenizer is None:
             raise ValueError(
-                f"model is a {type(self.model).__name__} in memory, which has no tokenizer of its "
-                "own. Pass tokenizer=, e.g. AutoTokenizer.from_pretrained(...)."
+                f"model is a {type(self.model).__name__} in memory, which does not say what its "
+                "tokenizer is. Pass tokenizer=, e.g. AutoTokenizer.from_pretrained(...)."
             )
-        for name in ("dtype", "torch_dtype"):
+        for name in ("dtype", "torch_dtype", "revision", "trust_remote_code"):
             if name in self.options:
-                raise ValueError(f"model_kwargs has {name!r}. Use the parameter dtype= instead.")
+                own = name.removeprefix("torch_")
+                raise ValueError(f"model_kwargs has {name!r}. Use the parameter {own}= instead.")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,104 +115,84 @@ class Source:
         return dict(self.model_kwargs or {})
 
     @property
-    def file_options(self) -> dict[str, Any]:
-        """The part of `model_kwargs` that says where files are."""
-        return {name: value for name, value in self.options.items() if name in _FILE_OPTIONS}
-
-    @property
     def in_memory(self) -> bool:
         """Whether the model is an object, not a name."""
-        # A model has a configuration and a forward pass; asking for its class would import torch.
+        # Asking for its class would import torch.
         return hasattr(self.model, "config") and hasattr(self.model, "forward")
 
     @property
-    def is_folder(self) -> bool:
-        """Whether the model is a folder on this machine."""
-        return not self.in_memory and os.path.isdir(self.model)
+    def place(self) -> Place | None:
+        """Where configuration and weights are; None for a model in memory."""
+        if self.in_memory:
+            return None
+        return Place(self.model, self.revision, **self._place_options())
+
+    @property
+    def tokenizer_place(self) -> Place | None:
+        """Where the tokenizer is; None for a tokenizer in memory."""
+        if self.tokenizer is None:
+            return self.place
+        if not isinstance(self.tokenizer, str):
+            return None
+        return Place(self.tokenizer, **(self._place_options() | {"subfolder": ""}))
 
     @property
     def commit(self) -> str | None:
-        """The hub model's commit; None for a folder and for a model in memory.
+        """The hub model's commit; None for a folder and for a model in memory."""
+        return None if self.place is None else self.place.commit
 
-        Asked from the hub once per process; when the hub can not be reached, or
-        ``HF_HUB_OFFLINE`` is set, read from the hub's cache on this machine.
-        """
-        if self.in_memory or self.is_folder:
-            return None
-        options = self.file_options
-        return find_commit(
-            self.model,
-            self.revision,
-            cache_dir=options.get("cache_dir"),
-            token=options.get("token"),
-            local_files_only=options.get("local_files_only", False),
-        )
+    def _place_options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name in _PLACE_OPTIONS}
 
 
 @cache
-def find_commit(
-    repository: str,
-    revision: str | None = None,
-    *,
-    cache_dir: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> str:
-    """Find which commit a branch or tag of a hub model is.
+def _find_commit(place: Place) -> str:
+    """Ask the hub which commit a branch is; the cache on this machine, where the hub is not there.
 
-    Parameters
-    ----------
-    repository : str
-        Hub id.
-    revision : str or None, default=None
-        Branch, tag or commit; None for the main branch.
-    cache_dir : str or None, default=None
-        The hub's cache on this machine; None for its usual place.
-    token : str, bool or None, default=None
-        Access token of a private model.
-    local_files_only : bool, default=False
-        Do not ask the hub.
-
-    Returns
-    -------
-    str
-        40 hexadecimal digits.
+    Once per process, so that all that is loaded in it is of one commit.
     """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if revision is not None and _COMMIT.fullmatch(revision):
-        return revision
+    try:
+        validate_repo_id(place.name)
+    except HFValidationError as error:
+        raise ValueError(f"{place.name!r} is neither a folder nor a hub id.") from error
+    if place.revision is not None and _COMMIT.fullmatch(place.revision):
+        return place.revision
     problem: Exception | None = None
-    if not (constants.HF_HUB_OFFLINE or local_files_only):
+    if not (constants.HF_HUB_OFFLINE or place.local_files_only):
         try:
-            info = HfApi(token=token).model_info(
-                repository, revision=revision, timeout=_HUB_SECONDS
+            hub = HfApi(token=place.token)
+            return str(
+                hub.model_info(place.name, revision=place.revision, timeout=_HUB_SECONDS).sha
             )
-            return str(info.sha)
-        except Exception as error:  # Whatever went wrong, a copy in the cache serves as well.
+        except Exception as error:  # Whatever went wrong, a copy on this machine serves as well.
             problem = error
-    cached = try_to_load_from_cache(
-        repository, "config.json", cache_dir=cache_dir, revision=revision
-    )
-    if isinstance(cached, str):
-        # .../models--org--name/snapshots/<commit>/config.json
-        return os.path.basename(os.path.dirname(cached))
-    raise ValueError(
-        _not_found(repository, revision, constants.HF_HUB_OFFLINE, problem)
-    ) from problem
+    cached = _find_in_cache(place, place.revision)
+    if cached is None:
+        raise ValueError(_not_found(place, constants.HF_HUB_OFFLINE, problem)) from problem
+    return cached.name
 
 
-def _not_found(
-    repository: str, revision: str | None, offline: bool, problem: Exception | None
-) -> str:
-    at = "" if revision is None else f" at revision={revision!r}"
-    if problem is None:
-        why = "HF_HUB_OFFLINE is set" if offline else "local_files_only is set"
+def _find_in_cache(place: Place, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    inside = f"{place.subfolder}/config.json" if place.subfolder else "config.json"
+    found = try_to_load_from_cache(place.name, inside, cache_dir=place.cache_dir, revision=revision)
+    # .../models--org--name/snapshots/<commit>/config.json
+    return Path(found.removesuffix(inside)) if isinstance(found, str) else None
+
+
+def _not_found(place: Place, offline: bool, problem: Exception | None) -> str:
+    if problem is not None:
+        why = f"the hub answered with {type(problem).__name__}"
     else:
-        why = f"the hub gave {type(problem).__name__}"
+        why = "HF_HUB_OFFLINE is set" if offline else "local_files_only is set"
+    at = "" if place.revision is None else f" at revision={place.revision!r}"
     return (
-        f"model={repository!r}{at} is neither a folder nor in the Hugging Face cache of this "
-        f"machine, and {why}. Give the path of a local folder, check the id's spelling and "
-        "access (model_kwargs={'token': ...}), or fetch it once with a network: "
-        f"`hf download {repository}`. skspin.datasets.demo_model() needs no download."
+        f"{place.name!r}{at} is neither a folder nor a model in the Hugging Face cache of this "
+        f"machine, and {why}. Check the spelling, give the path of a local folder, or fetch it "
+        f"once where there is a network: `hf download {place.name}`. "
+        "skspin.datasets.demo_model() is a model that needs no network."
     )
