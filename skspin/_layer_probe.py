@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import gen_batches
 
 from skspin._probes import solve_probes
 from skspin._targets import Targets
+
+_ROWS = 4096  # standardised at a time
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ def fit_layer_probe(
     n_neurons = block.shape[1]
     mean, scale = np.zeros(n_neurons, np.float32), np.ones(n_neurons, np.float32)
     if settings.standardize:
-        scaler = StandardScaler().fit(block, sample_weight=targets.row_weights)
+        scaler = StandardScaler()
+        # By parts, because it works on a copy in float64 of what it is given.
+        for rows in gen_batches(len(block), _ROWS):
+            scaler.partial_fit(block[rows], sample_weight=targets.row_weights[rows])
         mean, scale = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
 
     def solve(candidates: tuple[float, ...], weights: np.ndarray):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +16,26 @@ Extract = Callable[[list[str], Sequence[Segment]], Iterator[tuple[np.ndarray, np
 
 
 def recall_or_compute(
-    texts: list[str], layout: Layout, *, context: str, store: Any, extract: Extract
-) -> np.ndarray:
+    chunks: Iterable[list[str]],
+    layout: Layout,
+    out: np.ndarray,
+    *,
+    context: str,
+    store: Any,
+    extract: Extract,
+) -> None:
     """Fill a matrix of activations.
 
     Whatever was computed is stored at once, so that a call that is broken off loses nothing.
 
     Parameters
     ----------
-    texts : list of str
-        One per row.
+    chunks : iterable of list of str
+        The texts of all rows, in order; no more than one chunk is held at a time.
     layout : Layout
         The columns to fill.
+    out : ndarray of shape (n_texts, n_columns), float32
+        What to fill, chunk by chunk.
     context : str
         Everything but text and segment that decides a number.
     store : store of activations
@@ -35,12 +43,21 @@ def recall_or_compute(
     extract : callable
         ``extract(texts, segments)`` computes rows and gives them in any order as pairs of positions
         of shape (k,) and values of shape (k, n_columns); called only for what the store lacks.
-
-    Returns
-    -------
-    ndarray of shape (n_texts, n_columns), float32
     """
-    out = np.empty((len(texts), layout.n_columns), dtype=np.float32)
+    start = 0
+    for texts in chunks:
+        _fill(texts, layout, out[start : start + len(texts)], context, store, extract)
+        start += len(texts)
+
+
+def _fill(
+    texts: list[str],
+    layout: Layout,
+    out: np.ndarray,
+    context: str,
+    store: Any,
+    extract: Extract,
+) -> None:
     whole = Layout(tuple(replace(segment, neurons=None) for segment in layout.segments))
     missing = _recall(texts, layout, whole, context, store, out)  # (n_texts, n_segments)
     # Most often all rows lack the same segments: one pass through the model for each combination.
@@ -55,7 +72,6 @@ def recall_or_compute(
             for index, taken in zip(asked, columns, strict=True):
                 chosen = _choose(values[:, taken], layout.segments[index])
                 out[done, layout.slices[index]] = chosen
-    return out
 
 
 def _recall(

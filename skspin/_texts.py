@@ -2,50 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+# As many as batches are sorted among, so that reading in chunks costs no speed.
+_CHUNK = 16_384
 _ALLOWED = (
-    "a list, tuple, 1-D array, pandas, polars or pyarrow Series of str, or a one-column frame"
+    "a list, tuple, 1-D array, pandas, polars or pyarrow Series of str, a one-column frame, or "
+    "another container with a length, such as a column of a datasets.Dataset"
 )
 
 
-def check_texts(X: Any) -> list[str]:
-    """Turn a container of texts into a list.
+def open_texts(X: Any) -> TextChunks:
+    """Open a container of texts, to be read a chunk at a time.
 
     Parameters
     ----------
     X : list, tuple, array of shape (n_texts,) or (n_texts, 1), Series or one-column frame of str
-        The texts.
+        The texts; or another container of them that has a length.
 
     Returns
     -------
-    list of str
-        The same texts in the same order.
+    TextChunks
+        The same texts in the same order, as plain str.
 
     Raises
     ------
     TypeError
         If ``X`` is a single text, or no container whose order and length are known.
     ValueError
-        If ``X`` has no text or several columns, or one of its texts is missing or no str.
+        If ``X`` has no text or several columns, or one of its texts is missing or no str. Texts of
+        a container that is not in memory are looked at when they are read.
     """
     if isinstance(X, str | bytes):
         raise TypeError(
             f"X is a single {type(X).__name__}, but {_ALLOWED} is needed. Wrap one text in a list: "
             "[text]."
         )
-    texts = _as_list(_only_column(X))
-    if not texts:
+    X = _only_column(X)
+    n_texts = _count(X)
+    if not n_texts:
         raise ValueError("X holds no text (0 samples), but at least one is needed.")
-    for position, text in enumerate(texts):
+    in_memory = _as_list(X)
+    if in_memory is not None:
+        return TextChunks(n_texts, partial(iter, [_check(in_memory, 0)]))
+    return TextChunks(n_texts, partial(_read, X, n_texts))
+
+
+@dataclass(frozen=True)
+class TextChunks:
+    """Texts in order, in lists: one of all texts if they are in memory, else as they are read.
+
+    Parameters
+    ----------
+    n_texts : int
+        How many there are.
+    read : callable
+        Starts reading at the first text.
+    """
+
+    n_texts: int
+    read: Callable[[], Iterator[list[str]]]
+
+    def __len__(self) -> int:
+        """Count the texts."""
+        return self.n_texts
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """Read the texts from the first on."""
+        return self.read()
+
+
+def _check(texts: list[Any], start: int) -> list[str]:
+    for position, text in enumerate(texts, start):
         if not isinstance(text, str):
             raise ValueError(
                 f"X[{position}] is a {type(text).__name__} ({_shorten(text)}), but every text must "
                 f"be a str. {_advice(text)}"
             )
     return [str(text) for text in texts]  # numpy.str_ is a str, but not the tokenizers' kind
+
+
+def _read(X: Any, n_texts: int) -> Iterator[list[str]]:
+    parts = _slices(X, n_texts) if _can_slice(X) else _runs(X)
+    start = 0
+    for part in parts:
+        yield _check(part, start)
+        start += len(part)
+    if start != n_texts:
+        raise ValueError(
+            f"X says that it holds {n_texts} texts, but gives {start}. Its __len__ must count what "
+            "its __iter__ gives."
+        )
+
+
+def _slices(X: Any, n_texts: int) -> Iterator[list[Any]]:
+    for start in range(0, n_texts, _CHUNK):
+        part = X[start : start + _CHUNK]
+        yield part.to_pylist() if hasattr(part, "to_pylist") else list(part)
+
+
+def _runs(X: Any) -> Iterator[list[Any]]:
+    texts = iter(X)
+    while part := list(islice(texts, _CHUNK)):
+        yield part
+
+
+def _can_slice(X: Any) -> bool:
+    """Whether slices give several texts at once, which is quicker than one by one."""
+    try:
+        part = X[:0]
+    except Exception:  # Whatever a container of the user's does with what it does not expect.
+        return False
+    return hasattr(part, "__len__") and not isinstance(part, str) and len(part) == 0
 
 
 def _only_column(X: Any) -> Any:
@@ -62,20 +136,26 @@ def _only_column(X: Any) -> Any:
         return X[:, 0]
     if hasattr(X, "iloc"):  # pandas
         return X.iloc[:, 0]
-    if hasattr(X, "columns") and hasattr(X.columns[0], "to_pylist"):  # pyarrow
-        return X.columns[0]
+    if hasattr(X, "column_names"):  # pyarrow, datasets
+        return X[X.column_names[0]]
     return X[X.columns[0]]  # polars
 
 
-def _as_list(X: Any) -> list[Any]:
-    for method in ("tolist", "to_pylist", "to_list"):  # numpy and pandas, pyarrow, polars
-        if hasattr(X, method):
-            return getattr(X, method)()
-    if isinstance(X, dict | set | frozenset) or not (
-        hasattr(X, "__len__") and hasattr(X, "__iter__")
-    ):
+def _count(X: Any) -> int:
+    readable = hasattr(X, "__iter__") or hasattr(X, "__getitem__")
+    if isinstance(X, dict | set | frozenset) or not (hasattr(X, "__len__") and readable):
         raise TypeError(f"X is a {type(X).__name__}, but {_ALLOWED} is needed.")
-    return list(X)
+    return len(X)
+
+
+def _as_list(X: Any) -> list[Any] | None:
+    """List what is in memory; None for what may not be."""
+    if isinstance(X, list | tuple):
+        return list(X)
+    for method in ("tolist", "to_list"):  # numpy and pandas, polars
+        if hasattr(X, method) and not hasattr(X, "to_pylist"):  # pyarrow has both
+            return getattr(X, method)()
+    return None
 
 
 def _shorten(value: Any) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -16,13 +16,15 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
+from skspin._digest import text_digest
 from skspin._layout import ActivationArray, Segment
 from skspin._model_shape import SITES, ModelShape
 from skspin._persistence import VersionedState
+from skspin._output import fill_file
 from skspin._recall import recall_or_compute
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
 from skspin._store import open_store
-from skspin._texts import check_texts
+from skspin._texts import open_texts
 
 _POOLINGS = ("mean", "max", "first", "last")
 _STACKS = ("encoder", "decoder")
@@ -121,6 +123,11 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
     cache : "memory", path or None, default="memory"
         Where activations are kept so that no text goes through the model twice: in this process, in
         a folder that processes share, or nowhere.
+    output_folder : path or None, default=None
+        Where the output goes if it is larger than memory: :meth:`transform` then writes a file in
+        this folder and gives it back mapped into memory, read-only. The same texts and columns go
+        to the same file. With ``cache`` set to a folder too, a call that was broken off goes on
+        where it was.
     n_jobs : int or None, default=None
         Number of workers that share the work, each with a copy of the model: processes on CPUs, or
         whatever ``joblib.parallel_config`` sets, e.g. a Dask cluster. None is 1 outside of such a
@@ -181,6 +188,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
         "batch_tokens": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "cache": [str, os.PathLike, None],
+        "output_folder": [str, os.PathLike, None],
         "n_jobs": [Integral, None],
         "verbose": ["verbose"],
         "trust_remote_code": ["boolean"],
@@ -203,6 +211,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         dtype="auto",
         batch_tokens="auto",
         cache="memory",
+        output_folder=None,
         n_jobs=None,
         verbose=0,
         trust_remote_code=False,
@@ -221,6 +230,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         self.dtype = dtype
         self.batch_tokens = batch_tokens
         self.cache = cache
+        self.output_folder = output_folder
         self.n_jobs = n_jobs
         self.verbose = verbose
         self.trust_remote_code = trust_remote_code
@@ -248,7 +258,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
             If ``X`` is no container of texts, the model can't be found, or it does not have a layer
             or site asked for.
         """
-        check_texts(X)
+        open_texts(X)
         self._check_prompt()
         source = self._source()
         fingerprint = self._fingerprint(source)
@@ -270,8 +280,10 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         Parameters
         ----------
         X : list, tuple, array, Series or one-column frame of str
-            Texts. One that tokenizes to nothing, not even special tokens, gets the activations of
-            the tokenizer's BOS, CLS, EOS or padding token, whichever is there first.
+            Texts, or another container of them with a length, such as a column of a
+            ``datasets.Dataset``, which is read in chunks. A text that tokenizes to nothing, not
+            even special tokens, gets the activations of the tokenizer's BOS, CLS, EOS or padding
+            token, whichever is there first.
 
         Returns
         -------
@@ -290,18 +302,29 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
             If the model's weights or tokenizer have changed since ``fit``.
         """
         check_is_fitted(self, "layout_")
-        texts = check_texts(X)
+        texts = open_texts(X)
         source = self._source()
         self._refuse_other_weights(source)
         dtype = self._dtype(source)
         truncation = _Truncation()
-        values = recall_or_compute(
-            texts,
-            self.layout_,
-            context=self._context(dtype),
-            store=open_store(self.cache),
-            extract=partial(self._extract, source, dtype, truncation),
-        )
+        context = self._context(dtype)
+        identity = hashlib.blake2b(f"{context}{self.layout_}".encode(), digest_size=16)
+
+        def fill(out: np.ndarray) -> None:
+            recall_or_compute(
+                _digested(texts, identity),
+                self.layout_,
+                out,
+                context=context,
+                store=open_store(self.cache),
+                extract=partial(self._extract, source, dtype, truncation),
+            )
+
+        shape = (len(texts), self.layout_.n_columns)
+        if self.output_folder is None:
+            fill(values := np.empty(shape, dtype=np.float32))
+        else:
+            values = fill_file(self.output_folder, shape, fill, name=identity.hexdigest)
         truncation.warn(self.max_length)
         return ActivationArray(values, self.layout_)
 
@@ -444,6 +467,14 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False
         return tags
+
+
+def _digested(chunks: Iterable[list[str]], identity: Any) -> Iterator[list[str]]:
+    """Pass texts on, and update a digest with them."""
+    for texts in chunks:
+        for text in texts:
+            identity.update(text_digest(text))
+        yield texts
 
 
 def _choice(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from skspin._texts import check_texts
+from skspin._texts import open_texts
 
 TEXTS = ["one", "two, zwei", "三"]
 CONTAINERS = {
@@ -27,9 +27,13 @@ CONTAINERS = {
 }
 
 
+def read(X):
+    return [text for chunk in open_texts(X) for text in chunk]
+
+
 @pytest.mark.parametrize("X", CONTAINERS.values(), ids=CONTAINERS)
 def test_every_container_gives_the_same_texts(X):
-    texts = check_texts(X)
+    texts = read(X)
     assert texts == TEXTS
     assert {type(text) for text in texts} == {str}
 
@@ -60,4 +64,4 @@ def test_every_container_gives_the_same_texts(X):
 )
 def test_what_is_no_text_is_refused_by_name(X, error, message):
     with pytest.raises(error, match=message):
-        check_texts(X)
+        read(X)

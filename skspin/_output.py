@@ -1,0 +1,59 @@
+"""A matrix in a file, for what does not fit into memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def fill_file(
+    folder: str | os.PathLike[str],
+    shape: tuple[int, int],
+    fill: Callable[[np.ndarray], None],
+    name: Callable[[], str],
+) -> np.ndarray:
+    """Have a matrix filled that lies in a file, and map it into memory, read-only.
+
+    A file in ``folder`` is always whole: one that is being filled ends in ".part", and is removed
+    if that fails (a process that is killed leaves it behind).
+
+    Parameters
+    ----------
+    folder : path
+        Where the file goes; made if it is not there.
+    shape : tuple of int
+        Rows and columns.
+    fill : callable
+        Fills the matrix that it is given.
+    name : callable
+        Names the file, after it is filled. A file of that name is replaced; who has it mapped keeps
+        the old one.
+
+    Returns
+    -------
+    ndarray of the shape, float32
+        Mapped from a file that ``numpy.load`` reads too.
+    """
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, path = tempfile.mkstemp(suffix=".part", prefix="activations-", dir=folder)
+    part = Path(path)
+    try:
+        with os.fdopen(handle, "r+b") as file:
+            matrix = np.lib.format.open_memmap(part, "w+", np.dtype(np.float32), shape)
+            if hasattr(os, "posix_fallocate"):
+                # Writing to a mapping when the disk is full would end the process, not raise.
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        fill(matrix)
+        matrix.flush()
+        del matrix  # some systems rename no file that is mapped
+        whole = folder / f"activations-{name()}.npy"
+        os.replace(part, whole)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return np.load(whole, mmap_mode="r")

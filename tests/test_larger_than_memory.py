@@ -1,0 +1,202 @@
+"""Texts that are read as they are needed, output in a file, and a selector that fits from it."""
+
+import subprocess
+import sys
+import textwrap
+
+import joblib
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.linear_model import SGDClassifier
+from sklearn.utils import gen_batches
+
+import skspin._texts
+from skspin import LLMActivationTransformer, SalientNeuronSelector
+from skspin._layout import Layout, Segment, layout_of
+from skspin._recall import recall_or_compute
+from skspin._store import open_store
+from skspin._texts import open_texts
+from skspin.datasets import demo_model
+
+TEXTS = [f"text {i} " + "word " * (i % 10) for i in range(50)] + ["text 0 "]
+
+
+def transformer(**params):
+    return LLMActivationTransformer(
+        demo_model(), **{"dtype": "float32", "layers": [1, 2], "cache": None, **params}
+    )
+
+
+class Corpus:
+    """Texts that are made when they are asked for, as a dataset on disk reads them."""
+
+    def __init__(self, n_texts):
+        self.n_texts = n_texts
+
+    def __len__(self):
+        return self.n_texts
+
+    def __iter__(self):
+        return (f"text {i} " * 1000 for i in range(self.n_texts))
+
+
+class Slices(Corpus):
+    def __getitem__(self, key):
+        return [f"text {i} " * 1000 for i in range(self.n_texts)[key]]
+
+
+class Miscounted(Corpus):
+    def __len__(self):
+        return self.n_texts + 1
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(skspin._texts, "_CHUNK", 16)
+
+
+@pytest.mark.parametrize(
+    "container",
+    [Corpus(100), Slices(100), pa.chunked_array([list(Corpus(60)), list(Corpus(40))])],
+    ids=lambda container: type(container).__name__,
+)
+def test_texts_that_are_not_in_memory_are_read_in_chunks(small_chunks, container):
+    chunks = list(open_texts(container))
+    assert [len(chunk) for chunk in chunks] == [16] * 6 + [4]
+    together = [text for chunk in chunks for text in chunk]
+    assert together == [str(text) for text in container]
+
+
+def test_no_more_than_one_chunk_of_texts_is_held(small_chunks):
+    tracemalloc = pytest.importorskip("tracemalloc")
+    layout = Layout((Segment(None, 0, "hidden", "mean", 1),))
+    out = np.empty((2000, 1), dtype=np.float32)
+
+    def extract(texts, segments):
+        yield np.arange(len(texts)), np.array([[len(text)] for text in texts], dtype=np.float32)
+
+    tracemalloc.start()
+    recall_or_compute(
+        open_texts(Corpus(2000)), layout, out, context="", store=open_store(None), extract=extract
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(out[:, 0], [len(text) for text in Corpus(2000)])
+    assert peak < 2**21 < sum(map(len, Corpus(2000))) / 4
+
+
+def test_a_text_at_fault_is_named_wherever_it_is(small_chunks):
+    with pytest.raises(ValueError, match=r"X\[40\] is a NoneType"):
+        list(open_texts(pa.array(["fine"] * 40 + [None])))
+
+
+def test_a_length_that_is_not_true_is_refused():
+    with pytest.raises(ValueError, match="holds 4 texts, but gives 3"):
+        list(open_texts(Miscounted(3)))
+
+
+def test_a_dataset_on_disk_is_a_container_of_texts(small_chunks):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    for container in (dataset, dataset["text"]):
+        assert [text for chunk in open_texts(container) for text in chunk] == TEXTS
+
+
+def test_an_output_file_holds_what_memory_would(small_chunks, tmp_path):
+    expected = transformer().fit_transform(TEXTS)
+    for X in (TEXTS, pa.array(TEXTS)):
+        mapped = transformer(output_folder=tmp_path / "new").fit_transform(X)
+        np.testing.assert_allclose(mapped, expected, atol=1e-5)
+        assert layout_of(mapped) == layout_of(expected)
+        assert layout_of(mapped[3:9]) == layout_of(expected)
+    (file,) = (tmp_path / "new").iterdir()  # the same texts, the same file
+    np.testing.assert_array_equal(np.load(file, mmap_mode="r"), mapped)
+    with pytest.raises(ValueError, match="read-only"):
+        mapped[0, 0] = 1
+
+
+def test_other_texts_or_columns_go_to_another_file(tmp_path):
+    for params, texts in [({}, TEXTS[:2]), ({}, TEXTS[1::-1]), ({"layers": 2}, TEXTS[:2])]:
+        transformer(output_folder=tmp_path, **params).fit_transform(texts)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_file_that_could_not_be_filled_is_removed_and_filled_from_the_store_later(tmp_path):
+    params = {"output_folder": tmp_path / "out", "cache": tmp_path / "store", "batch_tokens": 20}
+    with pytest.raises(ValueError, match="3 texts, but gives 2"):
+        transformer(**params).fit_transform(Miscounted(2))
+    assert list((tmp_path / "out").iterdir()) == []
+    resumed = transformer(**params).fit(TEXTS)
+    resumed._extract = None_is_missing
+    assert resumed.transform(list(Corpus(2))).shape == (2, 768)
+
+
+def None_is_missing(*args):
+    raise AssertionError("a text went through the model again")
+
+
+def test_processes_map_the_same_file(tmp_path):
+    mapped = transformer(output_folder=tmp_path).fit_transform(TEXTS)
+    (path,) = tmp_path.iterdir()
+    with joblib.parallel_config(n_jobs=2):
+        filenames = joblib.Parallel()(joblib.delayed(file_of)(mapped) for _ in range(2))
+    assert filenames == [str(path)] * 2
+
+
+def file_of(X):
+    while not isinstance(X, np.memmap):
+        X = X.base
+    return str(X.filename)
+
+
+def fit_under_a_limit(n_megabytes, folder):
+    """Fit a selector in a process that may hold ``n_megabytes`` beyond what it starts with."""
+    code = f"""
+        import resource, numpy as np
+        from skspin import SalientNeuronSelector
+        from skspin._layout import ActivationArray, Layout
+
+        rng = np.random.default_rng(0)
+        n, width, n_layers = 16_000, 512, 16  # 16 layers of 31 MB
+        y = rng.integers(0, 2, n)
+        X = np.lib.format.open_memmap({str(folder / "X.npy")!r}, "w+", np.float32, (n, width * n_layers))
+        for start in range(0, n, 1000):
+            X[start : start + 1000] = rng.standard_normal((1000, X.shape[1]), dtype=np.float32)
+        X[:, 700] += 4 * y
+        X.flush()
+        del X
+        X = np.load({str(folder / "X.npy")!r}, mmap_mode="r")
+        small = SalientNeuronSelector(layer_sizes=None, C=0.01).fit(X[:50, 690:710], y[:50])
+        with open("/proc/self/status") as status:
+            held = next(int(line.split()[1]) for line in status if line.startswith("VmData"))
+        resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + {n_megabytes} * 2**20,) * 2)
+        try:
+            np.ones(X.shape, np.float32)
+        except MemoryError:
+            print("too large")
+        X = ActivationArray(X, Layout.from_sizes([width] * n_layers))
+        selector = SalientNeuronSelector(C=0.001, cache=None, tol=0.1).fit(X, y)
+        print(selector.get_support(indices=True))
+    """
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
+def test_a_selector_fits_from_a_file_larger_than_its_memory(tmp_path):
+    run = fit_under_a_limit(220, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[:2] == ["too large", "[700]"]
+
+
+def test_a_head_learns_the_selected_columns_of_a_file_by_parts(tmp_path):
+    texts = [f"{'fine' if i % 2 else 'bad'} film {i}" for i in range(80)]
+    y = np.arange(80) % 2
+    X = transformer(output_folder=tmp_path).fit_transform(texts)
+    selector = SalientNeuronSelector(C=0.1).fit(X, y)
+    head = SGDClassifier(random_state=0)
+    for rows in gen_batches(len(X), 20):
+        head.partial_fit(selector.transform(X[rows]), y[rows], classes=[0, 1])
+    assert head.score(selector.transform(X), y) > 0.9
