@@ -19,8 +19,8 @@ from sklearn.utils.validation import check_is_fitted
 from skspin._digest import text_digest
 from skspin._layout import ActivationArray, Segment
 from skspin._model_shape import SITES, ModelShape
-from skspin._persistence import VersionedState
 from skspin._output import fill_file
+from skspin._persistence import VersionedState
 from skspin._recall import recall_or_compute
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
 from skspin._store import open_store
