@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from skspin._extraction.anatomy import Anatomy, Tap, bare_model, is_encoder_decoder
 from skspin._extraction.listening import as_texts, listen
-from skspin._extraction.pooling import POOLINGS
+from skspin._extraction.pooling import TextGroup, group_texts, pool
 from skspin._layout import Segment
 
 
@@ -84,11 +84,16 @@ def _forward(
     mask = inputs["attention_mask"].bool()
     columns = [mask.new_empty(0)] * len(segments)
 
+    @cache  # blocks may be on several devices
+    def groups_on(device: torch.device) -> list[TextGroup]:
+        return group_texts(mask.to(device))
+
     def read(tap: Tap, activations: Tensor) -> None:
         activations = as_texts(activations, mask, tap)  # (n_texts, n_tokens, n_neurons)
-        here = mask.to(activations.device)
+        groups = groups_on(activations.device)
         for position in wanted.pop(tap):
-            columns[position] = _pool(activations, here, segments[position]).to(mask.device)
+            pooled = pool(activations, groups, segments[position].pooling)  # (n_texts, n_neurons)
+            columns[position] = _keep(pooled, segments[position].neurons).to(mask.device)
         if not wanted:
             raise _Enough
 
@@ -106,11 +111,8 @@ def _forward(
     return torch.cat(columns, dim=1)
 
 
-def _pool(activations: Tensor, mask: Tensor, segment: Segment) -> Tensor:
-    pooled = POOLINGS[segment.pooling](activations, mask)  # (n_texts, n_neurons)
-    if segment.neurons is None:
-        return pooled
-    return pooled[:, _on_device(segment.neurons, pooled.device)]
+def _keep(pooled: Tensor, neurons: tuple[int, ...] | None) -> Tensor:
+    return pooled if neurons is None else pooled[:, _on_device(neurons, pooled.device)]
 
 
 @lru_cache(maxsize=256)  # a pruned pipeline asks for the same neurons in every batch

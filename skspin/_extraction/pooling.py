@@ -1,63 +1,119 @@
 """Many tokens to one row: masked mean, max, first and last.
 
-Every pooling takes the activations of one layer and the mask of real tokens, and gives one float32
-row per text. Padding never counts, whatever numbers stand there, and on whichever side it is.
+Every pooling takes the activations of one layer and gives one float32 row per text. Padding never
+counts, whatever stands there and on whichever side it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 
-def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Average over a text's real tokens, summed in float32.
+def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Average over the real tokens of each text.
 
     Parameters
     ----------
     hidden : Tensor of shape (n_texts, n_tokens, n_neurons)
-        Activations, of any floating-point type.
-    mask : Tensor of shape (n_texts, n_tokens), bool
-        True for real tokens; each text has at least one.
+        Activations, of any floating-point type. They are summed in float32.
+    mask : Tensor of shape (n_texts, n_tokens), bool, default=None
+        True for real tokens, of which each text has at least one; None if all are.
 
     Returns
     -------
     Tensor of shape (n_texts, n_neurons), float32
     """
-    # Filled, not weighted by zero: zero times a padding token's NaN would be NaN.
-    total = _fill_padding(hidden, mask, 0.0).sum(1, dtype=torch.float32)  # (n_texts, n_neurons)
+    if mask is None:
+        return hidden.float().mean(1)
+    # Padding is overwritten, not weighted by zero: zero times NaN would be NaN.
+    total = hidden.masked_fill(~mask.unsqueeze(-1), 0.0).sum(1, dtype=torch.float32)
     return total / mask.sum(1, keepdim=True)
 
 
-def masked_max(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Largest value of each neuron over a text's real tokens; see `masked_mean`."""
-    return _fill_padding(hidden, mask, -torch.inf).amax(1).float()
+def masked_max(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Largest value of each neuron over the real tokens of each text; see `masked_mean`."""
+    if mask is not None:
+        hidden = hidden.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+    return hidden.amax(1).float()
 
 
-def first_token(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Activations of a text's first real token; see `masked_mean`."""
-    return _token(hidden, mask.int().argmax(1))
+def first_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Activations of the first real token of each text; see `masked_mean`."""
+    if mask is None:
+        return hidden[:, 0].float()
+    return _at(hidden, mask.int().argmax(1))
 
 
-def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Activations of a text's last real token; see `masked_mean`."""
-    # Left padding moves the end, so "last" reads the mask, not a count of tokens.
-    return _token(hidden, mask.shape[1] - 1 - mask.flip(1).int().argmax(1))
+def last_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Activations of the last real token of each text; see `masked_mean`."""
+    if mask is None:
+        return hidden[:, -1].float()
+    # Left padding moves the end, so it is looked for in the mask, not counted from the start.
+    return _at(hidden, mask.shape[1] - 1 - mask.flip(1).int().argmax(1))
 
 
-def _fill_padding(hidden: Tensor, mask: Tensor, value: float) -> Tensor:
-    return hidden.masked_fill(~mask.unsqueeze(-1), value)
+def _at(hidden: Tensor, positions: Tensor) -> Tensor:
+    texts = torch.arange(len(hidden), device=hidden.device)
+    return hidden[texts, positions].float()  # (n_texts, n_neurons)
 
 
-def _token(hidden: Tensor, position: Tensor) -> Tensor:
-    return hidden[torch.arange(len(hidden), device=hidden.device), position].float()
-
-
-POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+POOLINGS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "mean": masked_mean,
     "max": masked_max,
     "first": first_token,
     "last": last_token,
 }
+
+
+@dataclass(frozen=True)
+class TextGroup:
+    """Neighbouring texts that are pooled in one go.
+
+    Parameters
+    ----------
+    rows : slice
+        Which texts of the batch.
+    n_tokens : int
+        How many tokens to look at.
+    mask : Tensor of shape (n_texts of the group, n_tokens), bool, or None
+        True for real tokens; None if all are.
+    """
+
+    rows: slice
+    n_tokens: int
+    mask: Tensor | None
+
+
+def group_texts(mask: Tensor) -> list[TextGroup]:
+    """Split a batch into groups that are fast to pool.
+
+    On a CPU, pooling is bound by memory, and overwriting the padding means to read and write all
+    activations once more: so texts of one length go together, and their padding is not looked at.
+    They are neighbours in a batch that is sorted by length. On other devices it takes longer to
+    start several kernels than to pass over the padding.
+
+    Parameters
+    ----------
+    mask : Tensor of shape (n_texts, n_tokens), bool
+        True for real tokens, which come before the padding.
+    """
+    if mask.device.type != "cpu":
+        return [TextGroup(slice(None), mask.shape[1], mask)]
+    groups = []
+    start = 0
+    for length, run in groupby(mask.sum(1).tolist()):
+        stop = start + len(list(run))
+        groups.append(TextGroup(slice(start, stop), length, None))
+        start = stop
+    return groups
+
+
+def pool(hidden: Tensor, groups: list[TextGroup], pooling: str) -> Tensor:
+    """Pool a batch, group by group; gives a float32 Tensor of shape (n_texts, n_neurons)."""
+    rows = [POOLINGS[pooling](hidden[g.rows, : g.n_tokens], g.mask) for g in groups]
+    return torch.cat(rows)
