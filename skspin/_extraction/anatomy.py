@@ -1,8 +1,8 @@
 """Where a model's blocks are, and where their activations can be read.
 
 Nothing is run to find this out, so it works on a model without weights (torch's meta device), too.
-`skspin._extraction.blocks` finds the blocks, `skspin._extraction.sites` looks inside one, and the few
-architectures that their structure does not explain are in `skspin._extraction.oddities`.
+`skspin._extraction.blocks` finds the blocks, `skspin._extraction.sites` looks inside one, and
+`skspin._extraction.oddities` lists the few architectures that their structure does not explain.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ def _dissect(name: str | None, stack: nn.Module, config: Any, oddity: Oddity) ->
             rounds_up=oddity.rounds_up,
         )
     # OPT-350m narrows the last hidden state by one more projection.
-    width = getattr(getattr(stack, "project_out", None), "out_features", width)
+    for path, module in stack.named_modules():
+        if path.endswith("project_out"):
+            width = module.out_features
     taps[len(blocks), "hidden"] = Tap(stack, width, output=True)
     return Stack(name, tuple(blocks), taps, missing)
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import cache, lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from skspin._extraction.anatomy import Anatomy, Tap, bare_model, is_encoder_decoder
+from skspin._extraction.anatomy import Anatomy, Tap, bare_model
+from skspin._extraction.evaluation import evaluating
+from skspin._extraction.inputs import arguments_for, pad_right
 from skspin._extraction.listening import as_texts, listen
 from skspin._extraction.pooling import TextGroup, group_texts, pool
 from skspin._layout import Segment
@@ -61,7 +59,7 @@ def pooled_forward(
         If the model's pass is not what ``anatomy`` says.
     """
     model = bare_model(model)
-    inputs = _pad_right(inputs)
+    inputs = pad_right(inputs)
     if not anatomy.mixes_padding:
         return _forward(model, anatomy, inputs, segments)
     # Only texts of one length can be in a batch together where padding leaks into real tokens.
@@ -98,10 +96,10 @@ def _forward(
             raise _Enough
 
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         listen(stack, list(wanted), read)
         stack.enter_context(suppress(_Enough))
-        model(**_arguments(model, inputs))
+        model(**arguments_for(model, inputs))
     if wanted:
         names = sorted({f"{segments[p].key}" for positions in wanted.values() for p in positions})
         raise RuntimeError(
@@ -118,76 +116,3 @@ def _keep(pooled: Tensor, neurons: tuple[int, ...] | None) -> Tensor:
 @lru_cache(maxsize=256)  # a pruned pipeline asks for the same neurons in every batch
 def _on_device(neurons: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(neurons, device=device)
-
-
-def _pad_right(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move each text's tokens to the left, and the padding behind them.
-
-    Models count positions from the left edge, and causal ones never look to the right: so padding
-    on the right is the one that changes nothing, in every architecture.
-    """
-    padding = (inputs["attention_mask"] == 0).byte()
-    order = padding.argsort(dim=1, stable=True)  # real tokens first, in their own order
-    return {name: values.gather(1, order) for name, values in inputs.items()}
-
-
-def _arguments(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    accepted = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {k: v for k, v in inputs.items() if k in accepted}
-    if is_encoder_decoder(model):
-        arguments["decoder_input_ids"] = _shift_right(inputs["input_ids"], model.config)
-    # A pass gathers nothing else, whatever the configuration says. XLNet's cache is use_mems.
-    for switch in ("use_cache", "use_mems", "output_hidden_states", "output_attentions"):
-        if switch in accepted or ("kwargs" in accepted and getattr(model.config, switch, False)):
-            arguments[switch] = False
-    return arguments
-
-
-def _shift_right(ids: Tensor, config: Any) -> Tensor:
-    """Give a decoder the text that its encoder reads, as in training (teacher forcing).
-
-    A decoder is trained on the text that it is to produce, moved right by one token: at each
-    position it sees what comes before. The text is as long as it was, so its mask still fits.
-    """
-    # generate looks for the first token in this order; T5, which has no other, starts with padding.
-    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-    start = next((t for n in names if (t := getattr(config, n, None)) is not None), None)
-    if start is None:
-        raise ValueError(
-            "The model's configuration has no token for its decoder to start with. Set"
-            " config.decoder_start_token_id."
-        )
-    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-
-
-_evaluations: WeakKeyDictionary[nn.Module, _Evaluation] = WeakKeyDictionary()
-_evaluations_lock = threading.Lock()
-
-
-@dataclass
-class _Evaluation:
-    """How many passes are using a model in evaluation mode, and what was in training before."""
-
-    training: list[nn.Module]
-    n_passes: int = 0
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout; the last thread to leave gives each module its own mode back."""
-    with _evaluations_lock:
-        evaluation = _evaluations.get(model)
-        if evaluation is None:
-            training = [module for module in model.modules() if module.training]
-            evaluation = _evaluations[model] = _Evaluation(training)
-            model.eval()
-        evaluation.n_passes += 1
-    try:
-        yield
-    finally:
-        with _evaluations_lock:
-            evaluation.n_passes -= 1
-            if not evaluation.n_passes:
-                del _evaluations[model]
-                for module in evaluation.training:
-                    module.training = True
