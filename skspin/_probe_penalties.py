@@ -37,9 +37,13 @@ class Penalty(Protocol):
         """Choose the columns that the next step may change."""
 
     def minimise(
-        self, gram: np.ndarray, linear: np.ndarray, start: np.ndarray, tol: float
+        self, gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, tol: float
     ) -> np.ndarray:
-        """Minimise ``u @ gram @ u / 2 - linear @ u + penalty(u)`` to a violation of ``tol``."""
+        """Minimise the penalty plus a quadratic, to a violation of ``tol``.
+
+        The quadratic is ``gradient @ e + e @ gram @ e / 2``, e being the difference from ``start``;
+        nothing but e is ever multiplied by the Gram matrix, for e is small where accuracy matters.
+        """
 
 
 class L2:
@@ -62,12 +66,12 @@ class L2:
         return np.arange(len(coef))
 
     def minimise(
-        self, gram: np.ndarray, linear: np.ndarray, start: np.ndarray, tol: float
+        self, gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, tol: float
     ) -> np.ndarray:
         """Solve the normal equations."""
         system = gram.astype(np.float64)
         system[np.diag_indices_from(system)] += 1
-        return np.linalg.solve(system, linear)
+        return start - np.linalg.solve(system, gradient + start)
 
 
 class L1:
@@ -95,66 +99,69 @@ class L1:
         return np.sort(chosen[urgency[chosen] >= _EDGE])
 
     def minimise(
-        self, gram: np.ndarray, linear: np.ndarray, start: np.ndarray, tol: float
+        self, gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, tol: float
     ) -> np.ndarray:
         """Alternate accelerated steps, which find the support, and solves on it, which end there."""
-        best, lowest = start, self._evaluate(gram, linear, start)[0]
-        step = 1 / _largest_eigenvalue(gram)
-        eps = float(np.finfo(gram.dtype).eps)
+        best, lowest = start, 0.0
+        steps = _step_sizes(gram)
         for _ in range(_ROUNDS):
-            u = _accelerated_steps(gram, linear, best, step)
-            u = _solve_on_support(gram, linear, u)
-            value, violation = self._evaluate(gram, linear, u)
+            u = _accelerated_steps(gram, gradient, start, best, steps)
+            u = _solve_on_support(gram, gradient, start, u)
+            change = _product(gram, u - start)  # (k,)
+            violation = self.violation(u, gradient + change)
+            value = float((u - start) @ (gradient + change / 2)) + self.value(u) - self.value(start)
             gained = lowest - value
             if gained > 0:
                 best, lowest = u, value
-            if violation <= tol or 0 <= gained <= eps * abs(value):
+            else:
+                steps = steps / 2  # too long, if the eigenvalue was underestimated
+            if violation <= tol:
                 break
-            if gained < 0:
-                step /= 2  # the eigenvalue was underestimated
         return best
-
-    def _evaluate(
-        self, gram: np.ndarray, linear: np.ndarray, u: np.ndarray
-    ) -> tuple[float, float]:
-        product = (gram @ u.astype(gram.dtype)).astype(np.float64)  # (k,)
-        value = float(u @ product) / 2 - float(linear @ u) + self.value(u)
-        return value, self.violation(u, product - linear)
 
 
 PENALTIES: dict[str, Penalty] = {"l1": L1(), "l2": L2()}
 
 
-def _largest_eigenvalue(gram: np.ndarray) -> float:
-    """Estimate from above, most of the time, by the power method."""
-    v = gram.sum(axis=1) + gram.diagonal()
-    value = 0.0
+def _step_sizes(gram: np.ndarray) -> np.ndarray:
+    """Find steps for each column that gradient steps may take together.
+
+    They are the inverse diagonal over the largest eigenvalue that the matrix has once its diagonal
+    is scaled to ones, by the power method: from above most of the time.
+    """
+    diagonal = gram.diagonal()  # (k,)
+    roots = np.sqrt(diagonal)
+    v = np.linspace(1, 2, len(gram), dtype=gram.dtype)
     for _ in range(10):
-        v = gram @ (v / np.linalg.norm(v))
-        value = float(np.linalg.norm(v))
-    return 1.2 * value
+        v = gram @ (v / np.linalg.norm(v) / roots) / roots
+    return 1 / (1.2 * float(np.linalg.norm(v)) * diagonal)
 
 
 def _accelerated_steps(
-    gram: np.ndarray, linear: np.ndarray, start: np.ndarray, step: float
+    gram: np.ndarray,
+    gradient: np.ndarray,
+    start: np.ndarray,
+    best: np.ndarray,
+    steps: np.ndarray,
 ) -> np.ndarray:
     """Take a few proximal gradient steps with Nesterov's momentum and adaptive restarts."""
-    exact = gram.dtype.type
-    linear, u, at, step = linear.astype(exact), start.astype(exact), start.astype(exact), exact(step)
+    u = at = best
     momentum = 1.0
     for _ in range(_STEPS_A_ROUND):
-        raw = at - step * (gram @ at - linear)
-        new = raw - np.clip(raw, -step, step)  # soft threshold
+        raw = at - steps * (gradient + _product(gram, at - start))
+        new = raw - np.clip(raw, -steps, steps)  # soft threshold
         moved = new - u
-        if (at - new) @ moved > 0:  # uphill: momentum has carried too far
+        if ((at - new) / steps) @ moved > 0:  # uphill: momentum has carried too far
             momentum = 1.0
         following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        at = new + exact((momentum - 1) / following) * moved
+        at = new + (momentum - 1) / following * moved
         u, momentum = new, following
-    return u.astype(np.float64)
+    return u
 
 
-def _solve_on_support(gram: np.ndarray, linear: np.ndarray, u: np.ndarray) -> np.ndarray:
+def _solve_on_support(
+    gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, u: np.ndarray
+) -> np.ndarray:
     """Minimise for the signs that ``u`` has; drop what changes its sign on the way, and repeat."""
     for _ in range(_SOLVES_A_ROUND):
         support = np.flatnonzero(u)
@@ -162,16 +169,18 @@ def _solve_on_support(gram: np.ndarray, linear: np.ndarray, u: np.ndarray) -> np
             return u
         old = u[support]
         signs = np.sign(old)
+        slope = (gradient + _product(gram, u - start))[support] + signs
         system = gram[np.ix_(support, support)].astype(np.float64)
-        target = linear[support] - signs
-        new = np.linalg.solve(system, target)
+        new = old - np.linalg.solve(system, slope)
         flipped = new * signs < 0
         u = np.zeros_like(u)
         if not flipped.any():
             u[support] = new
             return u
         candidates = [np.where(flipped, 0, new), _until_first_zero(old, new, flipped)]
-        u[support] = min(candidates, key=lambda v: v @ system @ v / 2 - target @ v)
+        u[support] = min(
+            candidates, key=lambda v: (v - old) @ (slope + system @ (v - old) / 2)
+        )
     return u
 
 
@@ -183,3 +192,7 @@ def _until_first_zero(old: np.ndarray, new: np.ndarray, flipped: np.ndarray) -> 
     reached = old + shares[first] * (new - old)
     reached[first] = 0
     return reached
+
+
+def _product(gram: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    return (gram @ vector.astype(gram.dtype)).astype(np.float64)

@@ -70,7 +70,7 @@ class Problem:
         share, dual_penalty = self.penalty.dual(gradient)
         theta = np.clip(share * self.misfit, _TINY, 1 - 1e-16)  # (n,)
         entropy = -theta * np.log(theta) - (1 - theta) * np.log1p(-theta)  # (n,)
-        dual = float(self.weights @ entropy) - dual_penalty
+        dual = max(float(self.weights @ entropy) - dual_penalty, 0.0)  # 0: no residuals at all
         objective = self._loss(self.scores, self.intercept) + self.penalty.value(self.coef)
         gap = max(objective - dual, 0.0) / objective
         # Once rounding decides, steps gain next to nothing of what the gap holds out, nor close it.
@@ -104,10 +104,9 @@ class Problem:
         diagonal = gram.diagonal() * (1 + _RIDGE[gram.dtype])
         gram[np.diag_indices_from(gram)] = np.where(diagonal > 0, diagonal, 1)
         start = self.coef[chosen]
-        linear = gram @ start - gradient[chosen]  # (k,)
         tol = 0.1 * self.penalty.violation(self.coef, gradient)
         direction = np.zeros_like(self.coef)
-        direction[chosen] = self.penalty.minimise(gram, linear, start, tol) - start
+        direction[chosen] = self.penalty.minimise(gram, gradient[chosen], start, tol) - start
         return direction
 
     def advance(self, direction: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> bool:
@@ -131,7 +130,7 @@ class Problem:
         slope = float(gradient @ direction) + self.penalty.value(self.coef + direction) - here
         curvature = self._curvature()
         shift = -float(curvature @ change) / float(curvature.sum())  # the intercept's part
-        rounding = 1e-14 * self.objective
+        rounding = 1e-12 * self.objective
         share = 1.0
         while share > 1e-6 and slope < 0:
             coef, scores = self.coef + share * direction, self.scores + share * change
@@ -145,7 +144,8 @@ class Problem:
         return False
 
     def _curvature(self) -> np.ndarray:
-        return self.weights * self.misfit * (1 - self.misfit)
+        # The floor keeps the sum from vanishing where every row is far on its side.
+        return self.weights * np.maximum(self.misfit * (1 - self.misfit), 1e-18)
 
     def _loss(self, scores: np.ndarray, intercept: float) -> float:
         margins = self.signs * (scores + intercept)
