@@ -93,7 +93,7 @@ class L1:
     def working_set(self, coef: np.ndarray, gradient: np.ndarray) -> np.ndarray:
         """Take the support and the columns with the largest correlations."""
         support = coef != 0
-        size = min(len(coef), max(_SMALLEST_SET, _GROWTH * np.count_nonzero(support)))
+        size = min(len(coef), max(_SMALLEST_SET, _GROWTH * int(support.sum())))
         urgency = np.where(support, np.inf, np.abs(gradient))
         chosen = np.argpartition(-urgency, size - 1)[:size]
         return np.sort(chosen[urgency[chosen] >= _EDGE])
@@ -101,7 +101,7 @@ class L1:
     def minimise(
         self, gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, tol: float
     ) -> np.ndarray:
-        """Alternate accelerated steps, which find the support, and solves on it, which end there."""
+        """Alternate accelerated steps, which find the support, and solves on it."""
         best, lowest = start, 0.0
         steps = _step_sizes(gram)
         for _ in range(_ROUNDS):
@@ -178,9 +178,7 @@ def _solve_on_support(
             u[support] = new
             return u
         candidates = [np.where(flipped, 0, new), _until_first_zero(old, new, flipped)]
-        u[support] = min(
-            candidates, key=lambda v: (v - old) @ (slope + system @ (v - old) / 2)
-        )
+        u[support] = min(candidates, key=lambda v: (v - old) @ (slope + system @ (v - old) / 2))
     return u
 
 
