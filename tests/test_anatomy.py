@@ -170,6 +170,24 @@ def test_a_learned_prompt_is_refused():
         find_anatomy(model)
 
 
+class _EightBit(nn.Module):
+    """What quantisers put in the place of a linear module: another class, the same attributes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", linear.weight.detach().to(torch.int8))
+
+
+def test_quantised_linear_modules_are_linear_modules():
+    model = TINY["llama"].build()
+    expected = widths_of(find_anatomy(model))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, _EightBit(module))
+    assert widths_of(find_anatomy(model)) == expected
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_of_experts_has_no_neurons_to_compare(name):
     stack = find_anatomy(MIXTURES[name].build()).stacks[None]
@@ -196,10 +214,20 @@ def test_what_is_not_there_is_named():
         stack.width(1, "neck")
 
 
+def test_blocks_may_be_in_a_sequence():
+    model = TINY["bert"].build()
+    expected = widths_of(find_anatomy(model))
+    model.encoder.layer = nn.Sequential(*model.encoder.layer)
+    assert widths_of(find_anatomy(model)) == expected
+
+
 def test_an_unknown_anatomy_names_the_parts():
     model = TINY["bert"].build()
-    model.encoder.layer = nn.Sequential(*model.encoder.layer)
-    with pytest.raises(ValueError, match=r"no torch.nn.ModuleList .* encoder \(BertEncoder\)"):
+    blocks = model.encoder.layer
+    model.encoder.layer = nn.Module()
+    for i, block in enumerate(blocks):
+        model.encoder.layer.add_module(f"number{i}", block)
+    with pytest.raises(ValueError, match=r"encoder \(BertEncoder of 1 x Module\)"):
         find_anatomy(model)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -280,6 +282,46 @@ def test_a_failed_pass_leaves_no_trace():
         pooled_forward(model, anatomy, tiny_batch(), segments_of(anatomy))
     assert hooks_of(model) == before
     assert all(module.training for module in model.modules())
+
+
+def test_no_activations_are_kept_behind_the_reader():
+    model = TINY["llama"].build()
+    anatomy = find_anatomy(model)
+    segments = segments_of(anatomy, ("hidden", "mlp", "attention"))
+    seen = []
+    alive = []
+
+    def watch(module, args):
+        alive.append(sum(activations() is not None for activations in seen))
+        seen.append(weakref.ref(args[0]))
+
+    for block in model.layers:
+        block.mlp.down_proj.register_forward_pre_hook(watch)
+    gc.disable()  # on a GPU, waiting for the collector is running out of memory
+    try:
+        pooled_forward(model, anatomy, tiny_batch(), segments)
+        alive.append(sum(activations() is not None for activations in seen))
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 0]
+
+
+def test_two_models_in_one_encoder_decoder():
+    bert = TINY["bert"].config(is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig(
+        encoder=TINY["bert"].config().to_dict(),
+        decoder=bert.to_dict(),
+        decoder_start_token_id=1,
+    )
+    model = transformers.EncoderDecoderModel(config).eval()
+    anatomy = find_anatomy(model)
+    batch = tiny_batch("left")
+    segments = segments_of(anatomy)
+    X = pooled_forward(model, anatomy, batch, segments)
+    output = alone(model, batch, 1)
+    for segment, where in columns(segments):
+        expected = output[f"{segment.stack}_hidden_states"][segment.layer][0].mean(0)
+        torch.testing.assert_close(X[1, where], expected, **CLOSE)
 
 
 def test_dropout_is_off():

@@ -139,12 +139,14 @@ def find_anatomy(model: Any) -> Anatomy:
         If it can't be told which modules are the blocks; the message lists what was looked at.
     """
     model = bare_model(model)
-    oddity = ODDITIES.get(model.config.model_type, PLAIN)
-    stacks = {
-        name: _dissect(name, half, getattr(half, "config", model.config), oddity)
-        for name, half in _halves(model).items()
-    }
-    return Anatomy(stacks, oddity.mixes_padding)
+    stacks = {}
+    mixes_padding = False
+    for name, half in _halves(model).items():
+        config = getattr(half, "config", model.config)
+        oddity = ODDITIES.get(config.model_type, PLAIN)
+        stacks[name] = _dissect(name, half, config, oddity)
+        mixes_padding |= oddity.mixes_padding
+    return Anatomy(stacks, mixes_padding)
 
 
 def bare_model(model: Any) -> Any:
@@ -181,17 +183,17 @@ def _halves(model: Any) -> dict[str | None, Any]:
 
 def _dissect(name: str | None, stack: nn.Module, config: Any, oddity: Oddity) -> Stack:
     width = config.get_text_config().hidden_size
-    blocks = find_blocks(stack, config.num_hidden_layers, oddity)
+    blocks = find_blocks(stack, config, oddity)
     entries: dict[tuple[int, str], Entry] = {}
     missing: dict[tuple[int, str], str] = {}
     for layer, module in enumerate(_takers(stack, blocks, oddity)):
         entries[layer, "hidden"] = Entry(module, width)
     for layer, block in enumerate(blocks, start=1):
         for site, found in find_entries(block, width, oddity.paths).items():
-            if isinstance(found, Entry):
-                entries[layer, site] = found
-            else:
+            if isinstance(found, str):
                 missing[layer, site] = found
+            else:
+                entries[layer, site] = found
 
     turns: Counter[tuple[nn.Module, str]] = Counter()
     taps = {}

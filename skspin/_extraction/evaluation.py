@@ -35,7 +35,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         if evaluation is None:
             training = [module for module in model.modules() if module.training]
             evaluation = _evaluations[model] = _Evaluation(training)
-            model.eval()
+            if training:
+                model.eval()
         evaluation.n_passes += 1
     try:
         yield

@@ -58,11 +58,13 @@ def _in_turn(
 
 
 def _before(module: nn.Module, notice: Callable[[Tensor], None]) -> Any:
-    first = next(iter(inspect.signature(module.forward).parameters))
-
-    # A thread that meets this hook while another one is removing it leaves out the kwargs.
+    # PyTorch leaves out the kwargs in a thread that calls the module just when another thread adds
+    # or removes this hook: then there is nothing for us to notice.
     def hook(module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
-        notice(args[0] if args else (kwargs or {})[first])
+        if args:
+            notice(args[0])
+        elif kwargs:
+            notice(kwargs[next(iter(inspect.signature(module.forward).parameters))])
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 

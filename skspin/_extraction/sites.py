@@ -39,9 +39,9 @@ class _Linear:
 # What a part of a block does, by the words in its class or its name. The first that fits counts:
 # "NemotronHMLP" may be called "mixer", and "LinearAttentionMixer" is an attention.
 _ROLES = {
-    "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
-    "attention": re.compile(r"attention|attn", re.I),
-    "mixer": re.compile(r"mixer|mamba|ssm|recurrent|lru|delta|short_?conv|lstm", re.I),
+    "mlp": re.compile(r"mlp|feed_?forward|ffn|^ff", re.I),
+    "attention": re.compile(r"attention|attn|mha|multi_?head", re.I),
+    "mixer": re.compile(r"mixer|mamba|ssm|recurrent|lru|delta|short_?conv|lstm|indexer", re.I),
 }
 # Linear modules beside an attention's output projection that may have its shape.
 _GATE = re.compile(r"gate|^g_proj$")
