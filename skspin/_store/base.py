@@ -56,7 +56,7 @@ class Store(ABC):
         segments : sequence of Segment, length n_segments
             Any of those that were written for these texts, together or apart, or others.
         out : ndarray of shape (n_texts, n_columns), float32
-            Gets the segments' columns side by side. Left as it is where nothing is found.
+            Gets the segments' columns side by side. Undefined where nothing is found.
 
         Returns
         -------

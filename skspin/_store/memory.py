@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class MemoryStore(Store):
         """Keep a copy of activations."""
         self.put(Part.of(context, segments, model), [text_digest(text) for text in texts], rows)
 
-    def put(self, part: Part, digests: Sequence[bytes], rows: np.ndarray) -> None:
+    def put(self, part: Part, digests: Sequence[bytes], rows: Iterable[np.ndarray]) -> None:
         """Keep a copy of a part's rows."""
         self._parts.setdefault(part.context, {})[part.digest] = part
         prefix = self._owner + part.digest

@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -44,6 +45,8 @@ _HEAD = struct.Struct("<8sQQ16sQ8xQ")  # magic, rows, bytes of a row, part, chec
 _RECORD = b"record\0\0"
 _DESCRIPTION = bytes(16)  # stands for the part, where a record describes one
 _ALIGNMENT = 64
+_OPENING = 2048  # bytes with which a record begins, to be read at once: head and, often, tables
+_BUFFERS = 256  # that one system call fills; every system takes at least 1024
 
 
 class DamagedShelf(ValueError):
@@ -84,8 +87,8 @@ class Record:
         """Describe rows that nobody has read yet."""
         return cls(shelf, part, digests, checksums, offset, np.zeros(len(digests), bool))
 
-    def read(self, first: int, into: np.ndarray) -> None:
-        """Fill ``into``, of shape (n_rows, n_columns), beginning with row ``first``, unchecked."""
+    def read(self, first: int, into: Sequence[np.ndarray]) -> None:
+        """Fill arrays of shape (n_columns,) with the rows from ``first`` on, unchecked."""
         self.shelf.read(self.offset + first * self.part.row_bytes, into)
 
 
@@ -168,11 +171,18 @@ class Shelf:
         if fcntl is not None:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def read(self, offset: int, into: np.ndarray) -> None:
-        """Fill an array; what the file does not have stays as it was, for checksums to tell."""
-        with self._turn:
-            self._file.seek(offset)
-            self._file.readinto(into.data)
+    def read(self, offset: int, into: Sequence[np.ndarray]) -> None:
+        """Fill arrays; what the file does not have stays as it was, for checksums to tell."""
+        if hasattr(os, "preadv"):
+            for start in range(0, len(into), _BUFFERS):
+                chunk = into[start : start + _BUFFERS]
+                os.preadv(self._file.fileno(), chunk, offset)
+                offset += sum(row.nbytes for row in chunk)
+        else:
+            with self._turn:
+                self._file.seek(offset)
+                for row in into:
+                    self._file.readinto(row)
 
     def _read_bytes(self, offset: int, n_bytes: int) -> bytes:
         with self._turn:
@@ -194,15 +204,18 @@ class Shelf:
         DamagedShelf
             If there is something where a record should begin that is not one.
         """
-        while (head := self._read_head()) is not None:
-            start = self.end + _HEAD.size
+        while (opening := self._read_opening()) is not None:
+            start, head = self.end, opening[: _HEAD.size]
             magic, n_rows, row_bytes, part, tables_sum, _ = _HEAD.unpack(head)
-            tables = self._read_bytes(start, 24 * n_rows)
-            offset = start + 24 * n_rows
+            offset = start + _HEAD.size + 24 * n_rows
+            if offset - start > len(opening):
+                opening = self._read_bytes(start, offset - start)
+            tables = opening[_HEAD.size : offset - start]
             self._check(magic == _RECORD and checksum(tables) == tables_sum)
-            self.end = _aligned(offset + n_rows * row_bytes)
-            self._check(self.end <= self.size)
+            end = _aligned(offset + n_rows * row_bytes)
+            self._check(end <= self.size)
             checksums = np.frombuffer(tables, "<u8", n_rows, 16 * n_rows)
+            self.end = end
             if part == _DESCRIPTION:
                 text = self._read_bytes(offset, row_bytes)
                 self._check(checksum(text) == checksums[0])
@@ -211,16 +224,16 @@ class Shelf:
                 digests = np.frombuffer(tables, "V16", n_rows).tolist()
                 yield Record.new(self, self._parts[part], digests, checksums, offset)
 
-    def _read_head(self) -> bytes | None:
-        """Read the head of the next record, if there is one yet."""
-        head = self._read_bytes(self.end, _HEAD.size)
-        if len(head) < _HEAD.size or not any(head):
+    def _read_opening(self) -> bytes | None:
+        """Read how the next record begins, its head at least, if there is one yet."""
+        opening = self._read_bytes(self.end, _OPENING)
+        if len(opening) < _HEAD.size or not any(opening[: _HEAD.size]):
             return None
-        if not _is_head(head):
+        if not _is_head(opening[: _HEAD.size]):
             time.sleep(0.01)  # we may have read it while it was being written
-            head = self._read_bytes(self.end, _HEAD.size)
-            self._check(_is_head(head))
-        return head
+            opening = self._read_bytes(self.end, _OPENING)
+            self._check(_is_head(opening[: _HEAD.size]))
+        return opening
 
     def _check(self, is_sound: bool) -> None:
         if not is_sound:
@@ -233,7 +246,7 @@ class Shelf:
             text = part.to_json()
             self._append(_DESCRIPTION, [part.digest], [checksum(text)], text)
             self._parts[part.digest] = part
-        checksums = np.array([checksum(row.data) for row in rows], "<u8")
+        checksums = np.array([checksum(row) for row in rows], "<u8")
         offset = self._append(part.digest, digests, checksums, rows.data)
         return Record.new(self, part, list(digests), checksums, offset)
 
@@ -261,7 +274,7 @@ def _is_head(head: bytes) -> bool:
     return len(head) == _HEAD.size and checksum(head[:-8]) == _HEAD.unpack(head)[-1]
 
 
-def checksum(data: bytes | memoryview) -> int:
+def checksum(data: Any) -> int:
     """Sum up the bytes of a row, a table or a head."""
     return xxhash.xxh3_64_intdigest(data)
 
