@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import xxhash
@@ -11,18 +12,14 @@ _CHUNK_BYTES = 1 << 18  # small enough that what was just gathered is hashed fro
 
 
 def text_digest(text: str) -> bytes:
-    """Digest the exact code points of a text, lone surrogates included.
+    """Digest the exact code points of a text, lone surrogates included, into 16 bytes."""
+    return text_digests([text])[0]
 
-    Parameters
-    ----------
-    text : str
-        Not normalised: two spellings of one letter are two texts.
 
-    Returns
-    -------
-    bytes of length 16
-    """
-    return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
+def text_digests(texts: Iterable[str]) -> list[bytes]:
+    """Digest each text; two spellings of one letter make two texts."""
+    digest = xxhash.xxh3_128_digest
+    return [digest(text.encode("utf-8", "surrogatepass")) for text in texts]
 
 
 def array_digest(array: np.ndarray) -> bytes:

@@ -7,7 +7,6 @@ whatever else decides the numbers), a text and a segment.
 from __future__ import annotations
 
 import os
-import threading
 
 import numpy as np
 
@@ -22,7 +21,6 @@ __all__ = ["Store", "StoreInfo", "open_store"]
 _ROWS: Keep[np.ndarray] = Keep(machine_memory() // 4)
 _MEMORY = MemoryStore(_ROWS)
 _FOLDERS: dict[str, DiskStore] = {}
-_OPENING = threading.Lock()
 
 
 def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
@@ -56,10 +54,9 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     if cache == "memory":
         return _MEMORY
     folder = os.path.abspath(os.path.expanduser(os.fsdecode(cache)))
-    with _OPENING:
-        store = _FOLDERS.get(folder)
-        if store is None or store.is_gone:
-            front = MemoryStore(_ROWS, owner=folder)
-            front.clear()  # what was in a folder that is gone is not in the one that we make
-            store = _FOLDERS[folder] = DiskStore(folder, front)
-        return store
+    store = _FOLDERS.get(folder)
+    if store is None or store.is_gone:
+        front = MemoryStore(_ROWS, owner=folder)
+        front.clear()  # what was in a folder that is gone is not in the one that is made
+        store = _FOLDERS[folder] = DiskStore(folder, front)
+    return store

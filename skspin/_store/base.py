@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,16 @@ class StoreInfo:
     n_bytes: int = 0
     limit: int = 0
     models: dict[str, int] = field(default_factory=dict)
+
+
+def as_bytes(limit: float) -> int:
+    """Check a bound in bytes."""
+    if not isinstance(limit, Real) or not 0 <= limit < math.inf:
+        raise ValueError(
+            f"limit={limit!r}, but it must be a number of bytes that is not negative, e.g. "
+            "2 * 1024**3."
+        )
+    return int(limit)
 
 
 class Store(ABC):

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from skspin._digest import text_digest
+from skspin._digest import text_digests
 from skspin._layout import Segment
-from skspin._store.base import Store, StoreInfo
+from skspin._store.base import Store, StoreInfo, as_bytes
 from skspin._store.cards import Cards
 from skspin._store.memory import MemoryStore
 from skspin._store.part import Part
+from skspin._store.request import Request
 from skspin._store.shelves import Shelves
 
 FORMAT = 1  # another version's folder lies beside ours, and neither touches the other's
@@ -74,13 +75,12 @@ class DiskStore(Store):
         self, context: str, texts: Sequence[str], segments: Sequence[Segment], out: np.ndarray
     ) -> np.ndarray:
         """Fill in what is kept."""
-        found = np.zeros((len(texts), len(segments)), dtype=bool)
-        digests = [text_digest(text) for text in texts]
-        self._front.fill(context, digests, segments, out, found)
-        if self._reads and not found.all():
+        request = Request.of(context, texts, segments, out)
+        self._front.fill(request)
+        if self._reads and not request.found.all():
             with self._surviving("read"):
-                self._shelves.fill(context, digests, segments, out, found, self._front.put)
-        return found
+                self._shelves.fill(request, self._front.put)
+        return request.found
 
     def write(
         self,
@@ -93,7 +93,7 @@ class DiskStore(Store):
     ) -> None:
         """Keep a copy of activations."""
         part = Part.of(context, segments, model)
-        digests = [text_digest(text) for text in texts]
+        digests = text_digests(texts)
         self._front.put(part, digests, rows)
         if self._writes:
             with self._surviving("write to"):
@@ -123,16 +123,16 @@ class DiskStore(Store):
 
     def info(self) -> StoreInfo:
         """Count what is kept on disk."""
-        n_bytes, models = 0, dict[str, int]()
         if self._reads:
             with self._surviving("read"):
                 n_bytes, models = self._shelves.count()
-        return StoreInfo(sum(models.values()), n_bytes, self.limit, models)
+                return StoreInfo(sum(models.values()), n_bytes, self.limit, models)
+        return StoreInfo()
 
     def clear(self) -> None:
         """Forget everything, in memory and on disk, for all processes; the limit stays."""
         self._front.clear()
-        self._shelves.clear()
+        self._shelves.shrink(0)
         self._cards.clear()
 
     @property
@@ -143,8 +143,8 @@ class DiskStore(Store):
 
     @limit.setter
     def limit(self, limit: int) -> None:
-        self._settings.put(_LIMIT, limit)
-        self._shelves.shrink(limit)
+        self._settings.put(_LIMIT, as_bytes(limit))
+        self._shelves.shrink(as_bytes(limit))
 
     @property
     def is_gone(self) -> bool:

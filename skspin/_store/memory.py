@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from skspin._digest import text_digest
+from skspin._digest import text_digest, text_digests
 from skspin._keep import Keep
 from skspin._layout import Segment
-from skspin._store.base import Store, StoreInfo
+from skspin._store.base import Store, StoreInfo, as_bytes
 from skspin._store.part import Part
+from skspin._store.request import Request
 
 _ASSUMED_MEMORY = 8 * 1024**3  # where the system does not tell
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -54,33 +55,27 @@ class MemoryStore(Store):
         self, context: str, texts: Sequence[str], segments: Sequence[Segment], out: np.ndarray
     ) -> np.ndarray:
         """Fill in what is kept."""
-        found = np.zeros((len(texts), len(segments)), dtype=bool)
-        self.fill(context, [text_digest(text) for text in texts], segments, out, found)
-        return found
+        request = Request.of(context, texts, segments, out)
+        self.fill(request)
+        return request.found
 
-    def fill(
-        self,
-        context: str,
-        digests: Sequence[bytes],
-        segments: Sequence[Segment],
-        out: np.ndarray,
-        found: np.ndarray,
-    ) -> None:
+    def fill(self, request: Request) -> None:
         """Fill in what is kept and not yet found."""
-        for part in list(self._parts.get(context, {}).values()):
-            overlap = part.overlap(segments)
+        for part in list(self._parts.get(request.context, {}).values()):
+            overlap = request.overlap(part)
             if overlap is None:
                 continue
-            lacking = overlap.lacking(found)
+            lacking = request.lacking(overlap)
             prefix = self._owner + part.digest
-            rows = self._keep.get_many([prefix + digests[i] for i in lacking.tolist()])
+            rows = self._keep.get_many([prefix + digest for digest in request.texts_at(lacking)])
+            here = np.array([row is not None for row in rows], bool)
             hits = [
                 (i, row) for i, row in zip(lacking.tolist(), rows, strict=True) if row is not None
             ]
             for source, target in overlap.copies:
                 for i, row in hits:
-                    out[i, target] = row[source]
-            found[np.ix_([i for i, _ in hits], overlap.asked)] = True
+                    request.out[i, target] = row[source]
+            request.mark(lacking[here], overlap)
 
     def write(
         self,
@@ -92,7 +87,7 @@ class MemoryStore(Store):
         model: str = "",
     ) -> None:
         """Keep a copy of activations."""
-        self.put(Part.of(context, segments, model), [text_digest(text) for text in texts], rows)
+        self.put(Part.of(context, segments, model), text_digests(texts), rows)
 
     def put(self, part: Part, digests: Sequence[bytes], rows: Iterable[np.ndarray]) -> None:
         """Keep a copy of a part's rows."""
@@ -135,4 +130,4 @@ class MemoryStore(Store):
 
     @limit.setter
     def limit(self, limit: int) -> None:
-        self._keep.limit = limit
+        self._keep.limit = as_bytes(limit)

@@ -1,4 +1,4 @@
-"""Segments that were written together, and what they have in common with those asked for."""
+"""Segments that were written together."""
 
 from __future__ import annotations
 
@@ -10,42 +10,15 @@ from functools import cached_property
 import numpy as np
 
 from skspin._digest import text_digest
-from skspin._layout import Layout, Segment
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Where the columns of a stored row belong in the caller's rows.
-
-    Parameters
-    ----------
-    asked : ndarray of shape (n_common,), int
-        The segments asked for that the stored row has.
-    copies : tuple of pairs of slices
-        From the stored row's columns to the caller's; neighbours are copied as one.
-    """
-
-    asked: np.ndarray
-    copies: tuple[tuple[slice, slice], ...]
-
-    def is_all_of(self, part: Part, out: np.ndarray) -> bool:
-        """Whether the stored rows, as they are, are the caller's rows."""
-        n_columns = part.row_bytes // 4
-        whole = (slice(0, n_columns), slice(0, n_columns))
-        contiguous = out.dtype == "<f4" and out.strides[1] == 4
-        return contiguous and out.shape[1] == n_columns and self.copies == (whole,)
-
-    def lacking(self, found: np.ndarray) -> np.ndarray:
-        """List the rows of ``found`` to which this could add something."""
-        return np.flatnonzero(~found[:, self.asked].all(axis=1))
+from skspin._layout import Segment
 
 
 @dataclass(frozen=True)
 class Part:
     """Segments that were written together: side by side in one stored row for each text.
 
-    Texts come from a model with all segments of a call at once, so one row for all of them is far
-    faster to write and to read than a row each, and any of them can still be read alone.
+    All segments of a call come from the model at once, so one row for all of them is far faster to
+    write and to read than a row each, and any of them can still be read alone.
 
     Parameters
     ----------
@@ -73,15 +46,27 @@ class Part:
         """16 bytes that name this part."""
         return text_digest(json.dumps([self.context, self.keys, self.widths]))
 
-    @property
-    def label(self) -> str:
-        """What to show people: the model's name where it was given."""
-        return self.model or self.context
+    @cached_property
+    def columns(self) -> dict[str, slice]:
+        """The columns of each segment in a stored row, by key."""
+        ends = np.cumsum([0, *self.widths]).tolist()
+        slices = (slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
+        return dict(zip(self.keys, slices, strict=True))
 
     @cached_property
+    def n_columns(self) -> int:
+        """Number of columns of a stored row."""
+        return sum(self.widths)
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one stored row, float32."""
-        return 4 * sum(self.widths)
+        """Bytes of a stored row, float32."""
+        return 4 * self.n_columns
+
+    @property
+    def label(self) -> str:
+        """What to show people: the model's name, where it was given."""
+        return self.model or self.context
 
     def to_json(self) -> bytes:
         """Write down everything."""
@@ -92,31 +77,3 @@ class Part:
         """Read what `to_json` wrote."""
         context, keys, widths, model = json.loads(text)
         return cls(context, tuple(keys), tuple(widths), model)
-
-    def overlap(self, segments: Sequence[Segment]) -> Overlap | None:
-        """Find the segments asked for that are here, None if there are none."""
-        ends = np.cumsum([0, *self.widths]).tolist()
-        stored = {
-            key: slice(start, stop)
-            for key, start, stop in zip(self.keys, ends, ends[1:], strict=False)
-        }
-        pairs = {
-            index: (stored[segment.key], columns)
-            for index, (segment, columns) in enumerate(
-                zip(segments, Layout(tuple(segments)).slices, strict=True)
-            )
-            if segment.key in stored
-        }
-        return Overlap(np.array(list(pairs)), _joined(list(pairs.values()))) if pairs else None
-
-
-def _joined(pairs: list[tuple[slice, slice]]) -> tuple[tuple[slice, slice], ...]:
-    """Join pairs that are neighbours on both sides, in order."""
-    joined: list[tuple[slice, slice]] = []
-    for source, target in pairs:
-        if joined and joined[-1][0].stop == source.start and joined[-1][1].stop == target.start:
-            before = joined.pop()
-            source = slice(before[0].start, source.stop)
-            target = slice(before[1].start, target.stop)
-        joined.append((source, target))
-    return tuple(joined)

@@ -1,289 +1,237 @@
-"""One file of a store on disk: rows of activations, only ever appended.
+"""Two files of a store on disk: a matrix of activations, and the texts that its rows belong to.
 
-A shelf is a header of 64 bytes and then records, each beginning at a multiple of 64::
+``NAME.rows`` is a plain matrix of little-endian float32 and nothing else. ``NAME.texts`` has a
+header, which says what the columns are, and then 24 bytes for each row: the digest of its text (16)
+and the checksum of the row (8).
 
-    head        magic, number of rows, bytes of a row, part, checksum of the tables, of the head
-    tables      the texts' digests, 16 bytes each; the rows' checksums, 8 bytes each
-    rows        float32, little endian
-
-A record's head is written after everything else, so a record is whole or not there: whatever stops
-the writer, the next one finds zeros or the file's end where the head would be, and begins again
-from that place. Only one process writes to a shelf, the one that holds its lock; the system takes
-the lock from a process that dies. Readers take no lock and wait for nobody.
-
-A part (which segments a row holds, for which context) is described once in each shelf, by a record
-whose one row is JSON.
+Rows are only ever appended, and a row is there once its text is. So whatever stops a writer, at
+worst it leaves something after the last whole row or text, and the next writer begins in its place.
+Only one process writes to a shelf, the one that holds its lock; the system takes the lock from a
+process that dies. Readers take no lock and wait for nobody: they map both files into memory.
 """
 
 from __future__ import annotations
 
-import io
+import mmap
 import os
 import struct
-import threading
-import time
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import ArrayLike
 
 from skspin._store.part import Part
 
 try:
     import fcntl
-except ImportError:  # Windows: there every process fills shelves of its own
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MAGIC = b"skspin shelf 1\n\0"
-_HEADER = struct.Struct("<16sQ40x")  # magic, time of the last use on the store's own clock
-_HEAD = struct.Struct("<8sQQ16sQ8xQ")  # magic, rows, bytes of a row, part, checksums
-_RECORD = b"record\0\0"
-_DESCRIPTION = bytes(16)  # stands for the part, where a record describes one
-_ALIGNMENT = 64
-_OPENING = 2048  # bytes with which a record begins, to be read at once: head and, often, tables
-_BUFFERS = 256  # that one system call fills; every system takes at least 1024
+_MAGIC = b"skspin shelf 1\n\0"
+_HEADER = struct.Struct("<16sQQ")  # magic, length and checksum of the description that follows
+_ENTRY = np.dtype([("text", "V16"), ("checksum", "<u8")])
+
+checksum = xxhash.xxh3_64_intdigest
 
 
 class DamagedShelf(ValueError):
-    """A shelf that cannot be read any further."""
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """Rows that were written together.
-
-    Parameters
-    ----------
-    shelf : Shelf
-        Where they are.
-    part : Part
-        What each row holds.
-    digests : list of bytes
-        Their texts.
-    checksums : ndarray of shape (n_rows,), uint64
-        Of their bytes.
-    offset : int
-        Where in the file the first row begins.
-    was_read : ndarray of shape (n_rows,), bool
-        Which rows this process has read since it knows them.
-    """
-
-    shelf: Shelf
-    part: Part
-    digests: list[bytes]
-    checksums: np.ndarray
-    offset: int
-    was_read: np.ndarray
-
-    @classmethod
-    def new(
-        cls, shelf: Shelf, part: Part, digests: list[bytes], checksums: np.ndarray, offset: int
-    ) -> Record:
-        """Describe rows that nobody has read yet."""
-        return cls(shelf, part, digests, checksums, offset, np.zeros(len(digests), bool))
-
-    def read(self, first: int, into: Sequence[np.ndarray]) -> None:
-        """Fill arrays of shape (n_columns,) with the rows from ``first`` on, unchecked."""
-        self.shelf.read(self.offset + first * self.part.row_bytes, into)
+    """A shelf that is not what was written."""
 
 
 class Shelf:
-    """One file of rows.
+    """Rows of one part.
 
     Parameters
     ----------
-    path : Path
-        A file that exists.
+    stem : Path
+        Of both files, without suffix.
+
+    Attributes
+    ----------
+    name : str
+        Of the shelf in its folder.
+    part : Part
+        What each row holds.
+    numbers : dict of bytes to int
+        The row of each text, as of the last `refresh`.
+    is_damaged : bool
+        Whether rows are missing. Then nothing may be appended.
 
     Raises
     ------
     ValueError
-        If it is not a shelf of this format.
+        If the files are not of this format.
+    DamagedShelf
+        If the header is not what was written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
-            self._may_write = True
-        except PermissionError:  # a store that someone shares for reading
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-            self._may_write = False
-        # A shelf may be dropped while another thread reads it; its last user closes the file.
-        weakref.finalize(self, self._file.close)
-        self._turn = threading.Lock()  # from seeking a place to having read or written there
-        self._parts: dict[bytes, Part] = {}
-        self.end = _ALIGNMENT  # of the last whole record
-        self.damaged = False  # whether there is more that cannot be read
-        if self._read_header()[0] != MAGIC:
-            raise ValueError(f"{path} is not a shelf of the format that this version writes.")
+    def __init__(self, stem: Path) -> None:
+        self.name = stem.name
+        self._texts_path = stem.with_suffix(".texts")
+        self._rows_path = stem.with_suffix(".rows")
+        with open(self._texts_path, "rb") as file:
+            magic, length, expected = _HEADER.unpack(file.read(_HEADER.size).ljust(_HEADER.size))
+            if magic != _MAGIC:
+                raise ValueError(f"{stem} is not of the format that this version writes.")
+            description = file.read(length)
+        if checksum(description) != expected:
+            raise DamagedShelf(f"{self._texts_path} is damaged")
+        self.part = Part.from_json(description)
+        self._start = _HEADER.size + length  # of the first text
+        self._files: tuple[FileIO, FileIO] | None = None  # of texts and rows, while we may write
+        self.is_damaged = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.numbers: dict[bytes, int] = {}
+        self._was_read = np.zeros(0, bool)
+        self._entries = np.empty(0, _ENTRY)
+        self._matrix = np.empty((0, self.part.n_columns), "<f4")
 
     @classmethod
-    def create(cls, path: Path) -> Shelf:
-        """Begin a file. It has its name only once it has its header."""
-        unnamed = path.with_suffix(".new")
-        unnamed.write_bytes(_HEADER.pack(MAGIC, 0))
-        os.replace(unnamed, path)
-        return cls(path)
+    def create(cls, stem: Path, part: Part) -> Shelf:
+        """Begin the two files. Others find them once both are there."""
+        description = part.to_json()
+        description += b" " * (-len(description) % 8)  # keeps the checksums aligned
+        header = _HEADER.pack(_MAGIC, len(description), checksum(description))
+        stem.with_suffix(".rows").touch()
+        unnamed = stem.with_suffix(".new")
+        unnamed.write_bytes(header + description)
+        os.replace(unnamed, stem.with_suffix(".texts"))
+        return cls(stem)
 
     @property
-    def is_empty(self) -> bool:
-        """Whether it has no record."""
-        return self.end == _ALIGNMENT
+    def n_rows(self) -> int:
+        """Number of rows, as of the last `refresh`."""
+        return len(self._entries)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        with self._turn:
-            return self._file.seek(0, io.SEEK_END)
+    def lock(self, *, is_new: bool = False) -> bool:
+        """Become the one process that writes here, unless there is one.
 
-    @property
-    def last_use(self) -> int:
-        """When it was last used, on the store's own clock."""
-        return self._read_header()[1]
-
-    def touch(self, now: int) -> None:
-        """Note a use."""
-        if self._may_write:
-            self._write(0, _HEADER.pack(MAGIC, now))
-
-    def _read_header(self) -> tuple[bytes, int]:
-        return _HEADER.unpack(self._read_bytes(0, _HEADER.size).ljust(_HEADER.size, b"\0"))
-
-    def lock(self) -> bool:
-        """Become the one process that writes here, unless there is one or it is not permitted."""
-        if not self._may_write:
+        Where the system has no locks for files, nobody can tell, and so only a shelf that this
+        process has just made is its own.
+        """
+        try:
+            texts = open(self._texts_path, "r+b", buffering=0)  # noqa: SIM115
+        except FileNotFoundError:  # another process has just removed it
             return False
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
+        if not _lock(texts, is_new):
+            texts.close()
+            return False
+        rows = open(self._rows_path, "r+b", buffering=0)  # noqa: SIM115
+        self._files = texts, rows
+        self._closing = weakref.finalize(self, _close, self._files)
         return True
 
     def unlock(self) -> None:
         """Let another process write here."""
-        if fcntl is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+        if self._files is not None:
+            self._closing()
+            self._files = None
 
-    def read(self, offset: int, into: Sequence[np.ndarray]) -> None:
-        """Fill arrays; what the file does not have stays as it was, for checksums to tell."""
-        if hasattr(os, "preadv"):
-            for start in range(0, len(into), _BUFFERS):
-                chunk = into[start : start + _BUFFERS]
-                os.preadv(self._file.fileno(), chunk, offset)
-                offset += sum(row.nbytes for row in chunk)
-        else:
-            with self._turn:
-                self._file.seek(offset)
-                for row in into:
-                    self._file.readinto(row)
-
-    def _read_bytes(self, offset: int, n_bytes: int) -> bytes:
-        with self._turn:
-            self._file.seek(offset)
-            return self._file.read(n_bytes)
-
-    def _write(self, offset: int, data: bytes | memoryview) -> None:
-        rest = memoryview(data).cast("B")
-        with self._turn:
-            self._file.seek(offset)
-            while rest:  # a write may be cut short by a signal, or by a disk that is nearly full
-                rest = rest[self._file.write(rest) :]
-
-    def scan(self) -> Iterator[Record]:
-        """Read the records that were not there at the last scan.
+    def refresh(self) -> None:
+        """Learn of the rows that were written since.
 
         Raises
         ------
         DamagedShelf
-            If there is something where a record should begin that is not one.
+            If there are texts without rows: the file was cut off.
         """
-        while (opening := self._read_opening()) is not None:
-            start, head = self.end, opening[: _HEAD.size]
-            magic, n_rows, row_bytes, part, tables_sum, _ = _HEAD.unpack(head)
-            offset = start + _HEAD.size + 24 * n_rows
-            if offset - start > len(opening):
-                opening = self._read_bytes(start, offset - start)
-            tables = opening[_HEAD.size : offset - start]
-            self._check(magic == _RECORD and checksum(tables) == tables_sum)
-            end = _aligned(offset + n_rows * row_bytes)
-            self._check(end <= self.size)
-            checksums = np.frombuffer(tables, "<u8", n_rows, 16 * n_rows)
-            self.end = end
-            if part == _DESCRIPTION:
-                text = self._read_bytes(offset, row_bytes)
-                self._check(checksum(text) == checksums[0])
-                self._parts[tables[:16]] = Part.from_json(text)
-            else:
-                digests = np.frombuffer(tables, "V16", n_rows).tolist()
-                yield Record.new(self, self._parts[part], digests, checksums, offset)
+        # Rows are written before texts and so counted after them.
+        n_texts = (self._texts_path.stat().st_size - self._start) // _ENTRY.itemsize
+        n_rows = self._rows_path.stat().st_size // self.part.row_bytes
+        n = min(n_texts, n_rows)
+        if n < len(self._entries):
+            self._forget()
+        if n > len(self._entries):
+            self._learn(n)
+        if n_rows < n_texts and not self.is_damaged:
+            self.is_damaged = True
+            raise DamagedShelf(f"{self._rows_path} was cut off")
 
-    def _read_opening(self) -> bytes | None:
-        """Read how the next record begins, its head at least, if there is one yet."""
-        opening = self._read_bytes(self.end, _OPENING)
-        if len(opening) < _HEAD.size or not any(opening[: _HEAD.size]):
-            return None
-        if not _is_head(opening[: _HEAD.size]):
-            time.sleep(0.01)  # we may have read it while it was being written
-            opening = self._read_bytes(self.end, _OPENING)
-            self._check(_is_head(opening[: _HEAD.size]))
-        return opening
+    def _learn(self, n: int) -> None:
+        n_before, row_bytes = len(self._entries), self.part.row_bytes
+        texts = _mapped(self._texts_path, self._start + n * _ENTRY.itemsize)
+        rows = _mapped(self._rows_path, n * row_bytes)
+        self._entries = np.frombuffer(texts, _ENTRY, n, self._start)
+        self._matrix = np.frombuffer(rows, "<f4").reshape(n, self.part.n_columns)
+        self._was_read = np.append(self._was_read, np.zeros(n - n_before, bool))
+        digests = self._entries["text"][n_before:].tolist()
+        self.numbers.update(zip(digests, range(n_before, n), strict=True))
 
-    def _check(self, is_sound: bool) -> None:
-        if not is_sound:
-            self.damaged = True
-            raise DamagedShelf(f"{self.path} is damaged and cannot be read beyond {self.end} bytes")
+    def take(self, numbers: np.ndarray, into: np.ndarray) -> np.ndarray:
+        """Copy rows and say which of them are what was written.
 
-    def append(self, part: Part, digests: Sequence[bytes], rows: np.ndarray) -> Record:
-        """Write rows of a part, of shape (n_rows, n_columns), float32, C-contiguous."""
-        if part.digest not in self._parts:
-            text = part.to_json()
-            self._append(_DESCRIPTION, [part.digest], [checksum(text)], text)
-            self._parts[part.digest] = part
-        checksums = np.array([checksum(row) for row in rows], "<u8")
-        offset = self._append(part.digest, digests, checksums, rows.data)
-        return Record.new(self, part, list(digests), checksums, offset)
+        Parameters
+        ----------
+        numbers : ndarray of shape (n_rows,), int
+            Which rows.
+        into : ndarray of shape (n_rows, n_columns), float32
+            Where to.
 
-    def _append(
-        self, part: bytes, digests: Sequence[bytes], checksums: ArrayLike, rows: bytes | memoryview
-    ) -> int:
-        """Write a record and return where its rows begin."""
-        start, n_rows = self.end, len(digests)
-        tables = b"".join(digests) + np.asarray(checksums, "<u8").tobytes()
-        n_bytes = memoryview(rows).nbytes
-        head = _HEAD.pack(_RECORD, n_rows, n_bytes // n_rows, part, checksum(tables), 0)[:-8]
-        with self._turn:
-            self._file.truncate(start)  # what a writer left who was stopped
-        self._write(start + _HEAD.size, tables)
-        self._write(start + _HEAD.size + len(tables), rows)
-        end = _aligned(start + _HEAD.size + len(tables) + n_bytes)
-        with self._turn:
-            self._file.truncate(end)  # padding
-        self._write(start, head + struct.pack("<Q", checksum(head)))
-        self.end = end
-        return start + _HEAD.size + len(tables)
+        Returns
+        -------
+        ndarray of shape (n_rows,), bool
+        """
+        self._matrix.take(numbers, axis=0, out=into, mode="clip")  # any other mode copies twice
+        # What arrived is summed up, not what was mapped: so nothing can change in between.
+        sums = np.fromiter(map(checksum, into), np.uint64, len(into))
+        return sums == self._entries["checksum"].take(numbers, mode="clip")
+
+    def note_read(self, numbers: np.ndarray) -> np.ndarray:
+        """Note that this process has read some rows, and say which it had read before."""
+        before = self._was_read[numbers]
+        self._was_read[numbers] = True
+        return before
+
+    def append(self, digests: Sequence[bytes], rows: np.ndarray) -> None:
+        """Write rows, of shape (n_rows, n_columns), C-contiguous; needs the lock."""
+        if self._files is None:
+            raise RuntimeError("A shelf must be locked before it is written to.")
+        entries = np.empty(len(digests), _ENTRY)
+        entries["text"] = np.frombuffer(b"".join(digests), "V16")
+        entries["checksum"] = [checksum(row) for row in rows]
+        n_before = len(self._entries)
+        texts, matrix = self._files
+        _write(matrix, n_before * self.part.row_bytes, rows)
+        _write(texts, self._start + n_before * _ENTRY.itemsize, entries)
+        self.refresh()
 
 
-def _is_head(head: bytes) -> bool:
-    return len(head) == _HEAD.size and checksum(head[:-8]) == _HEAD.unpack(head)[-1]
+def size_of(part: Part, n_rows: int) -> int:
+    """Count the bytes that rows take."""
+    return n_rows * (part.row_bytes + _ENTRY.itemsize)
 
 
-def checksum(data: Any) -> int:
-    """Sum up the bytes of a row, a table or a head."""
-    return xxhash.xxh3_64_intdigest(data)
+def _lock(file: FileIO, otherwise: bool) -> bool:
+    if fcntl is None:
+        return otherwise
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return otherwise
+    return True
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+def _close(files: Iterable[FileIO]) -> None:
+    for file in files:
+        file.close()
 
 
-def space_for(part: Part, n_rows: int) -> int:
-    """Bytes that ``n_rows`` rows of a part take at most, with all that goes with them."""
-    description = 2 * _HEAD.size + 24 + len(part.to_json())
-    return description + 2 * _ALIGNMENT + n_rows * (24 + part.row_bytes)
+def _mapped(path: Path, n_bytes: int) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ)
+
+
+def _write(file: FileIO, offset: int, values: np.ndarray) -> None:
+    """Write at ``offset``, and nothing after it remains of a writer that was stopped."""
+    file.truncate(offset)
+    file.seek(offset)
+    rest = values.view(np.uint8).reshape(-1).data
+    while rest:  # a disk that is nearly full takes a part and refuses the rest
+        rest = rest[file.write(rest) :]

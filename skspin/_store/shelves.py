@@ -5,36 +5,44 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
-import joblib
 import numpy as np
 
 from skspin._fork import renew_in_child
-from skspin._layout import Segment
-from skspin._store.index import Group, Index
-from skspin._store.part import Overlap, Part
-from skspin._store.shelf import DamagedShelf, Shelf, checksum, space_for
+from skspin._store.part import Part
+from skspin._store.request import Overlap, Request
+from skspin._store.shelf import DamagedShelf, Shelf, size_of
 
-_NAME = re.compile(r"(\d{8,})-[0-9a-f]{8}\.shelf")
+_FILE = re.compile(r"(?P<name>\d{8,}-[0-9a-f]{8})\.(texts|rows|new)")
 _SHELVES_IN_LIMIT = 16  # room is made by whole shelves, so this is how finely
-_GROUP_BYTES = 1 << 20  # that are read at a time, to be checked while in the CPU's cache
-_GROUPS_PER_THREAD = 8  # that are worth the start of a thread
-_MOST_THREADS = 4
+_CHUNK_BYTES = 1 << 20  # of rows copied at a time, to be checked while in the CPU's cache
 
-Reread = Callable[[Part, list[bytes], list[np.ndarray]], None]
+Reread = Callable[[Part, list[bytes], np.ndarray], None]
+
+
+@dataclass
+class Place:
+    """What the folder says of a shelf: its files, their bytes, and when it was last used."""
+
+    paths: list[Path] = field(default_factory=list)
+    size: int = 0
+    last_use: int = 0
 
 
 class Shelves:
     """Rows on disk.
 
-    Threads and processes may share a folder. Every process has its own index of what lies where,
-    and brings it up to date whenever it is used, by reading the heads of what is new.
+    Threads and processes may share a folder. Each process knows where the texts are that it may be
+    asked for, and whenever it is used, learns of those that others have added since.
 
     Parameters
     ----------
@@ -44,128 +52,159 @@ class Shelves:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._ours: dict[Part, Shelf] = {}  # those that this process writes to
         self.renew()
         renew_in_child(self)
 
     def renew(self) -> None:
-        """Begin without lock, files and index, as in a new process."""
+        """Begin without lock, files and knowledge, as in a new process."""
+        for shelf in self._ours.values():
+            shelf.unlock()
+        self._ours = {}
         self._lock = threading.RLock()
-        self._shelves: dict[str, Shelf | None] = {}  # by file name; None if of another format
-        self._index = Index()
-        self._ours: Shelf | None = None  # the one that this process writes to
-        self._repairing = False  # whether what is written next replaces what is damaged
+        self._shelves: dict[str, Shelf | None] = {}  # by name; None for one that is damaged
+        self._foreign: set[str] = set()  # of another format, and so not ours to touch
+        self._distrusted: set[Part] = set()  # parts whose next row goes to a new shelf
 
-    def _known(self) -> list[Shelf]:
-        return [shelf for shelf in self._shelves.values() if shelf is not None]
+    # What is there
 
-    def _refresh(self) -> None:
-        """Learn what other processes have written and removed."""
-        names = sorted(name for name in os.listdir(self._folder) if _NAME.fullmatch(name))
-        gone = self._shelves.keys() - set(names)
-        if gone:
-            self._drop([self._shelves[name] for name in gone])
-        for name in names:
-            if name not in self._shelves:
-                self._shelves[name] = _open(self._folder / name)
-        for shelf in self._known():
-            if shelf is not self._ours:
-                self._scan(shelf)
+    def _places(self) -> dict[str, Place]:
+        """List what is there, whoever put it there."""
+        places: defaultdict[str, Place] = defaultdict(Place)
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                match = _FILE.fullmatch(entry.name)
+                with suppress(FileNotFoundError):  # another process has just removed it
+                    if match:
+                        status, place = entry.stat(), places[match["name"]]
+                        place.paths.append(Path(entry.path))
+                        place.size += status.st_size
+                        place.last_use = max(place.last_use, status.st_mtime_ns)
+        return dict(places)
 
-    def _drop(self, shelves: Sequence[Shelf | None]) -> None:
-        """Forget shelves that are no longer there."""
-        self._shelves = {name: s for name, s in self._shelves.items() if s not in shelves}
-        self._index = self._index.only(set(self._known()))
-        if self._ours in shelves:
-            self._ours = None
+    def _refresh(self) -> dict[str, Place]:
+        """Learn which shelves there are."""
+        places = self._places()
+        for name in self._shelves.keys() - places.keys():
+            self._drop(name)
+        for name in sorted(places.keys() - self._shelves.keys() - self._foreign):
+            with suppress(FileNotFoundError):  # not whole yet, or no longer
+                self._shelves[name] = self._open(name)
+        return places
 
-    def _scan(self, shelf: Shelf) -> None:
-        if shelf.damaged:
-            return
+    def _open(self, name: str) -> Shelf | None:
         try:
-            for record in shelf.scan():
-                self._index.add(record)
+            return Shelf(self._folder / name)
         except DamagedShelf as error:
-            self._repairing = True
-            warnings.warn(f"{error}; what was there will be computed again.", stacklevel=2)
+            _warn(error)
+        except ValueError:
+            self._foreign.add(name)
+        return None
+
+    def _shelves_of(self, wanted: Callable[[Part], bool]) -> Iterator[Shelf]:
+        """Go through the shelves of some parts, each brought up to date.
+
+        The latest comes first, so that a row is found before a damaged one that it replaces.
+        """
+        for name in sorted(self._shelves, reverse=True):
+            shelf = self._shelves[name]
+            if shelf is not None and wanted(shelf.part):
+                try:
+                    shelf.refresh()
+                except FileNotFoundError:  # another process has just removed it
+                    continue
+                except DamagedShelf as error:
+                    self._distrusted.add(shelf.part)
+                    _warn(error)
+                yield shelf
+
+    def _drop(self, name: str) -> None:
+        shelf = self._shelves.pop(name, None)
+        if shelf is not None and self._ours.get(shelf.part) is shelf:
+            self._release(shelf.part)
+
+    def _release(self, part: Part) -> None:
+        shelf = self._ours.pop(part, None)
+        if shelf is not None:
+            shelf.unlock()
 
     # Reading
 
-    def fill(
-        self,
-        context: str,
-        digests: Sequence[bytes],
-        segments: Sequence[Segment],
-        out: np.ndarray,
-        found: np.ndarray,
-        reread: Reread,
-    ) -> None:
+    def fill(self, request: Request, reread: Reread) -> None:
         """Fill in what is here and not yet found.
 
-        Rows that were read before are also given to ``reread``, all columns of their part.
+        Rows that this process has read before are also given to ``reread``, all their columns.
         """
         with self._lock:
-            self._refresh()
-            parts = self._index.parts(context)
-        used: set[Shelf] = set()
-        for part in parts:
-            overlap = part.overlap(segments)
+            places = self._refresh()
+            shelves = list(self._shelves_of(lambda part: part.context == request.context))
+        used = set()
+        for shelf in shelves:
+            overlap = request.overlap(shelf.part)
             if overlap is None:
                 continue
-            lacking = overlap.lacking(found)
-            with self._lock:
-                groups = self._index.locate(
-                    part, digests, lacking, max(1, _GROUP_BYTES // part.row_bytes)
+            lacking = request.lacking(overlap)
+            known = map(shelf.numbers.get, request.texts_at(lacking), repeat(-1))
+            numbers = np.fromiter(known, np.int64, len(lacking))
+            here = numbers >= 0
+            numbers, positions = numbers[here], lacking[here]
+            if len(numbers):
+                used.add(shelf.name)
+                sound = self._copy(shelf, numbers, request, positions, overlap)
+                request.mark(positions[sound], overlap)
+                again = sound & shelf.note_read(numbers)
+                self._bring_forward(
+                    shelf, numbers[again], request.texts_at(positions[again]), reread
                 )
-            # Damaged rows must not go where something sound was filled in before.
-            straight = overlap.is_all_of(part, out) and not found[lacking].any()
-            load = partial(self._load, digests, overlap, straight, out, found, reread)
-            _for_each(load, groups)
-            used.update(group.record.shelf for group in groups)
         with self._lock:
-            self._note_use(used)
+            self._note_use(used, places)
 
-    def _load(
+    def _copy(
         self,
-        digests: Sequence[bytes],
+        shelf: Shelf,
+        numbers: np.ndarray,
+        request: Request,
+        positions: np.ndarray,
         overlap: Overlap,
-        straight: bool,
-        out: np.ndarray,
-        found: np.ndarray,
-        reread: Reread,
-        group: Group,
-    ) -> None:
-        """Fill in one group, reading straight into ``out`` if that has the rows' columns."""
-        record, positions = group.record, group.positions
-        buffer = np.empty((0 if straight else len(positions), record.part.row_bytes // 4), "<f4")
-        rows = [out[i] for i in positions.tolist()] if straight else list(buffer)
-        sound = self._read(group, rows)
-        if not straight:
+    ) -> np.ndarray:
+        """Copy rows of a shelf to where the request wants them; say which are sound."""
+        out = request.out
+        sound = np.empty(len(numbers), bool)
+        buffer = np.empty((_rows_in_chunk(shelf), shelf.part.n_columns), "<f4")
+        # A damaged row must not be copied over something sound that was found before.
+        straight = request.takes_rows_of(shelf.part, overlap) and not request.found[positions].any()
+        for start in range(0, len(numbers), len(buffer)):
+            chunk = slice(start, start + len(buffer))
+            to = positions[chunk]
+            if straight and to[-1] - to[0] == len(to) - 1:
+                sound[chunk] = shelf.take(numbers[chunk], out[to[0] : to[-1] + 1])
+                continue
+            rows = buffer[: len(to)]
+            sound[chunk] = good = shelf.take(numbers[chunk], rows)
             for source, target in overlap.copies:
-                out[positions[sound], target] = buffer[sound, source]
-        found[np.ix_(positions[sound], overlap.asked)] = True
-        again = np.flatnonzero(sound & record.was_read[group.rows]).tolist()
-        if again:
-            texts = [digests[i] for i in positions[again].tolist()]
-            reread(record.part, texts, [rows[i] for i in again])
-        record.was_read[group.rows] = True
-
-    def _read(self, group: Group, rows: Sequence[np.ndarray]) -> np.ndarray:
-        """Read a group's rows and say which of them are what was written."""
-        record = group.record
-        for start, stop in group.runs():
-            record.read(int(group.rows[start]), rows[start:stop])
-        sound = np.array(list(map(checksum, rows)), np.uint64) == record.checksums[group.rows]
+                out[to[good], target] = rows[good, source]
         if not sound.all():
-            damaged = group.rows[~sound].tolist()
-            with self._lock:
-                self._index.discard(record, damaged)
-                self._repairing = True
-            warnings.warn(
-                f"The activations of {len(damaged)} texts in {record.shelf.path} are damaged and "
-                "will be computed again.",
-                stacklevel=2,
-            )
+            self._discard(shelf, request.texts_at(positions[~sound]))
         return sound
+
+    def _bring_forward(
+        self, shelf: Shelf, numbers: np.ndarray, digests: list[bytes], reread: Reread
+    ) -> None:
+        """Hand on rows that this process keeps asking for."""
+        step = _rows_in_chunk(shelf)
+        for start in range(0, len(numbers), step):
+            chunk = slice(start, start + step)
+            rows = np.empty((len(numbers[chunk]), shelf.part.n_columns), "<f4")
+            if shelf.take(numbers[chunk], rows).all():
+                reread(shelf.part, digests[chunk], rows)
+
+    def _discard(self, shelf: Shelf, digests: list[bytes]) -> None:
+        """Forget texts whose rows are not what was written."""
+        with self._lock:
+            for digest in digests:
+                shelf.numbers.pop(digest, None)
+            self._distrusted.add(shelf.part)
+        _warn(f"The activations of {len(digests)} texts in {self._folder / shelf.name} are damaged")
 
     # Writing
 
@@ -173,123 +212,115 @@ class Shelves:
         """Keep the rows that are not here yet, in ``limit`` bytes altogether."""
         with self._lock:
             self._refresh()
-            new = self._index.lacking(part, digests)
-            one, none = space_for(part, 1), space_for(part, 0)
-            step = max(1, (limit // _SHELVES_IN_LIMIT - none) // (one - none))
-            for start in range(0, len(new), step):
-                chosen = new[start : start + step]
-                values = np.ascontiguousarray(rows[chosen], "<f4")
-                self._append(part, [digests[i] for i in chosen], values, limit)
+            new = {digest: i for i, digest in enumerate(digests)}  # each text once
+            for shelf in self._shelves_of(lambda other: other == part):
+                new = {digest: i for digest, i in new.items() if digest not in shelf.numbers}
+            most = max(1, limit // _SHELVES_IN_LIMIT // size_of(part, 1))  # rows in a shelf
+            texts, chosen = list(new), list(new.values())
+            for start in range(0, len(new), most):
+                chunk = slice(start, start + most)
+                values = np.ascontiguousarray(rows[chosen[chunk]], "<f4")
+                self._append(part, texts[chunk], values, limit, most)
 
-    def _append(self, part: Part, digests: list[bytes], rows: np.ndarray, limit: int) -> None:
-        n_bytes = space_for(part, len(rows))
-        shelf = self._shelf_for(n_bytes, limit // _SHELVES_IN_LIMIT)
-        if not self._make_room(n_bytes, limit):
+    def _append(
+        self, part: Part, digests: list[bytes], rows: np.ndarray, limit: int, most: int
+    ) -> None:
+        shelf = self._shelf_for(part, len(rows), most)
+        places = self._make_room(size_of(part, len(rows)), limit, shelf)
+        if places is None:
             return
         try:
-            record = shelf.append(part, digests, rows)
-        except BaseException:
-            # A full disk or Ctrl-C: whoever writes here next begins after the last whole record.
-            self._let_go()
+            shelf.append(digests, rows)
+        except FileNotFoundError:  # another process has just removed it to make room
+            self._drop(shelf.name)
+        except BaseException:  # a full disk, or Ctrl-C
+            self._release(part)  # whoever writes here next begins after the last whole row
             raise
-        self._index.add(record)
-        self._note_use({shelf})
+        else:
+            self._note_use({shelf.name}, places)
 
-    def _shelf_for(self, n_bytes: int, shelf_limit: int) -> Shelf:
+    def _shelf_for(self, part: Part, n_rows: int, most: int) -> Shelf:
         """Find a shelf to write to: ours, that of a process that has ended, or a new one."""
-        # A new shelf is read last, so of two rows for one text, the one that repairs is taken.
-        shelves = [] if self._repairing else self._known()
-        if self._ours is not None:
-            if self._ours in shelves and _fits(self._ours, n_bytes, shelf_limit):
-                return self._ours
-            self._let_go()
-        for shelf in shelves:
-            if _fits(shelf, n_bytes, shelf_limit) and shelf.lock():
-                self._scan(shelf)
-                if _fits(shelf, n_bytes, shelf_limit):
-                    self._ours = shelf
-                    return shelf
-                shelf.unlock()
-        self._ours = self._new_shelf()
-        self._repairing = False
-        return self._ours
 
-    def _new_shelf(self) -> Shelf:
+        def fits(shelf: Shelf) -> bool:
+            return not shelf.is_damaged and shelf.n_rows + n_rows <= most
+
+        if part in self._ours:
+            if part not in self._distrusted and fits(self._ours[part]):
+                return self._ours[part]
+            self._release(part)
+        if part not in self._distrusted:
+            for shelf in self._shelves_of(lambda other: other == part):
+                if fits(shelf) and shelf.lock():
+                    shelf.refresh()  # of what was written before we had the lock
+                    self._ours[part] = shelf
+                    if fits(shelf):
+                        return shelf
+                    self._release(part)
+        self._ours[part] = self._new_shelf(part)
+        self._distrusted.discard(part)
+        return self._ours[part]
+
+    def _new_shelf(self, part: Part) -> Shelf:
         number = 1 + max((int(name.split("-")[0]) for name in self._shelves), default=0)
         while True:
-            name = f"{number:08}-{uuid.uuid4().hex[:8]}.shelf"
-            shelf = self._shelves[name] = Shelf.create(self._folder / name)
-            if shelf.lock():  # else another process was quicker to take it
+            name = f"{number:08}-{uuid.uuid4().hex[:8]}"
+            shelf = self._shelves[name] = Shelf.create(self._folder / name, part)
+            if shelf.lock(is_new=True):  # else another process was quicker to take it
                 return shelf
-
-    def _let_go(self) -> None:
-        if self._ours is not None:
-            self._ours.unlock()
-            self._ours = None
 
     # Making room
 
-    def _note_use(self, used: set[Shelf]) -> None:
-        """Advance the store's clock, which counts uses because the machine's clock may jump."""
-        times = {shelf: shelf.last_use for shelf in self._known()}
-        now = max(times.values(), default=0)
-        if any(time == now and shelf not in used for shelf, time in times.items()):
-            now += 1
-        for shelf in used:
-            if times.get(shelf) != now:
-                shelf.touch(now)
+    def _note_use(self, used: set[str], places: dict[str, Place]) -> None:
+        """Set the time of files to when they were last used.
 
-    def _make_room(self, n_bytes: int, limit: int) -> bool:
-        """Remove the shelves used longest ago until ``n_bytes`` more fit; say whether they do."""
-        sizes = {shelf: shelf.size for shelf in self._known()}
-        free = limit - sum(sizes.values())
-        removed: list[Shelf | None] = []
-        for shelf in sorted(sizes, key=lambda shelf: shelf.last_use):
-            if free < n_bytes and shelf is not self._ours:
-                shelf.path.unlink(missing_ok=True)
-                removed.append(shelf)
-                free += sizes[shelf]
-        if removed:
-            self._drop(removed)
-        return free >= n_bytes
+        It is always later than that of all others, even if the machine's clock was set back.
+        """
+        latest = max((place.last_use for place in places.values()), default=0)
+        others = max((places[name].last_use for name in places.keys() - used), default=0)
+        if all(name in places and places[name].last_use > others for name in used):
+            return
+        now = max(time.time_ns(), latest + 1)
+        for name in used:
+            with suppress(OSError):  # removed, or somebody else's
+                os.utime(self._folder / f"{name}.texts", ns=(now, now))
+
+    def _make_room(
+        self, n_bytes: int, limit: int, wanted: Shelf | None = None
+    ) -> dict[str, Place] | None:
+        """Remove what was used longest ago until ``n_bytes`` more fit; None if they cannot."""
+        places = self._refresh()
+        for name in self._foreign:
+            places.pop(name, None)
+        free = limit - sum(place.size for place in places.values())
+        for name, place in sorted(places.items(), key=lambda item: item[1].last_use):
+            if free < n_bytes and (wanted is None or name != wanted.name):
+                with suppress(PermissionError):  # Windows keeps files that somebody has open
+                    for path in sorted(place.paths):  # rows before texts, which we still find
+                        path.unlink(missing_ok=True)
+                    self._drop(name)
+                    free += place.size
+        return places if free >= n_bytes else None
 
     def shrink(self, limit: int) -> None:
         """Make the folder no larger than ``limit`` bytes."""
         with self._lock:
             self._refresh()
-            self._let_go()
             self._make_room(0, limit)
 
-    def clear(self) -> None:
-        """Remove every shelf, and what was to become one."""
-        self.shrink(0)
-        for path in self._folder.glob("*.new"):
-            path.unlink(missing_ok=True)
-
     def count(self) -> tuple[int, dict[str, int]]:
-        """Count bytes, and entries by the name of their model."""
+        """Count bytes, and texts times segments by the name of their model."""
         with self._lock:
-            self._refresh()
-            return sum(shelf.size for shelf in self._known()), self._index.entries()
+            places = self._refresh()
+            models: Counter[str] = Counter()
+            for shelf in self._shelves_of(lambda part: True):
+                models[shelf.part.label] += len(shelf.numbers) * len(shelf.part.keys)
+            return sum(place.size for place in places.values()), dict(+models)
 
 
-def _for_each(load: Callable[[Group], None], groups: Sequence[Group]) -> None:
-    """Load groups; where there are many, in threads, since memory is filled faster by several."""
-    n_threads = min(_MOST_THREADS, joblib.cpu_count(), len(groups) // _GROUPS_PER_THREAD)
-    if n_threads < 2:
-        for group in groups:
-            load(group)
-    else:
-        with ThreadPoolExecutor(n_threads) as threads:
-            list(threads.map(load, groups))
+def _rows_in_chunk(shelf: Shelf) -> int:
+    return max(1, _CHUNK_BYTES // shelf.part.row_bytes)
 
 
-def _fits(shelf: Shelf, n_bytes: int, shelf_limit: int) -> bool:
-    return not shelf.damaged and (shelf.is_empty or shelf.end + n_bytes <= shelf_limit)
-
-
-def _open(path: Path) -> Shelf | None:
-    try:
-        return Shelf(path)
-    except (FileNotFoundError, ValueError):  # just removed; of another format
-        return None
+def _warn(trouble: object) -> None:
+    warnings.warn(f"{trouble}; what is missing will be computed again.", stacklevel=2)
