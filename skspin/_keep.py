@@ -74,8 +74,8 @@ class Keep(Generic[Value]):
         with self._lock:
             for key, value in zip(keys, values, strict=True):
                 self._forget(key)
-                self._make_room(size)
                 if size <= self._limit:
+                    self._make_room(size)
                     self._entries[key] = (value, size)
                     self.n_bytes += size
 

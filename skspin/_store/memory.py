@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections import Counter
@@ -32,6 +33,12 @@ def machine_memory() -> int:
         with suppress(OSError, ValueError):  # ValueError: the file says "max"
             sizes.append(int(Path(path).read_text()))
     return min(sizes, default=_ASSUMED_MEMORY)
+
+
+def _return_free_memory() -> None:
+    """Have glibc hand freed rows back to the system; left alone, it keeps most of them."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class MemoryStore(Store):
@@ -122,6 +129,7 @@ class MemoryStore(Store):
         self._keep.clear(self._owner)
         self._parts.clear()
         self._cards.clear()
+        _return_free_memory()
 
     @property
     def limit(self) -> int:

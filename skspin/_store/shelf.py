@@ -34,6 +34,8 @@ _MAGIC = b"skspin shelf 1\n\0"
 _HEADER = struct.Struct("<16sQQ")  # magic, length and checksum of the description that follows
 _ENTRY = np.dtype([("text", "V16"), ("checksum", "<u8")])
 
+_LONGEST = 1 << 24  # description, so that a damaged length does no harm
+
 checksum = xxhash.xxh3_64_intdigest
 
 
@@ -55,10 +57,10 @@ class Shelf:
         Of the shelf in its folder.
     part : Part
         What each row holds.
+    n_rows : int
+        Number of rows, as of the last `refresh`.
     numbers : dict of bytes to int
-        The row of each text, as of the last `refresh`.
-    is_damaged : bool
-        Whether rows are missing. Then nothing may be appended.
+        The row of each text.
 
     Raises
     ------
@@ -76,16 +78,17 @@ class Shelf:
             magic, length, expected = _HEADER.unpack(file.read(_HEADER.size).ljust(_HEADER.size))
             if magic != _MAGIC:
                 raise ValueError(f"{stem} is not of the format that this version writes.")
-            description = file.read(length)
+            description = file.read(min(length, _LONGEST))
         if checksum(description) != expected:
             raise DamagedShelf(f"{self._texts_path} is damaged")
         self.part = Part.from_json(description)
         self._start = _HEADER.size + length  # of the first text
         self._files: tuple[FileIO, FileIO] | None = None  # of texts and rows, while we may write
-        self.is_damaged = False
+        self._warned = False
         self._forget()
 
     def _forget(self) -> None:
+        self.n_rows = 0
         self.numbers: dict[bytes, int] = {}
         self._was_read = np.zeros(0, bool)
         self._entries = np.empty(0, _ENTRY)
@@ -102,11 +105,6 @@ class Shelf:
         unnamed.write_bytes(header + description)
         os.replace(unnamed, stem.with_suffix(".texts"))
         return cls(stem)
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows, as of the last `refresh`."""
-        return len(self._entries)
 
     def lock(self, *, is_new: bool = False) -> bool:
         """Become the one process that writes here, unless there is one.
@@ -138,37 +136,45 @@ class Shelf:
         Raises
         ------
         DamagedShelf
-            If there are texts without rows: the file was cut off.
+            If there are texts without rows: the file was cut off. Said once; the next writer puts
+            it right.
         """
         # Rows are written before texts and so counted after them.
         n_texts = (self._texts_path.stat().st_size - self._start) // _ENTRY.itemsize
         n_rows = self._rows_path.stat().st_size // self.part.row_bytes
         n = min(n_texts, n_rows)
-        if n < len(self._entries):
+        if n < self.n_rows:
             self._forget()
-        if n > len(self._entries):
+        if n > self.n_rows:
             self._learn(n)
-        if n_rows < n_texts and not self.is_damaged:
-            self.is_damaged = True
+        if n_rows < n_texts and not self._warned:
+            self._warned = True
             raise DamagedShelf(f"{self._rows_path} was cut off")
 
     def _learn(self, n: int) -> None:
-        n_before, row_bytes = len(self._entries), self.part.row_bytes
+        known, row_bytes = self.n_rows, self.part.row_bytes
         texts = _mapped(self._texts_path, self._start + n * _ENTRY.itemsize)
         rows = _mapped(self._rows_path, n * row_bytes)
-        self._entries = np.frombuffer(texts, _ENTRY, n, self._start)
+        was_read = np.zeros(n, bool)
+        was_read[:known] = self._was_read[:known]
+        # Another thread may look a text up at any moment, so its number comes after all else; and
+        # Ctrl-C may come at any moment, so what has been learnt is counted last.
+        self._was_read = was_read
         self._matrix = np.frombuffer(rows, "<f4").reshape(n, self.part.n_columns)
-        self._was_read = np.append(self._was_read, np.zeros(n - n_before, bool))
-        digests = self._entries["text"][n_before:].tolist()
-        self.numbers.update(zip(digests, range(n_before, n), strict=True))
+        self._entries = np.frombuffer(texts, _ENTRY, n, self._start)
+        digests = self._entries["text"][known:].tolist()
+        self.numbers.update(zip(digests, range(known, n), strict=True))
+        self.n_rows = n
 
-    def take(self, numbers: np.ndarray, into: np.ndarray) -> np.ndarray:
+    def take(self, numbers: np.ndarray, texts: Sequence[bytes], into: np.ndarray) -> np.ndarray:
         """Copy rows and say which of them are what was written.
 
         Parameters
         ----------
         numbers : ndarray of shape (n_rows,), int
             Which rows.
+        texts : sequence of bytes, length n_rows
+            The digests of the texts that they should belong to.
         into : ndarray of shape (n_rows, n_columns), float32
             Where to.
 
@@ -177,9 +183,11 @@ class Shelf:
         ndarray of shape (n_rows,), bool
         """
         self._matrix.take(numbers, axis=0, out=into, mode="clip")  # any other mode copies twice
-        # What arrived is summed up, not what was mapped: so nothing can change in between.
+        # The copy is summed up, not the map, which another process could change in between.
         sums = np.fromiter(map(checksum, into), np.uint64, len(into))
-        return sums == self._entries["checksum"].take(numbers, mode="clip")
+        entries = self._entries.take(numbers, mode="clip")
+        expected = np.frombuffer(b"".join(texts), _ENTRY["text"])
+        return (sums == entries["checksum"]) & (entries["text"] == expected)
 
     def note_read(self, numbers: np.ndarray) -> np.ndarray:
         """Note that this process has read some rows, and say which it had read before."""
@@ -194,10 +202,11 @@ class Shelf:
         entries = np.empty(len(digests), _ENTRY)
         entries["text"] = np.frombuffer(b"".join(digests), "V16")
         entries["checksum"] = [checksum(row) for row in rows]
-        n_before = len(self._entries)
+        end_of_texts = self._start + self.n_rows * _ENTRY.itemsize
         texts, matrix = self._files
-        _write(matrix, n_before * self.part.row_bytes, rows)
-        _write(texts, self._start + n_before * _ENTRY.itemsize, entries)
+        texts.truncate(end_of_texts)  # if there were texts without rows, they must not get these
+        _write(matrix, self.n_rows * self.part.row_bytes, rows)
+        _write(texts, end_of_texts, entries)
         self.refresh()
 
 

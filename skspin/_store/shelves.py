@@ -114,7 +114,6 @@ class Shelves:
                 except FileNotFoundError:  # another process has just removed it
                     continue
                 except DamagedShelf as error:
-                    self._distrusted.add(shelf.part)
                     _warn(error)
                 yield shelf
 
@@ -169,6 +168,7 @@ class Shelves:
     ) -> np.ndarray:
         """Copy rows of a shelf to where the request wants them; say which are sound."""
         out = request.out
+        texts = request.texts_at(positions)
         sound = np.empty(len(numbers), bool)
         buffer = np.empty((_rows_in_chunk(shelf), shelf.part.n_columns), "<f4")
         # A damaged row must not be copied over something sound that was found before.
@@ -177,10 +177,11 @@ class Shelves:
             chunk = slice(start, start + len(buffer))
             to = positions[chunk]
             if straight and to[-1] - to[0] == len(to) - 1:
-                sound[chunk] = shelf.take(numbers[chunk], out[to[0] : to[-1] + 1])
+                rows = out[to[0] : to[-1] + 1]
+                sound[chunk] = shelf.take(numbers[chunk], texts[chunk], rows)
                 continue
             rows = buffer[: len(to)]
-            sound[chunk] = good = shelf.take(numbers[chunk], rows)
+            sound[chunk] = good = shelf.take(numbers[chunk], texts[chunk], rows)
             for source, target in overlap.copies:
                 out[to[good], target] = rows[good, source]
         if not sound.all():
@@ -188,15 +189,15 @@ class Shelves:
         return sound
 
     def _bring_forward(
-        self, shelf: Shelf, numbers: np.ndarray, digests: list[bytes], reread: Reread
+        self, shelf: Shelf, numbers: np.ndarray, texts: list[bytes], reread: Reread
     ) -> None:
         """Hand on rows that this process keeps asking for."""
         step = _rows_in_chunk(shelf)
         for start in range(0, len(numbers), step):
             chunk = slice(start, start + step)
-            rows = np.empty((len(numbers[chunk]), shelf.part.n_columns), "<f4")
-            if shelf.take(numbers[chunk], rows).all():
-                reread(shelf.part, digests[chunk], rows)
+            rows = np.empty((len(texts[chunk]), shelf.part.n_columns), "<f4")
+            if shelf.take(numbers[chunk], texts[chunk], rows).all():
+                reread(shelf.part, texts[chunk], rows)
 
     def _discard(self, shelf: Shelf, digests: list[bytes]) -> None:
         """Forget texts whose rows are not what was written."""
@@ -243,7 +244,7 @@ class Shelves:
         """Find a shelf to write to: ours, that of a process that has ended, or a new one."""
 
         def fits(shelf: Shelf) -> bool:
-            return not shelf.is_damaged and shelf.n_rows + n_rows <= most
+            return shelf.n_rows + n_rows <= most
 
         if part in self._ours:
             if part not in self._distrusted and fits(self._ours[part]):
