@@ -1,57 +1,86 @@
-"""Activations in a folder, shared by processes."""
+"""Activations in a folder, shared by processes, with memory in front."""
 
 from __future__ import annotations
 
-import json
 import os
-import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from skspin._digest import text_digest
-from skspin._layout import Layout, Segment
+from skspin._digest import text_digests
+from skspin._layout import Segment
+from skspin._store.base import Store, StoreInfo, as_bytes
+from skspin._store.cards import Cards
+from skspin._store.memory import MemoryStore
+from skspin._store.part import Part
+from skspin._store.request import Request
+from skspin._store.shelves import Shelves
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS rows (key TEXT, text BLOB, row BLOB, PRIMARY KEY (key, text));
-CREATE TABLE IF NOT EXISTS cards (name TEXT PRIMARY KEY, document TEXT);
-"""
+FORMAT = 1  # another version's folder lies beside ours, and neither touches the other's
+_LIMIT = "limit"
 
 
-class DiskStore:
-    """Activations and cards in a folder."""
+class DiskStore(Store):
+    """Activations and cards in a folder.
 
-    def __init__(self, folder: str) -> None:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        self._path = os.path.join(folder, "activations.sqlite")
-        with closing(self._connect()) as connection:
-            connection.executescript(_TABLES)
+    Whatever goes wrong with the disk, the caller gets on: there is one warning, and from then on
+    nothing more is written, or, if reading failed, only memory is used.
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=60)
-        connection.execute("PRAGMA journal_mode=WAL")
-        return connection
+    Parameters
+    ----------
+    folder : str
+        Made, readable by its owner alone, if it is not there.
+    front : MemoryStore
+        Holds what was written in this process, and what was read from disk more than once: a
+        process that reads everything once would only copy the system's own cache of the disk.
+    """
+
+    def __init__(self, folder: str, front: MemoryStore) -> None:
+        self.folder = Path(folder)
+        self._front = front
+        home = self.folder / f"skspin-{FORMAT}"
+        rooms = {name: home / name for name in ("shelves", "cards", "settings")}
+        self._shelves = Shelves(rooms["shelves"])
+        self._cards = Cards(rooms["cards"])
+        self._settings = Cards(rooms["settings"])
+        self._reads = self._writes = True
+        self._warned = False
+        with self._surviving("make"):
+            for place in (self.folder, home, *rooms.values()):
+                os.makedirs(place, mode=0o700, exist_ok=True)
+
+    @contextmanager
+    def _surviving(self, action: str) -> Iterator[None]:
+        """Go on without the disk, or without writing to it, if ``action`` fails."""
+        try:
+            yield
+        except OSError as error:
+            self._writes = False
+            self._reads = self._reads and action == "write to"
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"Could not {action} the store in {self.folder}: {error}. Going on without it: "
+                    "results stay the same, but activations may have to be computed again. Make "
+                    "room or grant access, or pass another folder as `cache`.",
+                    stacklevel=2,
+                )
 
     def read(
         self, context: str, texts: Sequence[str], segments: Sequence[Segment], out: np.ndarray
     ) -> np.ndarray:
-        """Fill ``out`` with what is there and say what that was."""
-        found = np.zeros((len(texts), len(segments)), dtype=bool)
-        slices = Layout(tuple(segments)).slices
-        with closing(self._connect()) as connection:
-            for i, text in enumerate(texts):
-                for j, (segment, columns) in enumerate(zip(segments, slices, strict=True)):
-                    row = connection.execute(
-                        "SELECT row FROM rows WHERE key = ? AND text = ?",
-                        (f"{context}\n{segment.key}", text_digest(text)),
-                    ).fetchone()
-                    if row is not None:
-                        kept = slice(None) if segment.neurons is None else list(segment.neurons)
-                        out[i, columns] = np.frombuffer(row[0], np.float32)[kept]
-                        found[i, j] = True
-        return found
+        """Fill in what is kept."""
+        request = Request.of(context, texts, segments, out)
+        self._front.fill(request)
+        if self._reads and not request.found.all():
+            with self._surviving("read"):
+                self._shelves.fill(request, self._front.put)
+        return request.found
 
     def write(
         self,
@@ -62,30 +91,62 @@ class DiskStore:
         *,
         model: str = "",
     ) -> None:
-        """Keep a copy of the rows."""
-        slices = Layout(tuple(segments)).slices
-        with closing(self._connect()) as connection, connection:
-            connection.executemany(
-                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?)",
-                (
-                    (f"{context}\n{segment.key}", text_digest(text), row[columns].tobytes())
-                    for text, row in zip(texts, rows, strict=True)
-                    for segment, columns in zip(segments, slices, strict=True)
-                    if segment.neurons is None
-                ),
-            )
+        """Keep a copy of activations."""
+        part = Part.of(context, segments, model)
+        digests = text_digests(texts)
+        self._front.put(part, digests, rows)
+        if self._writes:
+            with self._surviving("write to"):
+                self._shelves.put(part, digests, rows, self.limit)
 
     def get_card(self, name: str) -> Any:
         """Return the JSON document of this name, or None."""
-        with closing(self._connect()) as connection:
-            row = connection.execute(
-                "SELECT document FROM cards WHERE name = ?", (name,)
-            ).fetchone()
-        return None if row is None else json.loads(row[0])
+        card = self._front.get_card(name)
+        return self._card_on_disk(self._cards, name) if card is None else card
+
+    def _card_on_disk(self, cards: Cards, name: str) -> Any:
+        if not self._reads:
+            return None
+        with self._surviving("read"):
+            try:
+                return cards.get(name)
+            except ValueError as error:
+                warnings.warn(f"{error} It will be made again.", stacklevel=2)
+        return None
 
     def put_card(self, name: str, document: Any) -> None:
         """Keep a JSON document under a name."""
-        with closing(self._connect()) as connection, connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO cards VALUES (?, ?)", (name, json.dumps(document))
-            )
+        self._front.put_card(name, document)
+        if self._writes:
+            with self._surviving("write to"):
+                self._cards.put(name, document)
+
+    def info(self) -> StoreInfo:
+        """Count what is kept on disk."""
+        if self._reads:
+            with self._surviving("read"):
+                n_bytes, models = self._shelves.count()
+                return StoreInfo(sum(models.values()), n_bytes, self.limit, models)
+        return StoreInfo()
+
+    def clear(self) -> None:
+        """Forget everything, in memory and on disk, for all processes; the limit stays."""
+        self._front.clear()
+        self._shelves.shrink(0)
+        self._cards.clear()
+
+    @property
+    def limit(self) -> int:
+        """Bound in bytes, a quarter of the disk unless assigned; kept in the folder, for all."""
+        limit = self._card_on_disk(self._settings, _LIMIT)
+        return shutil.disk_usage(self.folder).total // 4 if limit is None else limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._settings.put(_LIMIT, as_bytes(limit))
+        self._shelves.shrink(as_bytes(limit))
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody has removed the folder."""
+        return not self.folder.is_dir()

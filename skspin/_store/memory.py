@@ -2,41 +2,87 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-import threading
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from skspin._digest import text_digest
-from skspin._layout import Layout, Segment
+from skspin._digest import text_digest, text_digests
+from skspin._keep import Keep
+from skspin._layout import Segment
+from skspin._store.base import Store, StoreInfo, as_bytes
+from skspin._store.part import Part
+from skspin._store.request import Request
+
+_ASSUMED_MEMORY = 8 * 1024**3  # where the system does not tell
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-class MemoryStore:
-    """Activations and cards in the memory of this process."""
+def machine_memory() -> int:
+    """Count the bytes of memory that this machine, or the container we are in, has."""
+    sizes = []
+    with suppress(AttributeError, ValueError, OSError):
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in _CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # ValueError: the file says "max"
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes, default=_ASSUMED_MEMORY)
 
-    def __init__(self) -> None:
-        self._rows: dict[tuple[str, str, bytes], np.ndarray] = {}
+
+def _return_free_memory() -> None:
+    """Have glibc hand freed rows back to the system; left alone, it keeps most of them."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class MemoryStore(Store):
+    """Activations and cards in memory.
+
+    Parameters
+    ----------
+    keep : Keep
+        Where rows are; several stores may share its bound.
+    owner : str
+        Tells this store's rows from those of others in the same keep.
+    """
+
+    def __init__(self, keep: Keep[np.ndarray], owner: str = "") -> None:
+        self._keep = keep
+        self._owner = text_digest(owner)
+        self._parts: dict[str, dict[bytes, Part]] = {}
         self._cards: dict[str, str] = {}
-        self._lock = threading.Lock()
 
     def read(
         self, context: str, texts: Sequence[str], segments: Sequence[Segment], out: np.ndarray
     ) -> np.ndarray:
-        """Fill ``out`` with what is there and say what that was."""
-        found = np.zeros((len(texts), len(segments)), dtype=bool)
-        slices = Layout(tuple(segments)).slices
-        with self._lock:
-            for i, text in enumerate(texts):
-                digest = text_digest(text)
-                for j, (segment, columns) in enumerate(zip(segments, slices, strict=True)):
-                    row = self._rows.get((context, segment.key, digest))
-                    if row is not None:
-                        kept = slice(None) if segment.neurons is None else list(segment.neurons)
-                        out[i, columns] = row[kept]
-                        found[i, j] = True
-        return found
+        """Fill in what is kept."""
+        request = Request.of(context, texts, segments, out)
+        self.fill(request)
+        return request.found
+
+    def fill(self, request: Request) -> None:
+        """Fill in what is kept and not yet found."""
+        for part in list(self._parts.get(request.context, {}).values()):
+            overlap = request.overlap(part)
+            if overlap is None:
+                continue
+            lacking = request.lacking(overlap)
+            prefix = self._owner + part.digest
+            rows = self._keep.get_many([prefix + digest for digest in request.texts_at(lacking)])
+            here = np.array([row is not None for row in rows], bool)
+            hits = [
+                (i, row) for i, row in zip(lacking.tolist(), rows, strict=True) if row is not None
+            ]
+            for source, target in overlap.copies:
+                for i, row in hits:
+                    request.out[i, target] = row[source]
+            request.mark(lacking[here], overlap)
 
     def write(
         self,
@@ -47,14 +93,16 @@ class MemoryStore:
         *,
         model: str = "",
     ) -> None:
-        """Keep a copy of the rows."""
-        slices = Layout(tuple(segments)).slices
-        with self._lock:
-            for text, row in zip(texts, rows, strict=True):
-                digest = text_digest(text)
-                for segment, columns in zip(segments, slices, strict=True):
-                    if segment.neurons is None:
-                        self._rows[context, segment.key, digest] = row[columns].copy()
+        """Keep a copy of activations."""
+        self.put(Part.of(context, segments, model), text_digests(texts), rows)
+
+    def put(self, part: Part, digests: Sequence[bytes], rows: Iterable[np.ndarray]) -> None:
+        """Keep a copy of a part's rows."""
+        self._parts.setdefault(part.context, {})[part.digest] = part
+        prefix = self._owner + part.digest
+        # Each row is an array of its own: a view would keep all rows of its call alive.
+        copies = [np.array(row, dtype=np.float32) for row in rows]
+        self._keep.put_many([prefix + digest for digest in digests], copies, part.row_bytes)
 
     def get_card(self, name: str) -> Any:
         """Return the JSON document of this name, or None."""
@@ -64,3 +112,30 @@ class MemoryStore:
     def put_card(self, name: str, document: Any) -> None:
         """Keep a JSON document under a name."""
         self._cards[name] = json.dumps(document)
+
+    def info(self) -> StoreInfo:
+        """Count what is kept."""
+        mine = [key for key in self._keep.keys() if key.startswith(self._owner)]
+        n_texts = Counter(key[16:32] for key in mine)  # by part
+        models: Counter[str] = Counter()
+        for parts in list(self._parts.values()):
+            for part in list(parts.values()):
+                models[part.label] += n_texts[part.digest] * len(part.keys)
+        entries = sum(models.values())
+        return StoreInfo(entries, self._keep.size_of(mine), self.limit, dict(+models))
+
+    def clear(self) -> None:
+        """Forget everything, cards too."""
+        self._keep.clear(self._owner)
+        self._parts.clear()
+        self._cards.clear()
+        _return_free_memory()
+
+    @property
+    def limit(self) -> int:
+        """Bound in bytes, a quarter of the machine's memory unless assigned."""
+        return self._keep.limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._keep.limit = as_bytes(limit)
