@@ -70,7 +70,9 @@ class LinearForm:
         if not parts:
             return None
         weights = np.vstack([weights_of(part) for part in parts]).astype(np.float64)
-        intercept = np.concatenate([np.broadcast_to(p.intercept_, len(weights_of(p))) for p in parts])
+        intercept = np.concatenate(
+            [np.broadcast_to(p.intercept_, len(weights_of(p))) for p in parts]
+        )
         return cls(weights, np.zeros_like(weights), intercept)
 
     def before(self, step: Any) -> LinearForm | None:

@@ -19,6 +19,8 @@ class TextTokens:
     ----------
     text : str
         The text, without the prompt around it.
+    ids : ndarray of shape (n_tokens,), int
+        What the model is given.
     tokens : list of str of length n_tokens
         As the tokenizer writes them, special tokens and the prompt's tokens included.
     starts, ends : ndarray of shape (n_tokens,), int
@@ -27,6 +29,7 @@ class TextTokens:
     """
 
     text: str
+    ids: np.ndarray
     tokens: list[str]
     starts: np.ndarray
     ends: np.ndarray
@@ -36,25 +39,25 @@ class TextTokens:
         """True for tokens of the text itself, False for special tokens and the prompt's."""
         return self.ends > self.starts  # (n_tokens,)
 
-    def surface(self, index: int) -> str:
-        """Write a token as the text does; one that is not in the text as the tokenizer does."""
-        if not self.in_text[index]:
-            return self.tokens[index]
-        return self.text[self.starts[index] : self.ends[index]]
+    def surfaces(self) -> list[str]:
+        """Write tokens as the text does; those that are not in it as the tokenizer does."""
+        return [
+            self.text[start:end].strip() if end > start else token
+            for token, start, end in zip(self.tokens, self.starts, self.ends, strict=True)
+        ]
 
     def words(self) -> np.ndarray:
-        """Number the words, so that tokens of one word share a number.
+        """Give each word a number, so that tokens of one word share a number.
 
         Returns
         -------
         ndarray of shape (n_tokens,), int
-            Ascending from 0. A token belongs to the word in which it begins; one that is not in the
+            Ascending from 0. A token belongs to the word in which it ends; one that is not in the
             text is a word of its own.
         """
         begins = [match.start() for match in _WORD.finditer(self.text)]
-        # A token may take the space before its word with it.
-        spaces = [len(part) - len(part.lstrip()) for part in map(self.surface, range(len(self.ends)))]
-        word = np.searchsorted(begins, self.starts + spaces, side="right")  # (n_tokens,)
+        # A token may take the space before its word with it, so its end says where it belongs.
+        word = np.searchsorted(begins, self.ends, side="left")  # (n_tokens,)
         same = (word[1:] == word[:-1]) & self.in_text[1:] & self.in_text[:-1]
         return np.cumsum(np.concatenate([[False], ~same]))
 
@@ -68,4 +71,5 @@ class TextTokens:
         """
         first = np.flatnonzero(np.diff(groups, prepend=-1))  # (n_groups,)
         ends = np.maximum.reduceat(self.ends, first)
-        return TextTokens(self.text, [self.tokens[i] for i in first], self.starts[first], ends)
+        names = [self.tokens[i] for i in first]
+        return TextTokens(self.text, self.ids[first], names, self.starts[first], ends)
