@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from sklearn.pipeline import Pipeline
@@ -12,8 +11,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from skspin._layout import Layout
 from skspin._linear import LinearForm
+from skspin._steps import flatten
 from skspin._text_tokens import TextTokens
-from skspin._texts import check_texts
+from skspin._texts import open_texts
 from skspin._token_explanation import TokenExplanation
 from skspin._transformer import LLMActivationTransformer
 
@@ -79,7 +79,7 @@ def explain_tokens(pipeline, texts):
     used[0] |= not used.any()  # something has to be read for the tokens to be known
     transformer = transformer._restrict_to(used)
     shares = _Shares(transformer.layout_, form.weights[:, used].T, form.offsets[:, used].T)
-    texts = check_texts(texts)
+    texts = [text for chunk in open_texts(texts).read() for text in chunk]
     distinct = list(dict.fromkeys(texts))
     pooled = dict(zip(distinct, np.asarray(transformer.transform(distinct)), strict=True))
     tokens: dict[str, TextTokens] = {}
@@ -97,7 +97,7 @@ def explain_tokens(pipeline, texts):
 
 def _to_linear_form(pipeline: Pipeline) -> tuple[LLMActivationTransformer, LinearForm]:
     """Express a pipeline's decision values in the columns of its activation transformer."""
-    *steps, head = _flatten(pipeline)
+    *steps, head = flatten(pipeline)
     form = LinearForm.of_head(head)
     if form is None:
         raise ValueError(
@@ -116,14 +116,6 @@ def _to_linear_form(pipeline: Pipeline) -> tuple[LLMActivationTransformer, Linea
                 "activations and classifier."
             )
     raise ValueError("No step of the pipeline is an LLMActivationTransformer.")
-
-
-def _flatten(pipeline: Pipeline) -> Iterator[Any]:
-    for _, step in pipeline.steps:
-        if isinstance(step, Pipeline):
-            yield from _flatten(step)
-        else:
-            yield step
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from skspin._linear import linear_parts, weights_of
 from skspin._persistence import shallow_copy
 from skspin._selector import SalientNeuronSelector
 from skspin._sklearn import LinearClassifierMixin, _safe_indexing
+from skspin._steps import activation_steps
 from skspin._transformer import LLMActivationTransformer
 
 # What these have learnt about each column; by exact type, because a subclass may do something else.
@@ -249,14 +250,7 @@ def _copy(step: Any) -> Any:
 
 
 def _reads_activations(step: Any) -> bool:
-    """Whether an activation transformer is in a step, where pruning can reach it."""
-    if isinstance(step, Pipeline):
-        return any(_reads_activations(member) for _, member in step.steps)
-    if isinstance(step, ColumnTransformer):
-        return any(_reads_activations(member) for _, member, _ in step.transformers_)
-    if isinstance(step, FeatureUnion):
-        return any(_reads_activations(member) for _, member in step.transformer_list)
-    return isinstance(step, LLMActivationTransformer)
+    return next(activation_steps(step), None) is not None
 
 
 class KeptColumns(SelectorMixin, BaseEstimator):

@@ -89,6 +89,12 @@ class TokenExplanation:
             ],
         )
 
+    def predicted_classes(self) -> np.ndarray:
+        """Say which class has the largest decision value, for each text; of shape (n_texts,)."""
+        values = self.decision_values
+        best = (values[:, 0] > 0).astype(int) if self._two_sided else values.argmax(axis=1)
+        return self.classes[best]
+
     def for_class(self, label) -> list[np.ndarray]:
         """Look up the contributions in favour of one class.
 
@@ -102,13 +108,26 @@ class TokenExplanation:
         list of ndarray of shape (n_tokens,)
             One array per text.
         """
+        column, sign = self._column(label)
+        return [sign * part[:, column] for part in self.contributions]
+
+    def intercept_for_class(self, label) -> float:
+        """Look up what no token adds to one class."""
+        column, sign = self._column(label)
+        return float(sign * self.intercept[column])
+
+    @property
+    def _two_sided(self) -> bool:
+        return len(self.intercept) == 1 and len(self.classes) == 2
+
+    def _column(self, label) -> tuple[int, int]:
+        """Find a class's decision value, and whether it is the class's or against it."""
         places = np.flatnonzero(self.classes == label)
         if not len(places):
             raise ValueError(f"{label!r} is not among the classes {self.classes.tolist()}.")
-        if len(self.intercept) == 1 and len(self.classes) == 2:
-            sign = 1.0 if places[0] == 1 else -1.0
-            return [sign * part[:, 0] for part in self.contributions]
-        return [part[:, places[0]] for part in self.contributions]
+        if self._two_sided:
+            return 0, 1 if places[0] == 1 else -1
+        return int(places[0]), 1
 
     def top_tokens(self, label, n: int = 10) -> list[TopToken]:
         """List the tokens that add most to one class over all texts.
@@ -170,11 +189,12 @@ class TokenExplanation:
 
     def _repr_html_(self) -> str:
         entries = []
-        for number, decision in enumerate(self.decision_values[:_MOST_SHOWN]):
+        for number, label in enumerate(self.predicted_classes()[:_MOST_SHOWN]):
             # With two classes always the second, so that colours mean the same for every text.
-            label = self.classes[-1 if len(decision) == 1 else decision.argmax()]
+            label = self.classes[1] if self._two_sided else label
             values = self[number].for_class(label)[0]
-            heading = f"for <b>{escape(str(label))}</b>: {decision.max():+.3g}"
+            total = values.sum() + self.intercept_for_class(label)
+            heading = f"for <b>{escape(str(label))}</b>: {total:+.3g}"
             entries.append((heading, text_to_html(self.tokens[number], values)))
         legend = (
             f"Tokens speak {swatch(1, 'for')} or {swatch(-1, 'against')} a class; with the "

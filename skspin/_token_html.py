@@ -9,11 +9,12 @@ import numpy as np
 
 from skspin._text_tokens import TextTokens
 
-# Okabe and Ito's sky blue and vermilion, half transparent: whatever ground the page has, its own text
-# colour stays legible over them.
+# Okabe and Ito's sky blue and vermilion, half transparent: whatever ground the page has, its own
+# text colour stays legible over them.
 _FOR, _AGAINST = "86,180,233", "213,94,0"
 _DEEPEST = 0.65
-_LINE = "line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere;margin:0.4em 0 0.8em 0"
+_CONTEXT = 60  # characters before and behind a single token
+_LINE = "line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere"
 _OUTSIDE = "font-size:75%;border:1px dotted rgba(128,128,128,0.8);padding:0 3px;margin:0 2px"
 
 
@@ -41,10 +42,20 @@ def text_to_html(tokens: TextTokens, values: np.ndarray, *, unit: float | None =
             style = f"{style};{_OUTSIDE}"
         parts.append(f'<span style="{style}" title="{value:+.3g}">{escape(label)}</span>')
     parts.append(escape(tokens.text[done:]))
-    return f'<div style="{_LINE}">{"".join(parts)}</div>'
+    return f'<div style="{_LINE};margin:0.3em 0 0.8em 0">{"".join(parts)}</div>'
 
 
-def page_to_html(legend: str, entries: Sequence[tuple[str, str]], n_left_out: int) -> str:
+def token_to_html(text: str, start: int, end: int, value: float, *, unit: float) -> str:
+    """Write one token, ``text[start:end]``, with some of the text around it."""
+    before, behind = text[:start][-_CONTEXT:], text[end:][:_CONTEXT]
+    before = before if len(before) == start else f"…{before}"
+    behind = behind if len(behind) == len(text) - end else f"{behind}…"
+    token = swatch(value / unit, escape(text[start:end]))
+    number = f'<span style="font-size:75%;opacity:0.75">{value:.3g}</span>'
+    return f'<div style="{_LINE}">{number}  {escape(before)}{token}{escape(behind)}</div>'
+
+
+def page_to_html(legend: str, entries: Sequence[tuple[str, str]], n_left_out: int = 0) -> str:
     """Put entries, each a heading and its HTML, under one another."""
     parts = [f'<div style="font-size:85%;opacity:0.75">{legend}</div>']
     for heading, body in entries:
@@ -54,11 +65,9 @@ def page_to_html(legend: str, entries: Sequence[tuple[str, str]], n_left_out: in
     return f'<div style="max-width:60em">{"".join(parts)}</div>'
 
 
-def swatch(value: float, label: str) -> str:
-    """Write a word on the colour of a value between -1 and 1."""
-    return (
-        f'<span style="border-radius:3px;padding:0 3px;background:{_color(value)}">{label}</span>'
-    )
+def swatch(share: float, label: str) -> str:
+    """Put HTML on the colour of a value between -1 and 1."""
+    return f'<span style="border-radius:3px;background:{_color(share)}">{label}</span>'
 
 
 def _pieces(tokens: TextTokens, values: np.ndarray) -> Iterator[tuple[int, int, str, float]]:

@@ -90,9 +90,12 @@ class TextEncoder:
         if not len(kept):
             stand_in = self._stand_in()
             name = str(self.tokenizer.convert_ids_to_tokens(stand_in))
-            return TextTokens(text, np.array([stand_in]), [name], np.zeros(1, int), np.zeros(1, int))
-        begin, end = self._span(text) or (0, len(text))
-        starts, ends = np.clip(np.array(encoding.offsets)[kept], begin, end).T - begin
+            return TextTokens(
+                text, np.array([stand_in]), [name], np.zeros(1, int), np.zeros(1, int)
+            )
+        # Of a text that the prompt repeats, the first time counts as the text.
+        begin = 0 if self.prompt is None else self.prompt.index("{text}")
+        starts, ends = (np.array(encoding.offsets)[kept] - begin).clip(0, len(text)).T
         outside = np.array(encoding.special_tokens_mask, dtype=bool)[kept] | (starts == ends)
         return TextTokens(
             text,
