@@ -1,6 +1,12 @@
 """Classify text with the inner neurons of a frozen language model, inside scikit-learn."""
 
-from skspin._display import LayerSalienceDisplay, SparsityPathDisplay
+from skspin._display import (
+    LayerSalienceDisplay,
+    SparsityPathDisplay,
+    TokenContributionDisplay,
+)
+from skspin._explain import explain_tokens
+from skspin._neurons import explain_neurons
 from skspin._persistence import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline
 from skspin._prune import prune
@@ -14,6 +20,9 @@ __all__ = [
     "SalientNeuronSelector",
     "SparsityPathDisplay",
     "TRUSTED_TYPES",
+    "TokenContributionDisplay",
+    "explain_neurons",
+    "explain_tokens",
     "make_spin_pipeline",
     "prune",
 ]

@@ -1,8 +1,9 @@
-"""What a pickle remembers: the version that wrote it, and the types that skops may load."""
+"""Pickles and copies: the version that wrote one, what skops may load, what copies share."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from sklearn.exceptions import InconsistentVersionWarning
 
@@ -46,6 +47,16 @@ class VersionedState:
                 stacklevel=2,
             )
         super().__setstate__(state)  # type: ignore[misc]
+
+
+def shallow_copy(estimator: Any) -> Any:
+    """Copy an estimator, but not what it holds.
+
+    ``copy.copy`` asks for the state that goes into a pickle, where a model in memory is left out.
+    """
+    twin = object.__new__(type(estimator))
+    twin.__dict__.update(vars(estimator))
+    return twin
 
 
 def _version() -> str:

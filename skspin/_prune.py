@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from scipy.sparse import issparse
@@ -27,11 +27,11 @@ from sklearn.preprocessing import (
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._linear import linear_parts, weights_of
+from skspin._persistence import shallow_copy
 from skspin._selector import SalientNeuronSelector
 from skspin._sklearn import LinearClassifierMixin, _safe_indexing
+from skspin._steps import activation_steps
 from skspin._transformer import LLMActivationTransformer
-
-Step = TypeVar("Step")
 
 # What these have learnt about each column; by exact type, because a subclass may do something else.
 _BY_COLUMN: dict[type, tuple[str, ...]] = {
@@ -140,9 +140,7 @@ def _(step: LLMActivationTransformer, need: Need) -> tuple[Any, Need]:
             f"The activations of {step.model!r} can't be pruned, because {need.by} needs all of "
             "them. Put a SalientNeuronSelector directly behind the LLMActivationTransformer."
         )
-    narrowed = _copy(step)
-    narrowed.layout_ = step.layout_.keep(need.columns)
-    return narrowed, Need(None, type(step).__name__)
+    return step._restrict_to(need.columns), Need(None, type(step).__name__)
 
 
 @_narrow.register
@@ -247,25 +245,12 @@ def _take_columns(step: Any, columns: np.ndarray, attributes: tuple[str, ...]) -
     return narrowed
 
 
-def _copy(step: Step) -> Step:
-    """Copy a step, but not what it holds."""
-    if step is None or isinstance(step, str):
-        return step
-    # copy.copy asks for the state that goes into a pickle, which leaves out a model in memory.
-    twin = object.__new__(type(step))
-    twin.__dict__.update(vars(step))
-    return twin
+def _copy(step: Any) -> Any:
+    return step if step is None or isinstance(step, str) else shallow_copy(step)
 
 
 def _reads_activations(step: Any) -> bool:
-    """Whether an activation transformer is in a step, where pruning can reach it."""
-    if isinstance(step, Pipeline):
-        return any(_reads_activations(member) for _, member in step.steps)
-    if isinstance(step, ColumnTransformer):
-        return any(_reads_activations(member) for _, member, _ in step.transformers_)
-    if isinstance(step, FeatureUnion):
-        return any(_reads_activations(member) for _, member in step.transformer_list)
-    return isinstance(step, LLMActivationTransformer)
+    return next(activation_steps(step), None) is not None
 
 
 class KeptColumns(SelectorMixin, BaseEstimator):

@@ -16,7 +16,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layout import LayerColumns, Layout, layout_of
-from skspin._persistence import VersionedState
+from skspin._persistence import VersionedState, shallow_copy
 from skspin._progress import follow_layers
 from skspin._salience import CRITERIA, SALIENCES
 from skspin._sklearn import CallbackSupportMixin, Interval, StrOptions, _fit_context
@@ -301,8 +301,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
 
     def _restrict_to(self, columns: np.ndarray) -> SalientNeuronSelector:
         """Copy this selector for an input that has only some columns, all of which it selects."""
-        narrowed = object.__new__(type(self))
-        narrowed.__dict__.update(vars(self))
+        narrowed = shallow_copy(self)
         for name in ("salience_", "support_", "coef_", "feature_names_in_"):
             if hasattr(self, name):
                 setattr(narrowed, name, getattr(self, name)[..., columns])

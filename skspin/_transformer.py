@@ -20,10 +20,11 @@ from skspin._digest import text_digest
 from skspin._layout import ActivationArray, Segment
 from skspin._model_shape import SITES, ModelShape
 from skspin._output import fill_file
-from skspin._persistence import VersionedState
+from skspin._persistence import VersionedState, shallow_copy
 from skspin._recall import recall_or_compute
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
 from skspin._store import open_store
+from skspin._text_tokens import TextTokens
 from skspin._texts import open_texts
 
 _POOLINGS = ("mean", "max", "first", "last")
@@ -434,6 +435,28 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
             n_jobs=self.n_jobs,
             verbose=self.verbose,
             on_truncated=truncation.add,
+        )
+
+    def _restrict_to(self, columns: np.ndarray) -> LLMActivationTransformer:
+        """Copy this transformer, the model shared, to one that gives only some of its columns."""
+        narrowed = shallow_copy(self)
+        narrowed.layout_ = self.layout_.keep(columns)
+        return narrowed
+
+    def _read_tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
+        """Compute activations (n_tokens, n_columns) at each token of each distinct text."""
+        from skspin._extraction.backbone import load_backbone
+        from skspin._extraction.tokenwise import token_activations
+
+        source = self._source()
+        self._refuse_other_weights(source)
+        device = self.device[0] if isinstance(self.device, list | tuple) else self.device
+        return token_activations(
+            load_backbone(source, device, self._dtype(source)),
+            texts,
+            self.layout_.segments,
+            prompt=self.prompt,
+            max_length=self.max_length,
         )
 
     def _check_prompt(self) -> None:

@@ -2,5 +2,6 @@
 
 from skspin._display.layers import LayerSalienceDisplay
 from skspin._display.sparsity import SparsityPathDisplay
+from skspin._display.tokens import TokenContributionDisplay
 
-__all__ = ["LayerSalienceDisplay", "SparsityPathDisplay"]
+__all__ = ["LayerSalienceDisplay", "SparsityPathDisplay", "TokenContributionDisplay"]

@@ -8,8 +8,8 @@ from typing import Any
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 
-def given_or_new(ax: Any) -> tuple[Any, Any]:
-    """Take the axes given, or those of a new figure."""
+def given_or_new(ax: Any, **options: Any) -> tuple[Any, Any]:
+    """Take the axes given, or those of a new figure made with options."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -17,7 +17,7 @@ def given_or_new(ax: Any) -> tuple[Any, Any]:
             'Displays need matplotlib, which is not installed. Run: pip install "skspin[plot]"'
         ) from error
     if ax is None:
-        _, ax = plt.subplots(layout="constrained")
+        _, ax = plt.subplots(layout="constrained", **options)
     _trim(ax)
     return ax, ax.figure
 

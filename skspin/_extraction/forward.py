@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache, lru_cache
 from typing import Any
@@ -75,23 +75,54 @@ def pooled_forward(
 def _forward(
     model: Any, anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
 ) -> Tensor:
-    wanted: dict[Tap, list[int]] = {}
-    for position, segment in enumerate(segments):
-        tap = anatomy.stacks[segment.stack].tap(segment.layer, segment.site)
-        wanted.setdefault(tap, []).append(position)
     mask = inputs["attention_mask"].bool()
-    columns = [mask.new_empty(0)] * len(segments)
 
     @cache  # blocks may be on several devices
     def groups_on(device: torch.device) -> list[TextGroup]:
         return group_texts(mask.to(device))
 
+    def pooled(activations: Tensor, segment: Segment) -> Tensor:
+        values = pool(activations, groups_on(activations.device), segment.pooling)
+        return keep_neurons(values, segment)  # (n_texts, n_neurons)
+
+    return torch.cat(read_forward(model, anatomy, inputs, segments, pooled), dim=1)
+
+
+@torch.no_grad()
+def read_forward(
+    model: Any,
+    anatomy: Anatomy,
+    inputs: dict[str, Tensor],
+    segments: Sequence[Segment],
+    take: Callable[[Tensor, Segment], Tensor],
+) -> list[Tensor]:
+    """Run a batch of texts, padded on the right, and take something from each segment's site.
+
+    Parameters
+    ----------
+    model, anatomy, inputs, segments
+        See `pooled_forward`.
+    take : callable
+        Gets the activations of shape (n_texts, n_tokens, n_neurons), padding included, and the
+        segment. Its answer is moved to the inputs' device.
+
+    Returns
+    -------
+    list of Tensor
+        What was taken, one per segment.
+    """
+    model = bare_model(model)
+    wanted: dict[Tap, list[int]] = {}
+    for position, segment in enumerate(segments):
+        tap = anatomy.stacks[segment.stack].tap(segment.layer, segment.site)
+        wanted.setdefault(tap, []).append(position)
+    mask = inputs["attention_mask"].bool()
+    taken = [mask.new_empty(0)] * len(segments)
+
     def read(tap: Tap, activations: Tensor) -> None:
         activations = as_texts(activations, mask, tap)  # (n_texts, n_tokens, n_neurons)
-        groups = groups_on(activations.device)
         for position in wanted.pop(tap):
-            pooled = pool(activations, groups, segments[position].pooling)  # (n_texts, n_neurons)
-            columns[position] = _keep(pooled, segments[position].neurons).to(mask.device)
+            taken[position] = take(activations, segments[position]).to(mask.device)
         if not wanted:
             raise _Enough
 
@@ -106,11 +137,14 @@ def _forward(
             f"{type(model).__name__} ended its forward pass without these layers: {names}. Were its"
             " modules replaced after loading?"
         )
-    return torch.cat(columns, dim=1)
+    return taken
 
 
-def _keep(pooled: Tensor, neurons: tuple[int, ...] | None) -> Tensor:
-    return pooled if neurons is None else pooled[:, _on_device(neurons, pooled.device)]
+def keep_neurons(values: Tensor, segment: Segment) -> Tensor:
+    """Choose a segment's neurons among those of its site, in the last dimension."""
+    if segment.neurons is None:
+        return values
+    return values[..., _on_device(segment.neurons, values.device)]
 
 
 @lru_cache(maxsize=256)  # a pruned pipeline asks for the same neurons in every batch

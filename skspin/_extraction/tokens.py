@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from skspin._text_tokens import TextTokens
+
 # Whose activations stand for a text without tokens: the first of these that a tokenizer has.
 _STANDS_FOR_NOTHING = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id")
 
@@ -66,8 +68,42 @@ class TextEncoder:
         # Once more, with offsets, which cost time that short texts need not spend.
         encodings = self._fast.encode_batch([self._fill(texts[i]) for i in long])
         for i, encoding in zip(long, encodings, strict=True):
-            ids[i] = self._shorten(encoding, self._span(texts[i]))
+            ids[i] = np.array(encoding.ids)[self._kept(encoding, texts[i])].tolist()
         return ids, truncated
+
+    def locate(self, text: str) -> TextTokens:
+        """Tokenize one text as `encode` does, and say where in it each token is.
+
+        Parameters
+        ----------
+        text : str
+            Lone surrogates come back as U+FFFD.
+        """
+        if self._fast is None:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} does not tell where in the text its tokens are. "
+                "Use a fast tokenizer, one with a tokenizer.json."
+            )
+        [text] = replace_surrogates([text])
+        encoding = self._fast.encode(self._fill(text))
+        kept = self._kept(encoding, text)
+        if not len(kept):
+            stand_in = self._stand_in()
+            name = str(self.tokenizer.convert_ids_to_tokens(stand_in))
+            return TextTokens(
+                text, np.array([stand_in]), [name], np.zeros(1, int), np.zeros(1, int)
+            )
+        # Of a text that the prompt repeats, the first time counts as the text.
+        begin = 0 if self.prompt is None else self.prompt.index("{text}")
+        starts, ends = (np.array(encoding.offsets)[kept] - begin).clip(0, len(text)).T
+        outside = np.array(encoding.special_tokens_mask, dtype=bool)[kept] | (starts == ends)
+        return TextTokens(
+            text,
+            np.array(encoding.ids)[kept],
+            [encoding.tokens[i] for i in kept],
+            np.where(outside, 0, starts),
+            np.where(outside, 0, ends),
+        )
 
     def _span(self, text: str) -> tuple[int, int] | None:
         """Say which characters of a filled prompt are the text; None where all of them are."""
@@ -76,21 +112,24 @@ class TextEncoder:
         start = self.prompt.index("{text}")
         return start, start + len(text)
 
-    def _shorten(self, encoding: Encoding, span: tuple[int, int] | None) -> list[int]:
-        ids, excess = encoding.ids, len(encoding.ids) - self.max_length
+    def _kept(self, encoding: Encoding, text: str) -> np.ndarray:
+        """Say which tokens are kept of a filled prompt that may be too long."""
+        places = np.arange(len(encoding.ids))
+        excess = len(places) - self.max_length
+        if excess <= 0:
+            return places
         of_text = ~np.array(encoding.special_tokens_mask, dtype=bool)  # (n_tokens,)
-        if span is not None:
+        if (span := self._span(text)) is not None:
             starts, ends = np.array(encoding.offsets).T
             of_text &= (ends > span[0]) & (starts < span[1])
-        places = np.flatnonzero(of_text)
-        if len(places) <= excess:
+        if of_text.sum() <= excess:
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for text: prompt and special tokens "
-                f"take {len(ids) - len(places)}. Use a larger max_length or a shorter prompt."
+                f"take {(~of_text).sum()}. Use a larger max_length or a shorter prompt."
             )
         left = self.tokenizer.truncation_side == "left"
-        dropped = places[:excess] if left else places[-excess:]
-        return np.delete(ids, dropped).tolist()
+        dropped = places[of_text][:excess] if left else places[of_text][-excess:]
+        return np.delete(places, dropped)
 
     def _encode_slow(self, texts: list[str]) -> tuple[list[list[int]], np.ndarray]:
         ids = [self._tokenize(self._fill(text)) for text in texts]

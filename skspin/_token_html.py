@@ -1,0 +1,89 @@
+"""Texts with coloured tokens, as HTML that reads well on light and on dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+
+import numpy as np
+
+from skspin._text_tokens import TextTokens
+
+# Okabe and Ito's sky blue and vermilion, half transparent: whatever ground the page has, its own
+# text colour stays legible over them.
+_FOR, _AGAINST = "86,180,233", "213,94,0"
+_DEEPEST = 0.65
+_CONTEXT = 60  # characters before and behind a single token
+_LINE = "line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere"
+_OUTSIDE = "font-size:75%;border:1px dotted rgba(128,128,128,0.8);padding:0 3px;margin:0 2px"
+
+
+def text_to_html(tokens: TextTokens, values: np.ndarray, *, unit: float | None = None) -> str:
+    """Write one text, its tokens coloured by value.
+
+    Parameters
+    ----------
+    tokens : TextTokens
+        The text.
+    values : ndarray of shape (n_tokens,)
+        Positive ones become blue, negative ones vermilion.
+    unit : float or None, default=None
+        The value that gets the deepest colour; None for the largest there is.
+    """
+    unit = unit or float(np.abs(values).max()) or 1.0
+    parts = []
+    done = 0  # characters written
+    for start, end, label, value in _pieces(tokens, values):
+        if end > start:
+            parts.append(escape(tokens.text[done:start]))
+            done = end
+        style = f"border-radius:3px;background:{_color(value / unit)}"
+        if end == start:
+            style = f"{style};{_OUTSIDE}"
+        parts.append(f'<span style="{style}" title="{value:+.3g}">{escape(label)}</span>')
+    parts.append(escape(tokens.text[done:]))
+    return f'<div style="{_LINE};margin:0.3em 0 0.8em 0">{"".join(parts)}</div>'
+
+
+def token_to_html(text: str, start: int, end: int, value: float, *, unit: float) -> str:
+    """Write one token, ``text[start:end]``, with some of the text around it."""
+    before, behind = text[:start][-_CONTEXT:], text[end:][:_CONTEXT]
+    before = before if len(before) == start else f"…{before}"
+    behind = behind if len(behind) == len(text) - end else f"{behind}…"
+    token = swatch(value / unit, escape(text[start:end]))
+    number = f'<span style="font-size:75%;opacity:0.75">{value:.3g}</span>'
+    return f'<div style="{_LINE}">{number}  {escape(before)}{token}{escape(behind)}</div>'
+
+
+def page_to_html(legend: str, entries: Sequence[tuple[str, str]], n_left_out: int = 0) -> str:
+    """Put entries, each a heading and its HTML, under one another."""
+    parts = [f'<div style="font-size:85%;opacity:0.75">{legend}</div>']
+    for heading, body in entries:
+        parts.append(f'<div style="font-size:85%;margin-top:0.6em">{heading}</div>{body}')
+    if n_left_out:
+        parts.append(f'<div style="font-size:85%;opacity:0.75">… and {n_left_out} more</div>')
+    return f'<div style="max-width:60em">{"".join(parts)}</div>'
+
+
+def swatch(share: float, label: str) -> str:
+    """Put HTML on the colour of a value between -1 and 1."""
+    return f'<span style="border-radius:3px;background:{_color(share)}">{label}</span>'
+
+
+def _pieces(tokens: TextTokens, values: np.ndarray) -> Iterator[tuple[int, int, str, float]]:
+    """Join tokens that share characters, as the bytes of an emoji do."""
+    i = 0
+    while i < len(values):
+        start, end, value = int(tokens.starts[i]), int(tokens.ends[i]), float(values[i])
+        label = tokens.text[start:end] or tokens.tokens[i]
+        i += 1
+        while end > start and i < len(values) and tokens.in_text[i] and tokens.starts[i] < end:
+            end, value = max(end, int(tokens.ends[i])), value + float(values[i])
+            label = tokens.text[start:end]
+            i += 1
+        yield start, end, label, value
+
+
+def _color(share: float) -> str:
+    depth = min(abs(share), 1.0) * _DEEPEST
+    return f"rgba({_FOR if share > 0 else _AGAINST},{depth:.2f})"
