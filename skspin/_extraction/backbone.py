@@ -67,6 +67,21 @@ _loaded: dict[tuple[Source, str, str], Backbone] = {}
 _rooms: weakref.WeakKeyDictionary[Any, Room] = weakref.WeakKeyDictionary()
 
 
+def _recover_from_fork() -> None:
+    """Let a forked process run models: it has none of its parent's threads.
+
+    GNU's OpenMP waits for them forever; with one thread, torch does without it, as in the workers
+    of its own DataLoader. And a thread that held the lock is not there to give it back.
+    """
+    global _lock
+    _lock = threading.RLock()
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # Windows never forks.
+    os.register_at_fork(after_in_child=_recover_from_fork)
+
+
 def load_backbone(source: Source, device: Any = None, dtype: Any = "auto") -> Backbone:
     """Load a model, or find the copy that this process has on that device already.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +14,22 @@ from skspin._extraction.source import Place, Source
 
 # A pooler is what AutoModel puts on top of the last layer; no activation comes through it.
 _UNUSED = ("pooler",)
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map.json",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "*.bpe*",
-    "*codes*",
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of a model: how it is called, and one of which files there must be."""
+
+    name: str
+    files: tuple[str, ...]
+
+
+_CONFIGURATION = _Part("configuration", ("config.json",))
+_SAFE_WEIGHTS = _Part("weights", ("*.safetensors", "*.gguf"))
+_PICKLED_WEIGHTS = _Part("weights", ("*.bin", "*.pt", "*.pth"))
+_TOKENIZER = _Part(
+    "tokenizer",
+    ("tokenizer.json", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "*.bpe*", "*codes*"),
 )
 
 
@@ -33,7 +39,7 @@ def load_skeleton(source: Source) -> Any:
     with quiet():
         config = _load(
             place,
-            "configuration",
+            _CONFIGURATION,
             transformers.AutoConfig.from_pretrained,
             trust_remote_code=source.trust_remote_code,
         )
@@ -64,11 +70,12 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
     if "quantization_config" in options:
         # Quantised weights are made where they are to be, and can't be moved afterwards.
         options.setdefault("device_map", {"": device})
+    weights = _SAFE_WEIGHTS if options["use_safetensors"] is not False else _PICKLED_WEIGHTS
     place = _model_place(source)
     with quiet():
         model, report = _load(
             place,
-            "weights",
+            weights,
             transformers.AutoModel.from_pretrained,
             trust_remote_code=source.trust_remote_code,
             dtype=getattr(torch, dtype),
@@ -95,12 +102,12 @@ def load_tokenizer(source: Source) -> Any:
     with quiet():
         tokenizer = _load(
             place,
-            "tokenizer",
+            _TOKENIZER,
             transformers.AutoTokenizer.from_pretrained,
             trust_remote_code=source.trust_remote_code,
         )
-    # Without any file to read, transformers may make up an empty tokenizer.
-    if place.folder is not None and not _holds(place.folder, _TOKENIZER_FILES):
+    # Without a vocabulary to read, transformers may make up an empty one.
+    if not len(tokenizer) or not (_holds(place, ["tokenizer*"]) or _holds(place, _TOKENIZER.files)):
         raise ValueError(_no_tokenizer(place))
     return tokenizer
 
@@ -110,9 +117,9 @@ def _model_place(source: Source) -> Place:
     place = source.place
     if place is None:
         raise TypeError("A model in memory is not loaded.")
-    if not place.is_folder or _holds(place.folder, ["config.json"]):
+    if not place.is_folder or _holds(place, _CONFIGURATION.files):
         return place
-    if _holds(place.folder, ["adapter_config.json"]):
+    if _holds(place, ["adapter_config.json"]):
         raise ValueError(
             f"The folder {place.name!r} holds an adapter, not a model. Load it with peft, and pass "
             "the model itself as model=."
@@ -123,40 +130,35 @@ def _model_place(source: Source) -> Place:
     )
 
 
-def _load(place: Place, part: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
+def _load(place: Place, part: _Part, from_pretrained: Callable[..., Any], **options: Any) -> Any:
     """Load one part of a model: from this machine if it is there, from the hub if not."""
-    where = {
-        "revision": place.commit,
-        "cache_dir": place.cache_dir,
-        "subfolder": place.subfolder,
-        "token": place.token,
-    }
-    problem: Exception
-    # The commit is known, so what is here already is right, and asking the hub is in vain.
-    for local in (True,) if place.is_folder or place.local_files_only else (True, False):
+    options |= {"cache_dir": place.cache_dir, "subfolder": place.subfolder, "token": place.token}
+    # A folder, not a hub id, is all that keeps transformers from asking the hub for more.
+    here = [{"pretrained_model_name_or_path": place.root}] if place.root else []
+    there = [{"pretrained_model_name_or_path": place.name, "revision": place.commit}]
+    there = there if place.has_hub else []
+    problem: Exception = FileNotFoundError(f"no {' or '.join(part.files)} on this machine")
+    for where in here + there if _holds(place, part.files) else there + here:
         try:
-            return from_pretrained(place.name, **{**options, **where, "local_files_only": local})
+            return from_pretrained(**(options | where))
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # transformers raises whatever its libraries raise.
             problem = error
-    raise ValueError(_advice(place, part, options, problem)) from problem
+    raise ValueError(_advice(place, part, problem)) from problem
 
 
-def _advice(place: Place, part: str, options: dict[str, Any], problem: Exception) -> str:
-    said = f"The {part} of {place.name!r} can't be loaded: {type(problem).__name__}: {problem}"
-    folder = place.folder
-    if part == "tokenizer" and (folder is None or not _holds(folder, _TOKENIZER_FILES)):
+def _advice(place: Place, part: _Part, problem: Exception) -> str:
+    said = f"{type(problem).__name__}: {problem}"
+    if part is _TOKENIZER and not _holds(place, part.files):
         return _no_tokenizer(place)
-    safe = options.get("use_safetensors", False) and not options.get("gguf_file")
-    if part == "weights" and safe and (folder is None or not _holds(folder, ["*.safetensors*"])):
+    if part is _SAFE_WEIGHTS and not _holds(place, part.files):
         return (
             f"{place.name!r} has no weights in the safetensors format. Weights that are pickled "
             "(pytorch_model.bin) can run any code when they are loaded, so they are refused. If "
-            "you trust them, pass model_kwargs={'use_safetensors': False}. "
-            f"({type(problem).__name__}: {problem})"
+            f"you trust them, pass model_kwargs={{'use_safetensors': False}}. ({said})"
         )
-    return said
+    return f"The {part.name} of {place.name!r} can't be loaded: {said}"
 
 
 def _no_tokenizer(place: Place) -> str:
@@ -166,5 +168,7 @@ def _no_tokenizer(place: Place) -> str:
     )
 
 
-def _holds(folder: Path | None, patterns: Any) -> bool:
+def _holds(place: Place, patterns: Iterable[str]) -> bool:
+    """Whether this machine has one of these files of a place."""
+    folder = place.folder
     return folder is not None and any(any(folder.glob(pattern)) for pattern in patterns)

@@ -51,15 +51,22 @@ class Place:
     @property
     def commit(self) -> str | None:
         """The commit of a hub repository, as it was when this process first asked; else None."""
-        return None if self.is_folder else _find_commit(self)
+        return None if self.is_folder else _ask(self)[0]
+
+    @property
+    def has_hub(self) -> bool:
+        """Whether what is missing on this machine may be fetched."""
+        return not self.is_folder and _ask(self)[1]
+
+    @property
+    def root(self) -> str | None:
+        """Folder of the files that this machine has, `subfolder` not included; None without any."""
+        return self.name if self.is_folder else _find_in_cache(self, self.commit)
 
     @property
     def folder(self) -> Path | None:
-        """Where the files are that this machine has already; None if there are none."""
-        if self.is_folder:
-            return Path(self.name) / self.subfolder
-        cached = _find_in_cache(self, self.commit)
-        return None if cached is None else cached / self.subfolder
+        """Folder of the files that this machine has, `subfolder` included; None without any."""
+        return None if self.root is None else Path(self.root, self.subfolder)
 
 
 @dataclass(frozen=True)
@@ -146,10 +153,18 @@ class Source:
 
 
 @cache
-def _find_commit(place: Place) -> str:
-    """Ask the hub which commit a branch is; the cache on this machine, where the hub is not there.
+def _ask(place: Place) -> tuple[str, bool]:
+    """Ask the hub which commit a branch is, or the cache on this machine if there is no hub.
 
-    Once per process, so that all that is loaded in it is of one commit.
+    Once per process, so that all that is loaded in it is of one commit, and a hub that is silent
+    is waited for once.
+
+    Returns
+    -------
+    commit : str
+        40 hexadecimal digits.
+    has_hub : bool
+        False if the hub may not be asked, or gave no answer.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -158,30 +173,30 @@ def _find_commit(place: Place) -> str:
         validate_repo_id(place.name)
     except HFValidationError as error:
         raise ValueError(f"{place.name!r} is neither a folder nor a hub id.") from error
+    may_ask = not (constants.HF_HUB_OFFLINE or place.local_files_only)
     if place.revision is not None and _COMMIT.fullmatch(place.revision):
-        return place.revision
+        return place.revision, may_ask
     problem: Exception | None = None
-    if not (constants.HF_HUB_OFFLINE or place.local_files_only):
+    if may_ask:
         try:
             hub = HfApi(token=place.token)
-            return str(
-                hub.model_info(place.name, revision=place.revision, timeout=_HUB_SECONDS).sha
-            )
+            said = hub.model_info(place.name, revision=place.revision, timeout=_HUB_SECONDS)
+            return str(said.sha), True
         except Exception as error:  # Whatever went wrong, a copy on this machine serves as well.
             problem = error
     cached = _find_in_cache(place, place.revision)
     if cached is None:
         raise ValueError(_not_found(place, constants.HF_HUB_OFFLINE, problem)) from problem
-    return cached.name
+    return os.path.basename(cached), False
 
 
-def _find_in_cache(place: Place, revision: str | None) -> Path | None:
+def _find_in_cache(place: Place, revision: str | None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
     inside = f"{place.subfolder}/config.json" if place.subfolder else "config.json"
     found = try_to_load_from_cache(place.name, inside, cache_dir=place.cache_dir, revision=revision)
     # .../models--org--name/snapshots/<commit>/config.json
-    return Path(found.removesuffix(inside)) if isinstance(found, str) else None
+    return found.removesuffix(inside).rstrip(os.sep) if isinstance(found, str) else None
 
 
 def _not_found(place: Place, offline: bool, problem: Exception | None) -> str:
