@@ -11,6 +11,7 @@ from skspin._persistence import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline
 from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
+from skspin._show_versions import show_versions
 from skspin._transformer import LLMActivationTransformer, ModelMismatchError
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "explain_tokens",
     "make_spin_pipeline",
     "prune",
+    "show_versions",
 ]
 __version__ = "0.1.0.dev0"

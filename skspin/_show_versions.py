@@ -1,0 +1,83 @@
+"""What a bug report has to say about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = (
+    "scikit-learn",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "peft",
+    "bitsandbytes",
+    "numpy",
+    "scipy",
+    "joblib",
+    "distributed",
+    "xxhash",
+    "matplotlib",
+)
+
+
+def show_versions() -> None:
+    """Print the versions and the devices that skspin finds, to be put into a bug report.
+
+    Examples
+    --------
+    >>> import skspin
+    >>> skspin.show_versions()  # doctest: +ELLIPSIS
+    system
+    ...
+    packages
+                 skspin: ...
+    """
+    sections = {"system": _system(), "packages": _packages(), "devices": _devices()}
+    for title, rows in sections.items():
+        width = max(map(len, rows))
+        lines = [f"{name:>{width + 4}}: {value}" for name, value in rows.items()]
+        print("\n".join([title, *lines, ""]))  # noqa: T201
+
+
+def _system() -> dict[str, str]:
+    return {
+        "python": sys.version.replace("\n", " "),
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
+    }
+
+
+def _packages() -> dict[str, str]:
+    """Read versions without importing what they are of."""
+    from skspin import __version__  # here, because skspin itself imports this
+
+    found = {"skspin": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    from skspin._extraction.device import resolve_device, resolve_dtype
+
+    chosen = resolve_device(None)
+    names = {
+        f"cuda:{index}": torch.cuda.get_device_name(index)
+        for index in range(torch.cuda.device_count())
+    }
+    return names | {
+        "torch threads": str(torch.get_num_threads()),
+        "device=None": chosen,
+        'dtype="auto"': resolve_dtype("auto", chosen),
+    }
