@@ -58,7 +58,8 @@ def make_spin_pipeline(
     >>> from skspin.datasets import demo_model
     >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
     >>> labels = [1, 1, 1, 0, 0, 0] * 2
-    >>> spin = make_spin_pipeline(demo_model()).fit(texts, labels)
+    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0)  # few texts, large C
+    >>> spin = spin.fit(texts, labels)
     >>> spin.predict(["A lovely film.", "A dreadful bore."])
     array([1, 0])
     """

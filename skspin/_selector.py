@@ -105,7 +105,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         The share of columns that is dropped in the end.
     n_features_in_ : int
         Number of columns seen in ``fit``.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (n_features,)
         Names of the columns seen in ``fit``, where ``X`` had any.
 
     See Also
@@ -120,13 +120,13 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
 
     Examples
     --------
-    Two layers of five neurons each; the third neuron of the second layer knows the answer.
+    Two layers of five neurons each; one neuron in each of them bears on the answer.
 
     >>> import numpy as np
     >>> from skspin import SalientNeuronSelector
     >>> rng = np.random.default_rng(0)
     >>> X = rng.normal(size=(200, 10))
-    >>> y = X[:, 7] > 0
+    >>> y = X[:, 1] + X[:, 7] > 0
     >>> selector = SalientNeuronSelector(sparsity=0.4, layer_sizes=5).fit(X, y)
     >>> selector.n_selected_
     array([1, 1])

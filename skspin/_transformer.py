@@ -339,7 +339,8 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
 
         Returns
         -------
-        ndarray of shape (n_columns,), object
+        names : ndarray of shape (n_columns,), object
+            In the order of the columns.
         """
         check_is_fitted(self, "layout_")
         return self.layout_.feature_names()

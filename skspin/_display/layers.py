@@ -93,6 +93,7 @@ class LayerSalienceDisplay:
         Returns
         -------
         self : LayerSalienceDisplay
+            With ``ax_`` and ``figure_``.
         """
         self.ax_, self.figure_ = given_or_new(ax)
         self.count_ax_ = panel_below(self.ax_)

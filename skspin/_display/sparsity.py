@@ -132,6 +132,7 @@ class SparsityPathDisplay:
         Returns
         -------
         self : SparsityPathDisplay
+            With ``ax_``, ``count_ax_`` and ``figure_``.
         """
         self.ax_, self.figure_ = given_or_new(ax)
         low, high = self.score_mean - self.score_std, self.score_mean + self.score_std
