@@ -1,0 +1,19 @@
+"""The order of the gallery: a course, from the first pipeline to several machines."""
+
+LESSONS = (
+    "plot_quickstart.py",
+    "plot_sparsity_search.py",
+    "plot_sites_by_layer.py",
+    "plot_text_and_numbers.py",
+    "plot_multilabel.py",
+    "plot_explain.py",
+    "plot_prune.py",
+    "plot_dask_cluster.py",
+    "plot_gpu.py",
+    "spin_protocol.py",
+)
+
+
+def by_lesson(filename: str) -> int:
+    """Give a script's place; a ValueError names one that has none yet."""
+    return LESSONS.index(filename)
