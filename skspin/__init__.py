@@ -12,6 +12,7 @@ from skspin._pipeline import make_spin_pipeline
 from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
 from skspin._show_versions import show_versions
+from skspin._store import open_store
 from skspin._transformer import LLMActivationTransformer, ModelMismatchError
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "explain_neurons",
     "explain_tokens",
     "make_spin_pipeline",
+    "open_store",
     "prune",
     "show_versions",
 ]

@@ -120,6 +120,7 @@ class TokenContributionDisplay:
         Returns
         -------
         self : TokenContributionDisplay
+            With ``ax_``, ``bars_`` and ``figure_``.
         """
         largest = np.argsort(-np.abs(self.contributions), kind="stable")[:_MOST_BARS]
         shown = np.sort(largest)  # back in reading order
