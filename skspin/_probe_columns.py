@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from skspin._threads import Threads
+
 
 class Columns:
     """The matrix ``Z = (X - mean) / scale``, without ever holding it.
@@ -25,6 +27,8 @@ class Columns:
         matrix.
     device : str or None
         None for NumPy, or the torch device that holds a copy of ``X`` and multiplies.
+    threads : Threads or None
+        Share NumPy's work out by rows; None for one thread.
     """
 
     def __init__(
@@ -34,8 +38,11 @@ class Columns:
         scale: np.ndarray,
         dtype: str = "float32",
         device: str | None = None,
+        threads: Threads | None = None,
     ) -> None:
         self._arrays: Any = _HostArrays(dtype) if device is None else _TorchArrays(dtype, device)
+        # A device shares its work out by itself.
+        self._threads = Threads() if threads is None or device is not None else threads
         self._X = self._arrays.hold(X)  # (n, d)
         self._mean, self._scale = mean, scale  # (d,)
 
@@ -43,14 +50,23 @@ class Columns:
         """Compute ``coef @ Z.T``: (n_problems, n_columns) to (n_problems, n_texts)."""
         folded = coef / self._scale  # (P, d)
         weights = self._arrays.load(folded)
-        parts = [self._arrays.unload(weights @ block.T) for _, block in self._blocks()]
+
+        def part(stretch: slice) -> np.ndarray:
+            products = [weights @ block.T for _, block in self._blocks(stretch)]
+            return np.concatenate([self._arrays.unload(product) for product in products], axis=1)
+
+        parts = self._threads.map(part, self._stretches())
         return np.concatenate(parts, axis=1) - (folded @ self._mean)[:, None]
 
     def correlate(self, residuals: np.ndarray) -> np.ndarray:
         """Compute ``residuals @ Z``: (n_problems, n_texts) to (n_problems, n_columns)."""
         loaded = self._arrays.load(residuals)  # (P, n)
-        parts = [self._arrays.unload(loaded[:, rows] @ block) for rows, block in self._blocks()]
-        sums = np.sum(parts, axis=0)  # (P, d)
+
+        def part(stretch: slice) -> np.ndarray:
+            products = [loaded[:, rows] @ block for rows, block in self._blocks(stretch)]
+            return np.sum([self._arrays.unload(product) for product in products], axis=0)
+
+        sums = np.sum(self._threads.map(part, self._stretches()), axis=0)  # (P, d)
         return (sums - residuals.sum(axis=1, keepdims=True) * self._mean) / self._scale
 
     def gram(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -73,28 +89,37 @@ class Columns:
         arrays = self._arrays
         index = arrays.load_index(chosen)
         mean, scale = arrays.load(self._mean[chosen]), arrays.load(self._scale[chosen])  # (k,)
-        products: Any = 0.0
-        sums: Any = 0.0
-        for rows, block in self._blocks(arrays.gram_rows):
-            part, roots = arrays.take(block, index), np.sqrt(weights[rows])  # (m, k), (m,)
-            kept = np.flatnonzero(roots)
-            if len(kept) < 0.9 * len(roots):  # rows outside a fold
-                part, roots = part[arrays.load_index(kept)], roots[kept]
-            roots = arrays.load(roots)
-            # Centred before it is squared: float32 loses small differences of large numbers.
-            part -= mean
-            part *= roots[:, None]
-            products = products + part.T @ part  # (k, k)
-            sums = sums + roots @ part  # (k,)
+
+        def part(stretch: slice) -> tuple[Any, Any]:
+            products: Any = 0.0
+            sums: Any = 0.0
+            for rows, block in self._blocks(stretch, arrays.gram_rows):
+                columns, roots = arrays.take(block, index), np.sqrt(weights[rows])  # (m, k), (m,)
+                kept = np.flatnonzero(roots)
+                if len(kept) < 0.9 * len(roots):  # rows outside a fold
+                    columns, roots = columns[arrays.load_index(kept)], roots[kept]
+                roots = arrays.load(roots)
+                # Centred before it is squared: float32 loses small differences of large numbers.
+                columns -= mean
+                columns *= roots[:, None]
+                products = products + columns.T @ columns  # (k, k)
+                sums = sums + roots @ columns  # (k,)
+            return products, sums
+
+        parts = self._threads.map(part, self._stretches())
+        products, sums = (sum(terms[1:], start=terms[0]) for terms in zip(*parts, strict=True))
         products -= sums[:, None] * (sums / float(weights.sum()))
         products /= scale
         products /= scale[:, None]
         return arrays.unload(products, keep_dtype=True)
 
-    def _blocks(self, n_rows: int | None = None) -> Iterator[tuple[slice, Any]]:
+    def _stretches(self) -> list[slice]:
+        return self._threads.split(len(self._X), self._arrays.gram_rows)
+
+    def _blocks(self, stretch: slice, n_rows: int | None = None) -> Iterator[tuple[slice, Any]]:
         n_rows = n_rows or self._arrays.rows or len(self._X)
-        for start in range(0, len(self._X), n_rows):
-            rows = slice(start, start + n_rows)
+        for start in range(stretch.start, stretch.stop, n_rows):
+            rows = slice(start, min(start + n_rows, stretch.stop))
             yield rows, self._arrays.cast(self._X[rows])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress, repeat
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike
 from skspin._probe_columns import Columns
 from skspin._probe_penalties import PENALTIES
 from skspin._probe_problem import Problem
+from skspin._threads import Threads, own_threads
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,11 @@ def solve_probes(
         problem.solve_if_one_sided()
     # First in float32, which is fast, then in float64, which is true: problems that float32 has
     # solved are measured once more and done; any others are finished there.
-    for dtype, place in (("float32", device), ("float64", None)):
-        unsolved = [problem for problem in problems if problem.objective > 0]
-        _descend(unsolved, Columns(X, mean, scale, dtype, place), tol, max_iter)
+    with own_threads() as threads:
+        for dtype, place in (("float32", device), ("float64", None)):
+            unsolved = [problem for problem in problems if problem.objective > 0]
+            columns = Columns(X, mean, scale, dtype, place, threads)
+            _descend(unsolved, columns, threads, tol, max_iter)
     return ProbeSolution(
         coef=np.stack([problem.coef for problem in problems]),
         intercept=np.array([problem.intercept for problem in problems]),
@@ -170,7 +174,9 @@ def _signs_and_weights(
     return signs, np.broadcast_to(weights, signs.shape) * np.atleast_1d(costs)[:, None]
 
 
-def _descend(problems: list[Problem], columns: Columns, tol: float, max_iter: int) -> None:
+def _descend(
+    problems: list[Problem], columns: Columns, threads: Threads, tol: float, max_iter: int
+) -> None:
     """Step problems side by side until each is solved or gets no further.
 
     They share nothing but the products with the columns, which are cheaper for many at once.
@@ -181,24 +187,25 @@ def _descend(problems: list[Problem], columns: Columns, tol: float, max_iter: in
     for problem, own in zip(problems, scores, strict=True):
         problem.scores, problem.idle = own, 0
     while problems:
-        gradients = columns.correlate(np.stack([problem.residuals() for problem in problems]))
+        residuals = threads.map(Problem.residuals, problems)
+        gradients = columns.correlate(np.stack(residuals))  # (P, d)
         if not np.isfinite(gradients).all():
             raise ValueError(
                 "X holds values that are not finite or too large for float32. Drop or scale the "
                 "columns that hold them."
             )
-        for problem, gradient in zip(problems, gradients, strict=True):
-            problem.measure(gradient)
+        threads.map(Problem.measure, problems, gradients)
         unsolved = [
-            (problem, gradient, problem.direction(columns, gradient))
+            (problem, gradient)
             for problem, gradient in zip(problems, gradients, strict=True)
             if problem.gap > tol and problem.n_iter < max_iter and not problem.stalled
         ]
         if not unsolved:
             return
-        changes = columns.scores(np.stack([direction for _, _, direction in unsolved]))  # (P, n)
-        problems = [
-            problem
-            for (problem, gradient, direction), change in zip(unsolved, changes, strict=True)
-            if problem.advance(direction, change, gradient)
-        ]
+        problems, slopes = (list(part) for part in zip(*unsolved, strict=True))
+        directions = threads.map(
+            Problem.direction, problems, repeat(columns, len(problems)), slopes
+        )
+        changes = columns.scores(np.stack(directions))  # (P, n)
+        advanced = threads.map(Problem.advance, problems, directions, changes, slopes)
+        problems = list(compress(problems, advanced))
