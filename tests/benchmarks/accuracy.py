@@ -38,7 +38,7 @@ def load(folder, name):
     table = pd.read_csv(folder / f"{name}.csv.gz")
     test = table[table.split == "test"]
     rest = table[table.split != "test"]
-    held_out = (rest.split == "validation").to_numpy()
+    held_out = (rest.split == "validation").to_numpy(copy=True)
     if not held_out.any():
         rows = np.arange(len(rest))
         validation = train_test_split(rows, test_size=0.2, stratify=rest.label, random_state=0)[1]
