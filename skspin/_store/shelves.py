@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 import threading
-import time
-import uuid
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 
@@ -19,23 +14,14 @@ import numpy as np
 
 from skspin._fork import renew_in_child
 from skspin._store.part import Part
+from skspin._store.places import Place, new_name, note_use, places_in
 from skspin._store.request import Overlap, Request
 from skspin._store.shelf import DamagedShelf, Shelf, size_of
 
-_FILE = re.compile(r"(?P<name>\d{8,}-[0-9a-f]{8})\.(texts|rows|new)")
 _SHELVES_IN_LIMIT = 16  # room is made by whole shelves, so this is how finely
 _CHUNK_BYTES = 1 << 20  # of rows copied at a time, to be checked while in the CPU's cache
 
 Reread = Callable[[Part, list[bytes], np.ndarray], None]
-
-
-@dataclass
-class Place:
-    """What the folder says of a shelf: its files, their bytes, and when it was last used."""
-
-    paths: list[Path] = field(default_factory=list)
-    size: int = 0
-    last_use: int = 0
 
 
 class Shelves:
@@ -68,23 +54,9 @@ class Shelves:
 
     # What is there
 
-    def _places(self) -> dict[str, Place]:
-        """List what is there, whoever put it there."""
-        places: defaultdict[str, Place] = defaultdict(Place)
-        with os.scandir(self._folder) as entries:
-            for entry in entries:
-                match = _FILE.fullmatch(entry.name)
-                with suppress(FileNotFoundError):  # another process has just removed it
-                    if match:
-                        status, place = entry.stat(), places[match["name"]]
-                        place.paths.append(Path(entry.path))
-                        place.size += status.st_size
-                        place.last_use = max(place.last_use, status.st_mtime_ns)
-        return dict(places)
-
     def _refresh(self) -> dict[str, Place]:
         """Learn which shelves there are."""
-        places = self._places()
+        places = places_in(self._folder)
         for name in self._shelves.keys() - places.keys():
             self._drop(name)
         for name in sorted(places.keys() - self._shelves.keys() - self._foreign):
@@ -155,8 +127,7 @@ class Shelves:
                 self._bring_forward(
                     shelf, numbers[again], request.texts_at(positions[again]), reread
                 )
-        with self._lock:
-            self._note_use(used, places)
+        note_use(self._folder, used, places)
 
     def _copy(
         self,
@@ -238,7 +209,7 @@ class Shelves:
             self._release(part)  # whoever writes here next begins after the last whole row
             raise
         else:
-            self._note_use({shelf.name}, places)
+            note_use(self._folder, {shelf.name}, places)
 
     def _shelf_for(self, part: Part, n_rows: int, most: int) -> Shelf:
         """Find a shelf to write to: ours, that of a process that has ended, or a new one."""
@@ -263,28 +234,13 @@ class Shelves:
         return self._ours[part]
 
     def _new_shelf(self, part: Part) -> Shelf:
-        number = 1 + max((int(name.split("-")[0]) for name in self._shelves), default=0)
         while True:
-            name = f"{number:08}-{uuid.uuid4().hex[:8]}"
+            name = new_name(self._shelves)
             shelf = self._shelves[name] = Shelf.create(self._folder / name, part)
             if shelf.lock(is_new=True):  # else another process was quicker to take it
                 return shelf
 
     # Making room
-
-    def _note_use(self, used: set[str], places: dict[str, Place]) -> None:
-        """Set the time of files to when they were last used.
-
-        It is always later than that of all others, even if the machine's clock was set back.
-        """
-        latest = max((place.last_use for place in places.values()), default=0)
-        others = max((places[name].last_use for name in places.keys() - used), default=0)
-        if all(name in places and places[name].last_use > others for name in used):
-            return
-        now = max(time.time_ns(), latest + 1)
-        for name in used:
-            with suppress(OSError):  # removed, or somebody else's
-                os.utime(self._folder / f"{name}.texts", ns=(now, now))
 
     def _make_room(
         self, n_bytes: int, limit: int, wanted: Shelf | None = None
