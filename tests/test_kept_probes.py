@@ -10,6 +10,7 @@ from sklearn.pipeline import make_pipeline
 
 import skspin._kept_probes as kept_probes
 from skspin import SalientNeuronSelector
+from skspin._keep import Keep
 from skspin._layer_probe import ProbeSettings
 from skspin._targets import encode_targets
 
@@ -66,7 +67,9 @@ def test_whatever_decides_a_solution_is_in_its_key(fits, change):
 
 
 def test_the_least_recently_used_is_forgotten_first(fits, monkeypatch):
-    monkeypatch.setattr(kept_probes, "_LIMIT", 2 * recall().coef.nbytes)
+    recall()
+    monkeypatch.setattr(kept_probes, "_KEPT", Keep(2 * kept_probes._KEPT.n_bytes))
+    recall()
     recall(y=1 - Y)
     recall()
     recall(weight=np.linspace(1, 2, 60))  # the third: 1 - Y has to go
@@ -88,4 +91,4 @@ def test_a_search_over_sparsity_solves_six_probes_not_fifty_one(fits):
 def test_without_a_cache_nothing_is_kept(fits):
     selector = SalientNeuronSelector(layer_sizes=None, cache=None)
     selector.fit(BLOCK, Y).fit(BLOCK, Y)
-    assert not kept_probes._kept
+    assert not kept_probes._KEPT.keys()
