@@ -113,9 +113,9 @@ def _to_linear_form(pipeline: Pipeline) -> tuple[LLMActivationTransformer, Linea
         form = form.before(step)
         if form is None:
             raise ValueError(
-                f"The step {step!r} is not known to be linear in its columns, so decisions are no "
-                "sum over tokens. Selectors, scalers, PCA and TruncatedSVD may be between "
-                "activations and classifier."
+                f"{type(step).__name__} is not known to be linear in its columns (with clipping no "
+                "scaler is), so decisions are no sum over tokens. Selectors, scalers, PCA and "
+                "TruncatedSVD may be between activations and classifier."
             )
     raise ValueError("No step of the pipeline is an LLMActivationTransformer.")
 

@@ -11,7 +11,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 
-from skspin import LayerSalienceDisplay, SalientNeuronSelector, SparsityPathDisplay
+from skspin import (
+    LayerSalienceDisplay,
+    SalientNeuronSelector,
+    SparsityPathDisplay,
+    TokenContributionDisplay,
+)
+from skspin._text_tokens import TextTokens
+from skspin._token_explanation import TokenExplanation
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -133,6 +140,46 @@ def test_a_search_over_something_else_is_refused(data):
     search = GridSearchCV(spin(), {"classify__C": [0.1, 1.0]}).fit(*data)
     with pytest.raises(ValueError, match=r"tried \['classify__C'\].*one selector"):
         SparsityPathDisplay.from_search(search)
+
+
+def explained(tokens, values, classes=(0, 1)):
+    """Explain a text of given tokens, as if a model had."""
+    text = " ".join(tokens)
+    ends = np.cumsum([len(token) + 1 for token in tokens]) - 1
+    starts = ends - [len(token) for token in tokens]
+    located = TextTokens(text, np.arange(len(tokens)), list(tokens), starts, ends)
+    return TokenExplanation(
+        [located], [np.array(values)[:, None]], np.array([0.5]), np.array(classes)
+    )
+
+
+def test_tokens_are_drawn_in_reading_order_with_their_contributions():
+    explanation = explained(["costs", "$5", "or", "$6"], [0.5, -0.25, 0.0, 1.0])
+    display = TokenContributionDisplay.from_explanation(explanation)
+    assert [bar.get_width() for bar in display.bars_] == [0.5, -0.25, 0.0, 1.0]
+    labels = [label.get_text() for label in display.ax_.get_yticklabels()]
+    assert labels == ["costs", r"\$5", "or", r"\$6"]
+    bottom, top = display.ax_.get_ylim()
+    assert bottom > top  # the first token is on top
+    assert display.ax_.get_xlabel() == "contribution to the decision value for 1"
+    assert "+1.75 = tokens +1.25, intercept +0.50" in display.ax_.get_title(loc="left")
+    display.figure_.draw_without_rendering()
+
+
+def test_the_other_class_is_the_picture_turned_around():
+    explanation = explained(["a", "b"], [0.5, -0.25])
+    display = TokenContributionDisplay.from_explanation(explanation, label=0)
+    assert [bar.get_width() for bar in display.bars_] == [-0.5, 0.25]
+    assert display.intercept == -0.5
+
+
+def test_of_a_long_text_the_largest_contributions_are_drawn():
+    values = np.arange(50.0)
+    display = TokenContributionDisplay.from_explanation(explained(["w"] * 50, values))
+    assert [bar.get_width() for bar in display.bars_] == values[10:].tolist()
+    assert "10 small ones not shown" in display.ax_.get_title(loc="left")
+    axes = plt.figure().add_axes((0, 0, 1, 1))
+    assert display.plot(ax=axes).ax_ is axes
 
 
 def test_given_axes_are_used(selector, search):
