@@ -13,6 +13,7 @@ from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from skspin._diagram import diagram_block
 from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layout import LayerColumns, Layout, layout_of
@@ -340,6 +341,12 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         """Read the probes' weights back into arrays."""
         arrays = {name: _unpack(**state[name]) for name in _MOSTLY_ZERO if name in state}
         super().__setstate__(state | arrays)
+
+    def _sk_visual_block_(self):
+        facts = [f"sparsity {self.sparsity}"]
+        if hasattr(self, "support_"):
+            facts = [f"{self.support_.sum():,} of {self.support_.size:,} neurons kept"]
+        return diagram_block(self, facts)
 
     def __sklearn_tags__(self):
         """Tell scikit-learn that labels are needed and may be several."""

@@ -8,6 +8,7 @@ from sklearn.base import _fit_context
 from sklearn.linear_model._base import LinearClassifierMixin
 from sklearn.utils import _safe_indexing
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._repr_html.estimator import _VisualBlock as VisualBlock
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -23,6 +24,7 @@ __all__ = [
     "Interval",
     "LinearClassifierMixin",
     "StrOptions",
+    "VisualBlock",
     "_fit_context",
     "_safe_indexing",
 ]

@@ -16,6 +16,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
+from skspin._diagram import diagram_block, layout_facts, model_name
 from skspin._digest import text_digest
 from skspin._layout import ActivationArray, Segment
 from skspin._model_shape import SITES, ModelShape
@@ -483,6 +484,10 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         if not isinstance(self.model, str | os.PathLike | DetachedModel):
             state = {**state, "model": DetachedModel(type(self.model).__name__)}
         return state
+
+    def _sk_visual_block_(self):
+        facts = layout_facts(self.layout_) if hasattr(self, "layout_") else []
+        return diagram_block(self, [model_name(self.model), *facts])
 
     def __sklearn_tags__(self):
         """Tell scikit-learn that X is text."""

