@@ -15,7 +15,7 @@ from skspin._extraction.backbone import Backbone
 _WIDEST_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 _OTHER_DEVICE_BYTES = 64 << 20
 # Starting a batch costs about as much as this share of a full one.
-_START_SHARE = 1 / 32
+_START_SHARE = 1 / 128
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 

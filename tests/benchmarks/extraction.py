@@ -1,0 +1,336 @@
+"""Speed and memory of extraction, beside what people would use instead.
+
+    python tests/benchmarks/extraction.py --data FOLDER [--quick] [--json FILE]
+
+FOLDER holds sst2.csv.gz and imdb_5k.csv.gz with a column text. Every figure is a ratio of two times
+that were taken in turns in this run, so that a machine's other work disturbs both sides alike; the
+table shows the median of the rounds, and the least and the most. The other sides are
+sentence-transformers (which gives the last layer only), the plain ``output_hidden_states`` loop in
+batches of 32 texts as they come, and the model's bare forward pass over the same tokens, tokenized,
+sorted and padded beforehand, in the better of two batch sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
+
+import skspin
+from skspin import LLMActivationTransformer
+from skspin._extraction.device import multiplies_bfloat16
+from skspin.datasets import demo_model
+
+N_TEXTS = {"sst2": 2000, "imdb_5k": 150}
+QUICK_TEXTS = {"sst2": 300, "imdb_5k": 24}
+BARE_BATCHES = (2048, 4096)  # tokens
+EVERYTHING = {"site": ("hidden", "mlp", "attention"), "pooling": ("mean", "max")}
+MEMORY_TEXTS = 25_000
+MEGABYTE = 2**20
+
+
+@dataclass
+class Figure:
+    """One line of the table: what was measured round by round, and what it should reach."""
+
+    what: str
+    data: str
+    reference: str
+    rounds: list[float]
+    least: float | None = None
+    most: float | None = None
+    unit: str = "x"
+
+    @property
+    def median(self):
+        return float(np.median(self.rounds))
+
+    @property
+    def goal(self):
+        if self.least is not None:
+            return f">= {self.least:g}{self.unit}"
+        return "" if self.most is None else f"<= {self.most:.3g}{self.unit}"
+
+    @property
+    def verdict(self):
+        if not self.goal:
+            return ""
+        met = self.median >= self.least if self.least is not None else self.median <= self.most
+        return "yes" if met else "NO"
+
+
+def read_texts(folder, name, n_texts):
+    texts = pd.read_csv(folder / f"{name}.csv.gz").text.drop_duplicates()
+    return texts.sample(n_texts, random_state=0).tolist()
+
+
+# The other sides
+
+
+def load_model(dtype=torch.float32):
+    return AutoModel.from_pretrained(demo_model(), dtype=dtype).eval()
+
+
+def hand_written(model, tokenizer, texts):
+    """What people write: batches as they come, all hidden states kept, pooled by hand."""
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(texts), 32):
+            batch = texts[start : start + 32]
+            inputs = tokenizer(
+                batch, padding=True, truncation=True, max_length=512, return_tensors="pt"
+            )
+            states = model(**inputs, output_hidden_states=True).hidden_states
+            mask = inputs["attention_mask"].unsqueeze(-1)  # (n_texts, n_tokens, 1)
+            rows.append(torch.cat([(h * mask).sum(1) / mask.sum(1) for h in states], dim=1))
+    return torch.cat(rows).float().numpy()
+
+
+def best_batches(tokenizer, texts, n_tokens):
+    """Tokenize, sort by length and pad beforehand: a forward pass over these is the bare work."""
+    ids = sorted(tokenizer(texts, truncation=True, max_length=512)["input_ids"], key=len)
+    batches = []
+    while ids:
+        size = max(1, n_tokens // len(ids[-1]))
+        batches.append(tokenizer.pad({"input_ids": ids[-size:]}, return_tensors="pt"))
+        del ids[-size:]
+    return batches
+
+
+def run_bare(model, batches):
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+
+
+# Timing
+
+
+def take_turns(sides: dict[str, Callable[[], object]], n_rounds: int) -> dict[str, np.ndarray]:
+    """Time every side once a round, in an order that changes from round to round."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for turn in range(n_rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            started = time.perf_counter()
+            sides[name]()
+            times[name].append(time.perf_counter() - started)
+        print(f"  round {turn + 1} of {n_rounds}", file=sys.stderr)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def extraction(texts, **params):
+    """Make a function that extracts the texts anew at each call, with the model loaded already."""
+    settings = {"cache": None, "dtype": "float32", **params}
+    transformer = LLMActivationTransformer(demo_model(), **settings).fit(texts)
+    transformer.transform(texts[:64])
+    return lambda: transformer.transform(texts)
+
+
+def measure(name, texts, n_rounds):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    model, half = load_model(), load_model(torch.bfloat16)
+    n_layers = model.config.num_hidden_layers
+    sentences = SentenceTransformer(str(demo_model()), device="cpu")
+    sentences.max_seq_length = 512
+    bare = [best_batches(tokenizer, texts, n_tokens) for n_tokens in BARE_BATCHES]
+    up_to = (n_layers // 3, 2 * n_layers // 3)
+    sides = {
+        "hidden": extraction(texts),
+        "everything": extraction(texts, **EVERYTHING),
+        "bfloat16": extraction(texts, dtype="bfloat16"),
+        **{f"up to {k}": extraction(texts, layers=list(range(k + 1))) for k in up_to},
+        "sentences": lambda: sentences.encode(texts, show_progress_bar=False),
+        "by hand": lambda: hand_written(model, tokenizer, texts),
+        **{f"bare {i}": lambda b=batches: run_bare(model, b) for i, batches in enumerate(bare)},
+        "bare bfloat16": lambda: run_bare(half, bare[-1]),
+    }
+    t = take_turns(sides, n_rounds)
+    bare_time = np.minimum(t["bare 0"], t["bare 1"])
+    amx = multiplies_bfloat16("cpu")
+    st, hand, forward = "SentenceTransformer.encode", "output_hidden_states by 32", "bare forward"
+
+    def figure(what, reference, ratios, **goal):
+        return Figure(what, name, reference, ratios.tolist(), **goal)
+
+    st_goal = {"least": 1.1} if name == "sst2" else {}
+    amx_goals = ({"least": 3.5}, {"least": 6.0}) if amx and name == "sst2" else ({}, {})
+    yield figure("hidden, mean, float32: speed", st, t["sentences"] / t["hidden"], **st_goal)
+    yield figure("hidden, mean, float32: speed", hand, t["by hand"] / t["hidden"])
+    yield figure(
+        "hidden, mean, bfloat16: speed", st, t["sentences"] / t["bfloat16"], **amx_goals[0]
+    )
+    yield figure(
+        "hidden, mean, bfloat16: speed", hand, t["by hand"] / t["bfloat16"], **amx_goals[1]
+    )
+    yield figure("hidden, mean, float32: tokens/s", forward, bare_time / t["hidden"], least=0.9)
+    yield figure("3 sites, 2 poolings: tokens/s", forward, bare_time / t["everything"], least=0.9)
+    yield figure(
+        "hidden, mean, bfloat16: tokens/s",
+        f"{forward}, bfloat16",
+        t["bare bfloat16"] / t["bfloat16"],
+        **({"least": 0.9} if amx else {}),
+    )
+    yield figure(
+        "3 sites, 2 poolings: time", "hidden, mean", t["everything"] / t["hidden"], most=1.3
+    )
+    for k in up_to:
+        share = t[f"up to {k}"] / t["hidden"]
+        yield figure(
+            f"layers up to {k} of {n_layers}: time", "all layers", share, most=k / n_layers + 0.1
+        )
+    yield padding(name, texts)
+    yield closeness(name, texts, n_layers)
+
+
+def padding(name, texts):
+    """Share of the tokens in the model's batches that are padding."""
+    from skspin._extraction.backbone import load_backbone
+    from skspin._extraction.source import Source
+
+    n_tokens = {"all": 0, "real": 0}
+
+    def see(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        n_tokens["all"] += mask.numel()
+        n_tokens["real"] += int(mask.sum())
+
+    backbone = load_backbone(Source(demo_model()), None, "float32")
+    handle = backbone.model.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        extraction(texts, layers=0)()
+    finally:
+        handle.remove()
+    share = 100 * (1 - n_tokens["real"] / n_tokens["all"])
+    goal = {"most": 3.0} if name == "sst2" else {}
+    return Figure("padding", name, "tokens in the batches", [share], unit="%", **goal)
+
+
+def closeness(name, texts, n_layers):
+    """Least cosine between a text's bfloat16 and float32 activations, over texts and layers."""
+    pair = [extraction(texts[:200], dtype=dtype)() for dtype in ("float32", "bfloat16")]
+    single, half = (np.asarray(rows).reshape(len(rows), n_layers + 1, -1) for rows in pair)
+    lengths = np.linalg.norm(single, axis=2) * np.linalg.norm(half, axis=2)
+    cosine = (single * half).sum(axis=2) / lengths  # (n_texts, n_layers + 1)
+    by_layer = cosine.mean(axis=0)
+    return Figure(
+        "bfloat16: cosine, least layer",
+        name,
+        "float32",
+        [float(by_layer.min())],
+        least=0.999,
+        unit="",
+    )
+
+
+# Memory, in a process of its own, where nothing else has had its peak before
+
+
+def peak_bytes():
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def grow(folder, n_texts):
+    """Print by how much this process grows for an extraction, beyond the output array."""
+    source = pd.read_csv(folder / "sst2.csv.gz").text.tolist()
+    texts = [f"{source[i % len(source)]} {i}" for i in range(n_texts)]
+    transformer = LLMActivationTransformer(demo_model(), dtype="float32", cache=None).fit(texts)
+    transformer.transform(texts[:1])  # the model itself is not growth
+    before = peak_bytes()
+    output = transformer.transform(texts)
+    print((peak_bytes() - before - output.nbytes) / MEGABYTE)
+
+
+def measure_memory(folder, n_texts):
+    command = [sys.executable, __file__, "--data", str(folder), "--grow", str(n_texts)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    what = f"memory for {n_texts:,} texts"
+    grown = [float(printed.split()[-1])]
+    return Figure(what, "sst2", "beyond the output array", grown, most=500, unit=" MB")
+
+
+# Report
+
+
+def describe_machine():
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu = next(
+            (line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line),
+            cpu,
+        )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "amx": multiplies_bfloat16("cpu"),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "skspin": skspin.__version__,
+    }
+
+
+def print_table(figures):
+    rows = [("what", "data", "reference", "median", "least .. most", "goal", "reached")]
+    for f in figures:
+        spread = f"{min(f.rounds):.3g} .. {max(f.rounds):.3g}" if len(f.rounds) > 1 else ""
+        rows.append(
+            (f.what, f.data, f.reference, f"{f.median:.4g}{f.unit}", spread, f.goal, f.verdict)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--quick", action="store_true", help="few texts, two rounds")
+    parser.add_argument("--rounds", type=int, help="how often each side is timed")
+    parser.add_argument("--sets", nargs="+", default=list(N_TEXTS), choices=list(N_TEXTS))
+    parser.add_argument("--json", type=Path, help="where to write figures and machine")
+    parser.add_argument("--grow", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.grow is not None:
+        grow(options.data, options.grow)
+        return
+    machine = describe_machine()
+    n_rounds = options.rounds or (2 if options.quick else 5)
+    figures = []
+    for name in options.sets:
+        n_texts = (QUICK_TEXTS if options.quick else N_TEXTS)[name]
+        print(f"{name}: {n_texts} texts", file=sys.stderr)
+        figures += measure(name, read_texts(options.data, name, n_texts), n_rounds)
+    figures.append(measure_memory(options.data, 2500 if options.quick else MEMORY_TEXTS))
+    print_table(figures)
+    if not machine["amx"]:
+        print("This CPU has no AMX: bfloat16's speed is shown, and has no goal here.")
+    if options.json:
+        lines = [asdict(f) | {"median": f.median, "reached": f.verdict} for f in figures]
+        options.json.write_text(json.dumps({"machine": machine, "figures": lines}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
