@@ -12,8 +12,8 @@ MiniLM that comes with a Python package, so nothing is downloaded.
 # ----------------------------
 # The text is on every machine that has skspin: docstrings of the libraries it needs.
 
+import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import joblib
@@ -31,8 +31,6 @@ from skspin import (
     make_spin_pipeline,
 )
 from skspin.datasets import demo_model, load_docstrings
-
-warnings.filterwarnings("ignore", message=".*texts are longer than max_length")
 
 docstrings = load_docstrings(n_per_class=400)
 train, test, y_train, y_test = train_test_split(
@@ -87,7 +85,7 @@ for name, columns, model in [
 # The file holds no weights of the language model. It remembers which ones it needs, and refuses
 # others.
 
-here = Path("docs/_build") if Path("docs").is_dir() else Path()
+here = Path("docs/_build") if Path("docs").is_dir() else Path(tempfile.mkdtemp())
 here.mkdir(exist_ok=True)
 joblib.dump(search.best_estimator_, here / "quickstart.joblib")
 loaded = joblib.load(here / "quickstart.joblib")
