@@ -23,8 +23,8 @@ def make_spin_pipeline(
 
     The steps are ``activations`` (:class:`LLMActivationTransformer`), ``select``
     (:class:`SalientNeuronSelector`), ``scale`` (:class:`~sklearn.preprocessing.StandardScaler`) and
-    ``classify``. The defaults are those that did best on the validation parts of SST-2 and TREC-6;
-    `sparsity` and the head's ``C`` are worth a search on other data.
+    ``classify``. The defaults lie between what validation parts chose on two data sets (SST-2:
+    sparsity 0.05 and a head of ``C=0.0003``; TREC-6: 0.2 and 0.03); both are worth a search.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def make_spin_pipeline(
         See :class:`SalientNeuronSelector`; larger keeps fewer neurons.
     head : classifier or None, default=None
         The last step; None for a strongly regularised
-        :class:`~sklearn.linear_model.LogisticRegression` (``C=0.002``).
+        :class:`~sklearn.linear_model.LogisticRegression` (``C=0.003``).
     site : str or tuple of str, default="mlp"
         See :class:`LLMActivationTransformer`.
     pooling : str or tuple of str, default=("mean", "max")
@@ -69,6 +69,6 @@ def make_spin_pipeline(
             ("activations", transformer),
             ("select", SalientNeuronSelector(sparsity)),
             ("scale", StandardScaler()),
-            ("classify", LogisticRegression(C=0.002, max_iter=1000) if head is None else head),
+            ("classify", LogisticRegression(C=0.003, max_iter=1000) if head is None else head),
         ]
     )
