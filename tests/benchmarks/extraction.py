@@ -39,7 +39,7 @@ from skspin._extraction.device import multiplies_bfloat16
 from skspin.datasets import demo_model
 
 N_TEXTS = {"sst2": 2000, "imdb_5k": 150}
-QUICK_TEXTS = {"sst2": 300, "imdb_5k": 24}
+QUICK_TEXTS = {"sst2": 600, "imdb_5k": 24}
 BARE_BATCHES = (2048, 4096)  # tokens
 EVERYTHING = {"site": ("hidden", "mlp", "attention"), "pooling": ("mean", "max")}
 MEMORY_TEXTS = 25_000
@@ -76,9 +76,10 @@ class Figure:
         return "yes" if met else "NO"
 
 
-def read_texts(folder, name, n_texts):
+def read_texts(folder, name, n_texts=None):
+    """Draw some of a set's texts, or take all of them."""
     texts = pd.read_csv(folder / f"{name}.csv.gz").text.drop_duplicates()
-    return texts.sample(n_texts, random_state=0).tolist()
+    return texts.tolist() if n_texts is None else texts.sample(n_texts, random_state=0).tolist()
 
 
 # The other sides
@@ -196,7 +197,6 @@ def measure(name, texts, n_rounds):
         yield figure(
             f"layers up to {k} of {n_layers}: time", "all layers", share, most=k / n_layers + 0.1
         )
-    yield padding(name, texts)
     yield closeness(name, texts, n_layers)
 
 
@@ -307,7 +307,7 @@ def print_table(figures):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--quick", action="store_true", help="few texts, two rounds")
+    parser.add_argument("--quick", action="store_true", help="few texts, three rounds")
     parser.add_argument("--rounds", type=int, help="how often each side is timed")
     parser.add_argument("--sets", nargs="+", default=list(N_TEXTS), choices=list(N_TEXTS))
     parser.add_argument("--json", type=Path, help="where to write figures and machine")
@@ -317,12 +317,13 @@ def main():
         grow(options.data, options.grow)
         return
     machine = describe_machine()
-    n_rounds = options.rounds or (2 if options.quick else 5)
+    n_rounds = options.rounds or (3 if options.quick else 5)
     figures = []
     for name in options.sets:
         n_texts = (QUICK_TEXTS if options.quick else N_TEXTS)[name]
         print(f"{name}: {n_texts} texts", file=sys.stderr)
         figures += measure(name, read_texts(options.data, name, n_texts), n_rounds)
+        figures.append(padding(name, read_texts(options.data, name)))
     figures.append(measure_memory(options.data, 2500 if options.quick else MEMORY_TEXTS))
     print_table(figures)
     if not machine["amx"]:
