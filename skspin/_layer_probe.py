@@ -70,14 +70,9 @@ def fit_layer_probe(
     settings : ProbeSettings
         How to solve.
     """
-    n_neurons = block.shape[1]
-    mean, scale = np.zeros(n_neurons, np.float32), np.ones(n_neurons, np.float32)
+    mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
     if settings.standardize:
-        scaler = StandardScaler()
-        # By parts, because it works on a copy in float64 of what it is given.
-        for rows in gen_batches(len(block), _ROWS):
-            scaler.partial_fit(block[rows], sample_weight=targets.row_weights[rows])
-        mean, scale = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
+        mean, scale = _mean_and_scale(block, targets.row_weights)
 
     def solve(candidates: tuple[float, ...], weights: np.ndarray):
         n = len(candidates)
@@ -113,3 +108,15 @@ def fit_layer_probe(
         dual_gap=float(final.dual_gap.max()),
         n_iter=int(final.n_iter.max()),
     )
+
+
+def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Measure each column; one that does not vary gets a scale of 1, and so stays (nearly) 0."""
+    scaler = StandardScaler()
+    # By parts, because it works on a copy in float64 of what it is given.
+    for rows in gen_batches(len(block), _ROWS):
+        scaler.partial_fit(block[rows], sample_weight=row_weights[rows])
+    # scikit-learn knows columns that are constant in float64. Activations that differ in their last
+    # float32 digits only do not vary either: divided by so little, rounding would look like signal.
+    rounding = 8 * np.finfo(np.float32).eps * np.abs(scaler.mean_)
+    return scaler.mean_, np.where(scaler.scale_ > rounding, scaler.scale_, 1.0)

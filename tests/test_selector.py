@@ -209,6 +209,13 @@ def test_constant_columns_are_never_salient():
     assert np.isfinite(selector.coef_).all()
 
 
+def test_rounding_is_no_signal():
+    X, y = planted()
+    X[:, 21] = np.where(y == 1, 5.0, np.nextafter(np.float32(5), np.float32(6)))
+    selector = SalientNeuronSelector(0.0, C=10.0).fit(X, y)
+    assert selector.salience_[21] < 1e-6
+
+
 def test_one_column_is_selected_where_no_probe_has_weight():
     X, y = planted()
     with pytest.warns(UserWarning, match="No probe puts weight on any column.*larger C"):
