@@ -118,5 +118,9 @@ def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndar
         scaler.partial_fit(block[rows], sample_weight=row_weights[rows])
     # scikit-learn knows columns that are constant in float64. Activations that differ in their last
     # float32 digits only do not vary either: divided by so little, rounding would look like signal.
-    rounding = 8 * np.finfo(np.float32).eps * np.abs(scaler.mean_)
+    # Nor do those of a dead neuron, so small that float32 has no digits left for their squares.
+    float32 = np.finfo(np.float32)
+    rounding = np.maximum(
+        8 * float32.eps * np.abs(scaler.mean_), np.sqrt(float32.tiny) / float32.eps
+    )
     return scaler.mean_, np.where(scaler.scale_ > rounding, scaler.scale_, 1.0)

@@ -14,6 +14,7 @@ from skspin._probe_penalties import Penalty
 _RIDGE = {np.dtype("float32"): 1e-6, np.dtype("float64"): 1e-12}
 _TINY = 1e-300
 _IDLE_STEPS = 3
+_FARTHEST = 1e18  # no solution has such a coefficient; float32 could not hold much more
 
 
 @dataclass
@@ -106,7 +107,11 @@ class Problem:
         start = self.coef[chosen]
         tol = 0.1 * self.penalty.violation(self.coef, gradient)
         direction = np.zeros_like(self.coef)
-        direction[chosen] = self.penalty.minimise(gram, gradient[chosen], start, tol) - start
+        step = self.penalty.minimise(gram, gradient[chosen], start, tol) - start
+        # Rounding can make a nearly singular Gram matrix indefinite, and then there is no minimum to
+        # go to. Going nowhere leaves the problem to a finer arithmetic.
+        if np.abs(step).max(initial=0) < _FARTHEST:
+            direction[chosen] = step
         return direction
 
     def advance(self, direction: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> bool:

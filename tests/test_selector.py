@@ -216,6 +216,14 @@ def test_rounding_is_no_signal():
     assert selector.salience_[21] < 1e-6
 
 
+def test_dead_neurons_are_no_trouble():
+    X, y = planted()
+    X[:, 20:24] = 1e-32 * np.random.default_rng(0).normal(size=(len(X), 4))
+    selector = SalientNeuronSelector(0.0, C=10.0).fit(X, y)
+    assert not selector.salience_[20:24].any()
+    assert selector.dual_gap_.max() <= 1e-3
+
+
 def test_one_column_is_selected_where_no_probe_has_weight():
     X, y = planted()
     with pytest.warns(UserWarning, match="No probe puts weight on any column.*larger C"):
