@@ -108,8 +108,8 @@ class Problem:
         tol = 0.1 * self.penalty.violation(self.coef, gradient)
         direction = np.zeros_like(self.coef)
         step = self.penalty.minimise(gram, gradient[chosen], start, tol) - start
-        # Rounding can make a nearly singular Gram matrix indefinite, and then there is no minimum to
-        # go to. Going nowhere leaves the problem to a finer arithmetic.
+        # Rounding can make a nearly singular Gram matrix indefinite, and then there is no minimum
+        # to go to. Going nowhere leaves the problem to a finer arithmetic.
         if np.abs(step).max(initial=0) < _FARTHEST:
             direction[chosen] = step
         return direction

@@ -23,6 +23,7 @@ def recall_or_compute(
     context: str,
     store: Any,
     extract: Extract,
+    model: str = "",
 ) -> None:
     """Fill a matrix of activations.
 
@@ -43,10 +44,12 @@ def recall_or_compute(
     extract : callable
         ``extract(texts, segments)`` computes rows and gives them in any order as pairs of positions
         of shape (k,) and values of shape (k, n_columns); called only for what the store lacks.
+    model : str, default=""
+        The name under which the store shows these activations to people.
     """
     start = 0
     for texts in chunks:
-        _fill(texts, layout, out[start : start + len(texts)], context, store, extract)
+        _fill(texts, layout, out[start : start + len(texts)], context, store, extract, model)
         start += len(texts)
 
 
@@ -57,6 +60,7 @@ def _fill(
     context: str,
     store: Any,
     extract: Extract,
+    model: str,
 ) -> None:
     whole = Layout(tuple(replace(segment, neurons=None) for segment in layout.segments))
     missing = _recall(texts, layout, whole, context, store, out)  # (n_texts, n_segments)
@@ -68,7 +72,7 @@ def _fill(
         columns = Layout(tuple(segments)).slices
         for positions, values in extract([texts[row] for row in rows], segments):
             done = rows[positions]
-            store.write(context, [texts[row] for row in done], segments, values)
+            store.write(context, [texts[row] for row in done], segments, values, model=model)
             for index, taken in zip(asked, columns, strict=True):
                 chosen = _choose(values[:, taken], layout.segments[index])
                 out[done, layout.slices[index]] = chosen

@@ -320,6 +320,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
                 context=context,
                 store=open_store(self.cache),
                 extract=partial(self._extract, source, dtype, truncation),
+                model=type(self.model).__name__ if source.in_memory else str(self.model),
             )
 
         shape = (len(texts), self.layout_.n_columns)
