@@ -61,8 +61,11 @@ def test_probes_are_scikit_learns_l1_logistic_regression():
     selector = SalientNeuronSelector(C=0.1, tol=1e-6, max_iter=10_000).fit(X, y)
     Z = StandardScaler().fit_transform(np.asarray(X, dtype=np.float64)[:, :20])
     oracle = LogisticRegression(
-        penalty="l1" if sklearn.__version__ < "1.8" else "deprecated",
-        l1_ratio=1,
+        **(
+            {"penalty": "l1"}
+            if tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8)
+            else {"l1_ratio": 1}
+        ),
         C=0.1,
         solver="saga",
         tol=1e-8,
