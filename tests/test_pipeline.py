@@ -89,7 +89,7 @@ def test_text_beside_numbers(docstrings):
     columns = ColumnTransformer([("text", text, "text"), ("number", StandardScaler(), ["length"])])
     pipeline = make_pipeline(columns, LogisticRegression(max_iter=1000))
     pipeline.fit(frame(train), y_train)
-    assert pipeline.score(frame(test), y_test) > 0.7  # the texts change with what is installed
+    assert pipeline.score(frame(test), y_test) > 0.75
     names = columns.fit(frame(train), y_train).get_feature_names_out()
     assert names[0].startswith("text__layer") and names[-1] == "number__length"
 
