@@ -69,15 +69,13 @@ class Figure:
         return "yes" if met else "NO"
 
     def as_row(self):
-        more = len(self.rounds) > 1
+        ends = (min(self.rounds), max(self.rounds))
         return {
             "what": self.what,
             "data": self.data,
             "reference": self.reference,
             "median": f"{self.median:.3g}{self.unit}",
-            "spread": f"{min(self.rounds):.3g} .. {max(self.rounds):.3g}"
-            if self.rounds[1:]
-            else "",
+            "spread": "{:.3g} .. {:.3g}".format(*ends) if len(self.rounds) > 1 else "",
             "goal": self.goal,
             "reached": self.verdict,
             "rounds": self.rounds,
