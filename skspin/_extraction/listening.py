@@ -56,8 +56,8 @@ def _in_turn(
         if turn >= any_tap.n_turns:
             raise RuntimeError(
                 f"The model runs {type(any_tap.module).__name__} more often than its structure"
-                f" shows ({any_tap.n_turns} in one forward pass): it goes through its blocks in"
-                " loops, so its layers can't be told. Use another model."
+                f" shows ({any_tap.n_turns} in one forward pass), for other tokens or in loops, so"
+                " it can't be told which run is which layer's. Choose another site or model."
             )
         if turn in by_turn:
             read(by_turn[turn], activations)
