@@ -468,7 +468,7 @@ def test_blocks_that_run_in_hidden_loops_are_an_error():
     model.h[1].mlp = _Twice(model.h[1].mlp)
     anatomy = find_anatomy(model)
     twice = [Segment(None, layer, "mlp", "mean", 40) for layer in (2, 3)]
-    with pytest.raises(RuntimeError, match="Conv1D more often .*Choose another site model"):
+    with pytest.raises(RuntimeError, match="Conv1D more often .* Choose another site or model"):
         pooled_forward(model, anatomy, tiny_batch(), twice)
     pooled_forward(model, anatomy, tiny_batch(), twice[1:])
 
