@@ -31,8 +31,8 @@ extensions = [
     "myst_parser",  # for CHANGELOG.md
 ]
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
-# The gallery makes pages out of its scripts' folder; the folder itself holds none.
-exclude_patterns = ["_build", "examples"]
+# Scripts that the gallery makes pages of, and tables that a page includes, are no pages themselves.
+exclude_patterns = ["_build", "examples", "benchmarks"]
 templates_path = ["_templates"]
 default_role = "code"
 smartquotes = False  # a "salience" copied from a page has to be one that Python reads

@@ -63,6 +63,7 @@ def describe(machine):
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     gpus = f", {', '.join(machine['gpus'])}" if machine["gpus"] else ", no GPU"
     return (
-        f"Measured on {machine['processor']}, {machine['cores']} cores, {machine['threads']} "
-        f"threads ({machine['instructions']}){gpus}, with Python {machine['python']}, {versions}."
+        f"Measured on {machine['processor']}, cores: {machine['cores']}, torch's threads: "
+        f"{machine['threads']}, {machine['instructions']}{gpus}, with Python {machine['python']}, "
+        f"{versions}."
     )
