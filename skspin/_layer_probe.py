@@ -8,10 +8,10 @@ import numpy as np
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import gen_batches
 
-from skspin._probes import solve_probes
+from skspin._probes import ProbeSolution, solve_probes
 from skspin._targets import Targets
 
-_ROWS = 4096  # standardised at a time
+_MEASURED = 2**19  # values measured at a time; their copy in float64 stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -74,33 +74,36 @@ def fit_layer_probe(
     if settings.standardize:
         mean, scale = _mean_and_scale(block, targets.row_weights)
 
-    def solve(candidates: tuple[float, ...], weights: np.ndarray):
-        n = len(candidates)
+    def solve(tasks: list[tuple[float, np.ndarray]]) -> list[ProbeSolution]:
+        """Solve all problems, for each pair of a value of C and weights of the rows."""
         return solve_probes(
             block,
-            np.tile(targets.signs, (1, n)),
-            C=np.repeat(candidates, targets.n_problems),
-            sample_weight=np.tile(weights, (1, n)),
+            np.tile(targets.signs, (1, len(tasks))),
+            C=np.repeat([C for C, _ in tasks], targets.n_problems),
+            sample_weight=np.hstack([weights for _, weights in tasks]),
             penalty=settings.penalty,
             tol=settings.tol,
             max_iter=settings.max_iter,
             mean=mean,
             scale=scale,
             device=settings.device,
-        )
+        ).split(len(tasks))
 
     training = targets.weights.copy()
     training[validation] = 0
-    trial = solve(settings.C, training)
+    trials = [(C, training) for C in settings.C]
+    # With nothing to choose, all rows need not wait for the trial: solved in one go, both take one
+    # pass over the columns, and two threads have a problem each.
+    known = [(C, targets.weights) for C in settings.C if len(settings.C) == 1]
+    solved = solve(trials + known)
     held_out = (block[validation] - mean) / scale  # (n_rows, n_neurons)
-    decisions = held_out @ trial.coef.T + trial.intercept  # (n_rows, n_candidates * n_problems)
     scores = [
-        targets.score(decision, validation)
-        for decision in np.split(decisions, len(settings.C), axis=1)
+        targets.score(held_out @ trial.coef.T + trial.intercept, validation)
+        for trial in solved[: len(trials)]
     ]
     # Candidates ascend, so of equals the first, and with it the sparsest probe, is taken.
     best = int(np.argmax(scores))
-    final = solve(settings.C[best : best + 1], targets.weights)
+    final = solved[-1] if known else solve([(settings.C[best], targets.weights)])[0]
     return LayerProbe(
         coef=final.coef,
         score=scores[best],
@@ -114,7 +117,8 @@ def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndar
     """Measure each column; one that does not vary gets a scale of 1, and so stays (nearly) 0."""
     scaler = StandardScaler()
     # By parts, because it works on a copy in float64 of what it is given.
-    for rows in gen_batches(len(block), _ROWS):
+    n_rows = max(1, _MEASURED // block.shape[1])
+    for rows in gen_batches(len(block), n_rows):
         scaler.partial_fit(block[rows], sample_weight=row_weights[rows])
     # scikit-learn knows columns that are constant in float64. Activations that differ in their last
     # float32 digits only do not vary either: divided by so little, rounding would look like signal.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+from scipy.linalg import cho_solve
 
 # A working set holds at least so many columns, and twice the support: enough to grow by in few
 # steps, while Gram matrices, which cost its square, stay small until the support is large.
@@ -71,7 +72,7 @@ class L2:
         """Solve the normal equations."""
         system = gram.astype(np.float64)
         system[np.diag_indices_from(system)] += 1
-        return start - np.linalg.solve(system, gradient + start)
+        return start - _solve(system, gradient + start)
 
 
 class L1:
@@ -171,7 +172,7 @@ def _solve_on_support(
         signs = np.sign(old)
         slope = (gradient + _product(gram, u - start))[support] + signs
         system = gram[np.ix_(support, support)].astype(np.float64)
-        new = old - np.linalg.solve(system, slope)
+        new = old - _solve(system, slope)
         flipped = new * signs < 0
         u = np.zeros_like(u)
         if not flipped.any():
@@ -190,6 +191,16 @@ def _until_first_zero(old: np.ndarray, new: np.ndarray, flipped: np.ndarray) -> 
     reached = old + shares[first] * (new - old)
     reached[first] = 0
     return reached
+
+
+def _solve(system: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solve a symmetric system: by Cholesky, or by LU where rounding has made it indefinite."""
+    # NumPy's factors are computed while other threads run; SciPy's are not in all its versions.
+    try:
+        root = np.linalg.cholesky(system)
+    except np.linalg.LinAlgError:
+        return np.linalg.solve(system, right)
+    return cho_solve((root.T, False), right, check_finite=False)
 
 
 def _product(gram: np.ndarray, vector: np.ndarray) -> np.ndarray:
