@@ -325,8 +325,8 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         ]
         if behind:
             warnings.warn(
-                f"Probes stopped at max_iter={self.max_iter} above the relative duality gap "
-                f"tol={self.tol}: {', '.join(behind)}. Increase max_iter or tol, or lower C.",
+                f"Probes stopped above the relative duality gap tol={self.tol}: "
+                f"{', '.join(behind)}. Increase max_iter={self.max_iter} or tol, or lower C.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
