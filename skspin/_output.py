@@ -38,8 +38,16 @@ def fill_file(
     ndarray of the shape, float32
         Mapped from a file that ``numpy.load`` reads too.
     """
+    if not os.fspath(folder):
+        raise ValueError("output_folder='' names no folder. Give one, or None to use memory.")
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"output_folder={str(folder)!r}, but {error.filename} is a file. Give a folder, which "
+            "is made if it is not there."
+        ) from error
     handle, path = tempfile.mkstemp(suffix=".part", prefix="activations-", dir=folder)
     part = Path(path)
     try:

@@ -92,12 +92,17 @@ def _read(X: Any, n_texts: int) -> Iterator[list[str]]:
     parts = _slices(X, n_texts) if _can_slice(X) else _runs(X)
     start = 0
     for part in parts:
+        end = start + len(part)
+        if end > n_texts:
+            break
         yield _check(part, start)
-        start += len(part)
-    if start != n_texts:
+        start = end
+    else:
+        end = start
+    if end != n_texts:
         raise ValueError(
-            f"X says that it holds {n_texts} texts, but gives {start}. Its __len__ must count what "
-            "its __iter__ gives."
+            f"X says that it holds {n_texts} texts, but gives {end}{' or more' * (end > n_texts)}. "
+            "Its __len__ must count what its __iter__ gives."
         )
 
 

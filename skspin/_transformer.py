@@ -191,7 +191,11 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         "batch_tokens": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "cache": [str, os.PathLike, None],
         "output_folder": [str, os.PathLike, None],
-        "n_jobs": [Integral, None],
+        "n_jobs": [
+            Interval(Integral, 1, None, closed="left"),
+            Interval(Integral, None, -1, closed="right"),
+            None,
+        ],
         "verbose": ["verbose"],
         "trust_remote_code": ["boolean"],
         "model_kwargs": [dict, None],
@@ -298,8 +302,12 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         NotFittedError
             If ``fit`` was not called.
         TypeError, ValueError
-            If ``X`` is no container of texts, or an activation is not finite, as float16 can
-            overflow.
+            If ``X`` is no container of texts, a device or folder can't be used, or an activation
+            is not finite, as float16 can overflow.
+        MemoryError
+            If a single text does not fit into the memory of the device.
+        OSError
+            If the file in ``output_folder`` can't be written, e.g. because the disk is full.
         ModelMismatchError
             If the model's weights or tokenizer have changed since ``fit``.
         """
@@ -393,12 +401,13 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
 
     def _dtype(self, source) -> str:
         """Resolve the number format, which several devices must agree on."""
-        from skspin._extraction.device import resolve_device, resolve_dtype
+        from skspin._extraction.device import as_devices, resolve_device, resolve_dtype
 
         if source.in_memory and self.dtype == "auto":
             return str(source.model.dtype).removeprefix("torch.")
-        devices = self.device if isinstance(self.device, list | tuple) else [self.device]
-        dtypes = {resolve_dtype(self.dtype, resolve_device(device)) for device in devices}
+        dtypes = {
+            resolve_dtype(self.dtype, resolve_device(device)) for device in as_devices(self.device)
+        }
         if len(dtypes) != 1:
             raise ValueError(
                 f"device={self.device!r} must name devices with one dtype in common, but "
@@ -449,11 +458,12 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
     def _read_tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
         """Compute activations (n_tokens, n_columns) at each token of each distinct text."""
         from skspin._extraction.backbone import load_backbone
+        from skspin._extraction.device import as_devices
         from skspin._extraction.tokenwise import token_activations
 
         source = self._source()
         self._refuse_other_weights(source)
-        device = self.device[0] if isinstance(self.device, list | tuple) else self.device
+        device = as_devices(self.device)[0]
         return token_activations(
             load_backbone(source, device, self._dtype(source)),
             texts,
@@ -510,7 +520,7 @@ def _digested(chunks: Iterable[list[str]], identity: Any) -> Iterator[list[str]]
 def _choice(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
     """Turn one choice or several into a tuple, in the order of ``allowed``."""
     chosen = (value,) if isinstance(value, str) else tuple(value)
-    if not chosen or not set(chosen) <= set(allowed):
+    if not chosen or any(option not in allowed for option in chosen):
         raise ValueError(f"{name}={value!r} must be one of {list(allowed)} or a tuple of them.")
     return tuple(option for option in allowed if option in chosen)
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from skspin._extraction.backbone import Backbone, Source, load_backbone
 from skspin._extraction.batching import extract
+from skspin._extraction.device import as_devices
 from skspin._layout import Segment
 
 # A worker that is done early takes another shard, and one that dies loses no more than one.
@@ -109,7 +110,7 @@ def extract_in_parallel(
     activations : ndarray of shape (k, n_columns), float32
         Their rows, in whatever order the workers were done.
     """
-    devices = [] if device is None else [device] if isinstance(device, str) else list(device)
+    devices = as_devices(device)
     only = devices[0] if len(devices) == 1 else None
     if len(devices) > 1 and n_jobs not in (None, 1):
         raise ValueError(

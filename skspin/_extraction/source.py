@@ -111,6 +111,11 @@ class Source:
                 f"model is a {type(self.model).__name__} in memory, which does not say what its "
                 "tokenizer is. Pass tokenizer=, e.g. AutoTokenizer.from_pretrained(...)."
             )
+        if not all(isinstance(name, str) for name in self.options):
+            raise ValueError(
+                f"model_kwargs={self.model_kwargs!r} has names that are no str. Give names of "
+                "arguments of from_pretrained, e.g. {'attn_implementation': 'eager'}."
+            )
         for name in ("dtype", "torch_dtype", "revision", "trust_remote_code"):
             if name in self.options:
                 own = name.removeprefix("torch_")
@@ -172,7 +177,10 @@ def _ask(place: Place) -> tuple[str, bool]:
     try:
         validate_repo_id(place.name)
     except HFValidationError as error:
-        raise ValueError(f"{place.name!r} is neither a folder nor a hub id.") from error
+        raise ValueError(
+            f"{place.name!r} is neither a folder nor a hub id. Give model= (and tokenizer=) the path "
+            "of a folder that exists, or an id such as 'distilbert/distilbert-base-uncased'."
+        ) from error
     may_ask = not (constants.HF_HUB_OFFLINE or place.local_files_only)
     if place.revision is not None and _COMMIT.fullmatch(place.revision):
         return place.revision, may_ask
