@@ -6,6 +6,7 @@ from skspin._display import (
     TokenContributionDisplay,
 )
 from skspin._explain import explain_tokens
+from skspin._frozen_model import ModelMismatchError
 from skspin._neurons import explain_neurons
 from skspin._persistence import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline
@@ -13,7 +14,7 @@ from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
 from skspin._show_versions import show_versions
 from skspin._store import open_store
-from skspin._transformer import LLMActivationTransformer, ModelMismatchError
+from skspin._transformer import LLMActivationTransformer
 
 __all__ = [
     "LLMActivationTransformer",

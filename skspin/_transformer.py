@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -18,8 +15,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from skspin._diagram import diagram_block, layout_facts, model_name
 from skspin._digest import text_digest
-from skspin._layout import ActivationArray, Segment
-from skspin._model_shape import SITES, ModelShape
+from skspin._extraction.source import Source
+from skspin._frozen_model import FrozenModel, Truncation
+from skspin._layout import ActivationArray
+from skspin._model_shape import SITES
 from skspin._output import fill_file
 from skspin._persistence import VersionedState, shallow_copy
 from skspin._recall import recall_or_compute
@@ -32,10 +31,6 @@ _POOLINGS = ("mean", "max", "first", "last")
 _STACKS = ("encoder", "decoder")
 # Objects of the user's own that hold a model's weights or belong to them: shared, never copied.
 _SHARED = ("model", "tokenizer")
-
-
-class ModelMismatchError(ValueError):
-    """The model's weights or its tokenizer are not those that the estimator was fitted with."""
 
 
 class DetachedModel:
@@ -53,27 +48,6 @@ class DetachedModel:
     def __repr__(self) -> str:
         """Say what is missing."""
         return f"<{self.name} left out of the pickle>"
-
-
-@dataclass
-class _Truncation:
-    """How many texts went through the model, and how many of them were cut off."""
-
-    n_texts: int = 0
-    n_truncated: int = 0
-
-    def add(self, positions: np.ndarray) -> None:
-        self.n_truncated += len(positions)
-
-    def warn(self, max_length: int) -> None:
-        """Warn once, however many workers and batches there were."""
-        if self.n_truncated:
-            warnings.warn(
-                f"{self.n_truncated} of {self.n_texts} texts are longer than max_length="
-                f"{max_length} tokens, or than the model has positions, and were truncated.",
-                UserWarning,
-                stacklevel=4,
-            )
 
 
 class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
@@ -266,9 +240,8 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         """
         open_texts(X)
         self._check_prompt()
-        source = self._source()
-        fingerprint = self._fingerprint(source)
-        shape = self._shape(source, fingerprint)
+        model = self._frozen_model()
+        shape = model.shape(open_store(self.cache))
         self.layout_ = shape.layout(
             stacks=_choice("stack", self.stack, _STACKS),
             sites=_choice("site", self.site, SITES),
@@ -276,8 +249,8 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
             poolings=_choice("pooling", self.pooling, _POOLINGS),
         )
         self.n_layers_ = shape.n_layers
-        self.model_fingerprint_ = fingerprint
-        self.revision_ = source.commit
+        self.model_fingerprint_ = model.fingerprint
+        self.revision_ = model.source.commit
         return self
 
     def transform(self, X):
@@ -313,22 +286,20 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         """
         check_is_fitted(self, "layout_")
         texts = open_texts(X)
-        source = self._source()
-        self._refuse_other_weights(source)
-        dtype = self._dtype(source)
-        truncation = _Truncation()
-        context = self._context(dtype)
-        identity = hashlib.blake2b(f"{context}{self.layout_}".encode(), digest_size=16)
+        model = self._frozen_model()
+        model.refuse_unless(self.model_fingerprint_)
+        truncation = Truncation(self.max_length)
+        identity = hashlib.blake2b(f"{model.context}{self.layout_}".encode(), digest_size=16)
 
         def fill(out: np.ndarray) -> None:
             recall_or_compute(
                 _digested(texts, identity),
                 self.layout_,
                 out,
-                context=context,
+                context=model.context,
                 store=open_store(self.cache),
-                extract=partial(self._extract, source, dtype, truncation),
-                model=type(self.model).__name__ if source.in_memory else str(self.model),
+                extract=partial(model.extract, truncation=truncation),
+                model=model.name,
             )
 
         shape = (len(texts), self.layout_.n_columns)
@@ -336,7 +307,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
             fill(values := np.empty(shape, dtype=np.float32))
         else:
             values = fill_file(self.output_folder, shape, fill, name=identity.hexdigest)
-        truncation.warn(self.max_length)
+        truncation.warn()
         return ActivationArray(values, self.layout_)
 
     def get_feature_names_out(self, input_features=None):
@@ -355,98 +326,28 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         check_is_fitted(self, "layout_")
         return self.layout_.feature_names()
 
-    def _fingerprint(self, source) -> str:
-        from skspin._extraction.fingerprint import fingerprint
-
-        return fingerprint(source)
-
-    def _source(self):
+    def _frozen_model(self) -> FrozenModel:
         """Name the model for the backbone registry, which owns the weights."""
-        from skspin._extraction.source import Source
-
         if isinstance(self.model, DetachedModel):
             raise ValueError(
                 f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
                 "Pass it again with set_params(model=...), or fit with a folder or hub id."
             )
-        return Source(
-            self.model,
-            tokenizer=os.fspath(self.tokenizer)
-            if isinstance(self.tokenizer, os.PathLike)
-            else self.tokenizer,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            model_kwargs=self.model_kwargs,
-        )
-
-    def _shape(self, source, fingerprint: str) -> ModelShape:
-        """Recall the model's widths, or read them off its configuration."""
-        store = open_store(self.cache)
-        card = store.get_card(fingerprint)
-        if card is None:
-            from skspin._extraction.backbone import read_anatomy
-
-            card = ModelShape.from_anatomy(read_anatomy(source)).to_card()
-            store.put_card(fingerprint, card)
-        return ModelShape.from_card(card)
-
-    def _refuse_other_weights(self, source) -> None:
-        found = self._fingerprint(source)
-        if found != self.model_fingerprint_:
-            raise ModelMismatchError(
-                f"model={self.model!r} with its tokenizer has the fingerprint {found}, but this "
-                f"transformer was fitted with {self.model_fingerprint_}. Give it the model it was "
-                "fitted with (pin `revision` for a hub model), or fit again."
-            )
-
-    def _dtype(self, source) -> str:
-        """Resolve the number format, which several devices must agree on."""
-        from skspin._extraction.device import as_devices, resolve_device, resolve_dtype
-
-        if source.in_memory and self.dtype == "auto":
-            return str(source.model.dtype).removeprefix("torch.")
-        dtypes = {
-            resolve_dtype(self.dtype, resolve_device(device)) for device in as_devices(self.device)
-        }
-        if len(dtypes) != 1:
-            raise ValueError(
-                f"device={self.device!r} must name devices with one dtype in common, but "
-                f"dtype={self.dtype!r} means {sorted(dtypes)} on them. Set dtype='float32'."
-            )
-        return dtypes.pop()
-
-    def _context(self, dtype: str) -> str:
-        """Digest everything but text, layer, site and pooling that decides a number."""
-        parts = [self.model_fingerprint_, self.prompt, int(self.max_length), dtype]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-    def _extract(
-        self,
-        source,
-        dtype: str,
-        truncation: _Truncation,
-        texts: Sequence[str],
-        segments: Sequence[Segment],
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        from skspin._extraction.parallel import Work, extract_in_parallel
-
-        truncation.n_texts += len(texts)
-        work = Work(
-            source,
-            self.model_fingerprint_,
-            dtype,
-            tuple(segments),
+        return FrozenModel(
+            Source(
+                self.model,
+                tokenizer=self.tokenizer,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                model_kwargs=self.model_kwargs,
+            ),
+            device=self.device,
+            dtype=self.dtype,
             prompt=self.prompt,
             max_length=self.max_length,
             batch_tokens=self.batch_tokens,
-        )
-        return extract_in_parallel(
-            work,
-            texts,
-            device=self.device,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
-            on_truncated=truncation.add,
         )
 
     def _restrict_to(self, columns: np.ndarray) -> LLMActivationTransformer:
@@ -457,20 +358,9 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
 
     def _read_tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
         """Compute activations (n_tokens, n_columns) at each token of each distinct text."""
-        from skspin._extraction.backbone import load_backbone
-        from skspin._extraction.device import as_devices
-        from skspin._extraction.tokenwise import token_activations
-
-        source = self._source()
-        self._refuse_other_weights(source)
-        device = as_devices(self.device)[0]
-        return token_activations(
-            load_backbone(source, device, self._dtype(source)),
-            texts,
-            self.layout_.segments,
-            prompt=self.prompt,
-            max_length=self.max_length,
-        )
+        model = self._frozen_model()
+        model.refuse_unless(self.model_fingerprint_)
+        return model.read_tokens(texts, self.layout_.segments)
 
     def _check_prompt(self) -> None:
         if self.prompt is not None and "{text}" not in self.prompt:

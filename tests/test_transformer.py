@@ -160,8 +160,8 @@ def test_the_same_weights_serve_all_instances():
 
     one, other = transformer(layers=1), clone(transformer(layers=2))
     one.fit_transform(TEXTS), other.fit_transform(TEXTS)
-    first = load_backbone(one._source(), None, "float32")
-    assert first.model is load_backbone(other._source(), None, "float32").model
+    first = load_backbone(one._frozen_model().source, None, "float32")
+    assert first.model is load_backbone(other._frozen_model().source, None, "float32").model
 
 
 def test_another_model_after_set_params_is_really_another(tiny_bert):
