@@ -111,7 +111,7 @@ def test_any_texts_get_the_rows_that_the_plain_model_gives_them(tiny, texts):
     assert_rows(X, [of_text[text] for text in texts])
 
 
-# Each makes a container of texts. Some keep no lone surrogates, and say so by an error of their own.
+# Each makes a container of texts. Some hold no lone surrogates, and say so themselves.
 CONTAINERS = {
     "tuple": tuple,
     "array of objects": lambda texts: np.array(texts, dtype=object),

@@ -173,7 +173,7 @@ def test_a_dask_cluster_survives_the_death_of_a_worker(folder, expected):
     row_bytes=st.sampled_from([4, 2**20, 2**26, 2**28]),
 )
 def test_every_text_is_in_one_shard_and_shards_are_alike(lengths, n_workers, row_bytes):
-    shards = cut_into_shards(lengths, n_workers, most_characters=4096, row_bytes=row_bytes)
+    shards = cut_into_shards(lengths, n_workers, most_bytes=4096, row_bytes=row_bytes)
     np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(len(lengths)))
     assert all(len(shard) == 1 or len(shard) * row_bytes <= 2**26 for shard in shards)
     costs = np.minimum(lengths, 4096) + 16

@@ -178,8 +178,8 @@ def _ask(place: Place) -> tuple[str, bool]:
         validate_repo_id(place.name)
     except HFValidationError as error:
         raise ValueError(
-            f"{place.name!r} is neither a folder nor a hub id. Give model= (and tokenizer=) the path "
-            "of a folder that exists, or an id such as 'distilbert/distilbert-base-uncased'."
+            f"{place.name!r} is neither a folder nor a hub id. Give model= (and tokenizer=) the "
+            "path of a folder that exists, or an id such as 'distilbert/distilbert-base-uncased'."
         ) from error
     may_ask = not (constants.HF_HUB_OFFLINE or place.local_files_only)
     if place.revision is not None and _COMMIT.fullmatch(place.revision):
@@ -208,10 +208,17 @@ def _find_in_cache(place: Place, revision: str | None) -> str | None:
 
 
 def _not_found(place: Place, offline: bool, problem: Exception | None) -> str:
-    if problem is not None:
-        why = f"the hub answered with {type(problem).__name__}"
-    else:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if problem is None:
         why = "HF_HUB_OFFLINE is set" if offline else "local_files_only is set"
+    elif isinstance(problem, HfHubHTTPError):
+        why = f"the hub does not give it ({type(problem).__name__})"
+    else:
+        why = (
+            f"the hub can't be reached ({type(problem).__name__}; offline mode, HF_HUB_OFFLINE=1, "
+            "saves the wait)"
+        )
     at = "" if place.revision is None else f" at revision={place.revision!r}"
     return (
         f"{place.name!r}{at} is neither a folder nor a model in the Hugging Face cache of this "
