@@ -12,6 +12,7 @@ from skspin._probes import solve_probes
 from skspin._targets import Targets
 
 _ROWS = 4096  # standardised at a time
+_LARGEST = 1e12  # of an activation; sums of squares stay far below what float32 holds
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def fit_layer_probe(
     settings : ProbeSettings
         How to solve.
     """
+    _refuse_large(block)
     mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
     if settings.standardize:
         mean, scale = _mean_and_scale(block, targets.row_weights)
@@ -108,6 +110,16 @@ def fit_layer_probe(
         dual_gap=float(final.dual_gap.max()),
         n_iter=int(final.n_iter.max()),
     )
+
+
+def _refuse_large(block: np.ndarray) -> None:
+    largest = max(-float(block.min()), float(block.max()))
+    if not largest <= _LARGEST:
+        raise ValueError(
+            f"X holds values as large as {largest:.3g}, but probes compute in float32, where the "
+            f"squares of more than {_LARGEST:.0e} have no room. Scale or drop the columns that "
+            "hold them."
+        )
 
 
 def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

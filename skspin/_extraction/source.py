@@ -51,7 +51,12 @@ class Place:
     @property
     def commit(self) -> str | None:
         """The commit of a hub repository, as it was when this process first asked; else None."""
-        return None if self.is_folder else _ask(self)[0]
+        if self.is_folder:
+            return None
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            if _find_in_cache(self, self.revision) is not None:
+                return self.revision  # nothing to ask
+        return _ask(self)[0]
 
     @property
     def has_hub(self) -> bool:
@@ -182,8 +187,6 @@ def _ask(place: Place) -> tuple[str, bool]:
             "path of a folder that exists, or an id such as 'distilbert/distilbert-base-uncased'."
         ) from error
     may_ask = not (constants.HF_HUB_OFFLINE or place.local_files_only)
-    if place.revision is not None and _COMMIT.fullmatch(place.revision):
-        return place.revision, may_ask
     problem: Exception | None = None
     if may_ask:
         try:
