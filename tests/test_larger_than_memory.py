@@ -13,6 +13,7 @@ from sklearn.utils import gen_batches
 
 import skspin._texts
 from skspin import LLMActivationTransformer, SalientNeuronSelector
+from skspin._frozen_model import FrozenModel
 from skspin._layout import Layout, Segment, layout_of
 from skspin._recall import recall_or_compute
 from skspin._store import open_store
@@ -47,8 +48,12 @@ class Slices(Corpus):
 
 
 class Miscounted(Corpus):
+    def __init__(self, n_texts, by=1):
+        super().__init__(n_texts)
+        self.by = by
+
     def __len__(self):
-        return self.n_texts + 1
+        return self.n_texts + self.by
 
 
 @pytest.fixture
@@ -91,9 +96,13 @@ def test_a_text_at_fault_is_named_wherever_it_is(small_chunks):
         list(open_texts(pa.array(["fine"] * 40 + [None])))
 
 
-def test_a_length_that_is_not_true_is_refused():
+def test_a_length_that_is_not_true_is_refused(small_chunks):
     with pytest.raises(ValueError, match="holds 4 texts, but gives 3"):
         list(open_texts(Miscounted(3)))
+    # One that is too small would put texts into rows that are not there.
+    too_many = Miscounted(41, by=-1)
+    with pytest.raises(ValueError, match="holds 40 texts, but gives 41 or more"):
+        transformer().fit(too_many).transform(too_many)
 
 
 def test_a_dataset_on_disk_is_a_container_of_texts(small_chunks):
@@ -122,17 +131,19 @@ def test_other_texts_or_columns_go_to_another_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_file_that_could_not_be_filled_is_removed_and_filled_from_the_store_later(tmp_path):
+def test_a_file_that_could_not_be_filled_is_removed_and_filled_from_the_store_later(
+    tmp_path, monkeypatch
+):
     params = {"output_folder": tmp_path / "out", "cache": tmp_path / "store", "batch_tokens": 20}
     with pytest.raises(ValueError, match="3 texts, but gives 2"):
         transformer(**params).fit_transform(Miscounted(2))
     assert list((tmp_path / "out").iterdir()) == []
     resumed = transformer(**params).fit(TEXTS)
-    resumed._extract = None_is_missing
+    monkeypatch.setattr(FrozenModel, "extract", none_is_missing)
     assert resumed.transform(list(Corpus(2))).shape == (2, 768)
 
 
-def None_is_missing(*args):
+def none_is_missing(*args, **options):
     raise AssertionError("a text went through the model again")
 
 

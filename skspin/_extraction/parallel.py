@@ -173,8 +173,9 @@ def cut_into_shards(
     costs = np.minimum(n_bytes, most_bytes) + _TEXT_COST
     order = np.argsort(-costs, kind="stable")
     total = int(costs.sum())
-    n_full = max(n_workers, total // _FULL_SHARD)
-    n_shards = min(n_full, n_workers * _SHARDS_PER_WORKER)
+    # As many for each worker: one shard more would keep one of them at work and the others waiting.
+    per_worker = min(max(1, total // (n_workers * _FULL_SHARD)), _SHARDS_PER_WORKER)
+    n_shards = n_workers * per_worker
     before = np.cumsum(costs[order]) - costs[order]  # work ahead of each text
     number = before * n_shards // total
     runs = np.split(order, np.flatnonzero(np.diff(number)) + 1)
