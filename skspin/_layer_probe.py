@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn.utils import gen_batches
 from skspin._probes import solve_probes
 from skspin._targets import Targets
 
-_ROWS = 4096  # standardised at a time
+_PART_BYTES = 1 << 23  # of rows in float64 at a time
 _LARGEST = 1e12  # of an activation; sums of squares stay far below what float32 holds
 
 
@@ -94,8 +95,13 @@ def fit_layer_probe(
     training = targets.weights.copy()
     training[validation] = 0
     trial = solve(settings.C, training)
-    held_out = (block[validation] - mean) / scale  # (n_rows, n_neurons)
-    decisions = held_out @ trial.coef.T + trial.intercept  # (n_rows, n_candidates * n_problems)
+    # By parts, for the same reason as below: this is a copy in float64.
+    decisions = np.concatenate(
+        [
+            (block[validation[rows]] - mean) / scale @ trial.coef.T + trial.intercept
+            for rows in _parts(len(validation), block)
+        ]
+    )  # (n_rows, n_candidates * n_problems)
     scores = [
         targets.score(decision, validation)
         for decision in np.split(decisions, len(settings.C), axis=1)
@@ -112,6 +118,10 @@ def fit_layer_probe(
     )
 
 
+def _parts(n_rows: int, block: np.ndarray) -> Iterator[slice]:
+    return gen_batches(n_rows, max(1, _PART_BYTES // (8 * block.shape[1])))
+
+
 def _refuse_large(block: np.ndarray) -> None:
     largest = max(-float(block.min()), float(block.max()))
     if not largest <= _LARGEST:
@@ -126,7 +136,7 @@ def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndar
     """Measure each column; one that does not vary gets a scale of 1, and so stays (nearly) 0."""
     scaler = StandardScaler()
     # By parts, because it works on a copy in float64 of what it is given.
-    for rows in gen_batches(len(block), _ROWS):
+    for rows in _parts(len(block), block):
         scaler.partial_fit(block[rows], sample_weight=row_weights[rows])
     # scikit-learn knows columns that are constant in float64. Activations that differ in their last
     # float32 digits only do not vary either: divided by so little, rounding would look like signal.

@@ -275,6 +275,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
             with np.errstate(over="ignore"):  # what becomes infinite is refused with better words
                 block = np.ascontiguousarray(X[rows, layer.columns], dtype=np.float32)
             probes.append(fit(block, targets, validation, settings))
+            del block  # before the next one is made
         return probes
 
     def _resolve_C(self) -> tuple[float, ...]:
