@@ -74,6 +74,21 @@ def test_texts_that_are_not_in_memory_are_read_in_chunks(small_chunks, container
     assert together == [str(text) for text in container]
 
 
+def test_an_arrow_array_in_a_file_is_read_from_its_map(small_chunks, tmp_path):
+    path = str(tmp_path / "texts.arrow")
+    texts = list(Corpus(100))
+    table = pa.table({"text": texts})
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table, max_chunksize=30)
+    held = pa.total_allocated_bytes()
+    with pa.memory_map(path) as source:
+        table = pa.ipc.open_file(source).read_all()
+        for X in (table, table["text"], table["text"].combine_chunks()):
+            assert [text for chunk in open_texts(X) for text in chunk] == texts
+        del X
+        assert pa.total_allocated_bytes() - held < 1000  # it stays in the file
+
+
 def test_no_more_than_one_chunk_of_texts_is_held(small_chunks):
     tracemalloc = pytest.importorskip("tracemalloc")
     layout = Layout((Segment(None, 0, "hidden", "mean", 1),))
@@ -146,6 +161,39 @@ def test_a_file_that_could_not_be_filled_is_removed_and_filled_from_the_store_la
 
 def none_is_missing(*args, **options):
     raise AssertionError("a text went through the model again")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits")
+def test_a_disk_without_room_for_the_output_is_an_error_before_anything_is_computed(tmp_path):
+    code = """
+        import pathlib, resource, sys
+        from skspin import LLMActivationTransformer
+        from skspin._frozen_model import FrozenModel
+        from skspin.datasets import demo_model
+        transformer = LLMActivationTransformer(demo_model(), output_folder="out", cache=None)
+        transformer.fit(["a"])
+        del FrozenModel.extract
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            transformer.transform([str(i) for i in range(1000)])
+        except OSError as error:
+            print(error)
+        print(list(pathlib.Path("out").iterdir()))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path
+    )
+    said, left = run.stdout.strip().split("\n")
+    assert "output_folder='out' has no room for 11 MB" in said and "Make room" in said
+    assert left == "[]"
+
+
+@pytest.mark.parametrize("folder", ["a file", "a file/in it", ""])
+def test_an_output_folder_that_is_none_is_refused(tmp_path, folder):
+    (tmp_path / "a file").touch()
+    folder = f"{tmp_path / folder}" if folder else ""
+    with pytest.raises(ValueError, match="output_folder=.*(is a file|names no folder)"):
+        transformer(output_folder=folder).fit(TEXTS).transform(TEXTS)
 
 
 def test_processes_map_the_same_file(tmp_path):
