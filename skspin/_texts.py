@@ -149,7 +149,8 @@ def _only_column(X: Any) -> Any:
 def _count(X: Any) -> int:
     readable = hasattr(X, "__iter__") or hasattr(X, "__getitem__")
     if isinstance(X, dict | set | frozenset) or not (hasattr(X, "__len__") and readable):
-        raise TypeError(f"X is a {type(X).__name__}, but {_ALLOWED} is needed.")
+        advice = " It can be read only once: make a list of it, list(X)." * hasattr(X, "__next__")
+        raise TypeError(f"X is a {type(X).__name__}, but {_ALLOWED} is needed.{advice}")
     return len(X)
 
 
