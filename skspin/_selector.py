@@ -13,7 +13,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from skspin._diagram import diagram_block
-from skspin._extraction.device import resolve_device
+from skspin._extraction.device import usable_device
 from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layer_sizes import find_layers
@@ -260,7 +260,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         targets: Targets,
         layers: list[LayerColumns],
     ) -> list[LayerProbe]:
-        device = None if self.device is None else resolve_device(self.device)
+        device = None if self.device is None else usable_device(self.device)
         settings = ProbeSettings(
             self._resolve_C(), self.penalty, self.standardize, self.tol, self.max_iter, device
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from skspin._extraction.anatomy import Anatomy, find_anatomy
-from skspin._extraction.device import resolve_device, resolve_dtype
+from skspin._extraction.device import resolve_device, resolve_dtype, usable_device
 from skspin._extraction.fingerprint import fingerprint
 from skspin._extraction.loading import load_model, load_skeleton, load_tokenizer
 from skspin._extraction.neighbours import leave, warn_of_neighbours
@@ -157,7 +157,7 @@ def resolve_placement(source: Source, device: Any = None, dtype: Any = "auto") -
     device, dtype : str
     """
     if not source.in_memory:
-        device = resolve_device(device)
+        device = usable_device(device)
         return device, resolve_dtype(dtype, device)
     own_device = str(_input_device(source.model))
     own_dtype = str(source.model.dtype).removeprefix("torch.")

@@ -65,17 +65,25 @@ def resolve_device(device: Any = None) -> str:
                 f"device={device!r}, but torch sees {torch.cuda.device_count()} CUDA device(s)."
             )
         return f"cuda:{index}"
-    if chosen.type == "meta":
+    return str(chosen)
+
+
+def usable_device(device: Any = None) -> str:
+    """Name the device to compute on, as `resolve_device` does, and refuse one that can't."""
+    name = resolve_device(device)
+    if name == "meta":
         raise ValueError(f"device={device!r} computes no numbers. Use e.g. 'cpu' or 'cuda:0'.")
-    if chosen.type != "cpu":
+    if name != "cpu":
+        import torch
+
         try:
-            torch.empty(1, device=chosen)
+            torch.empty(1, device=name)
         except Exception as error:  # Each backend has its own way to say that it is not there.
             raise ValueError(
                 f"device={device!r} can't be used here ({type(error).__name__}: "
                 f"{str(error).strip().splitlines()[0]}). Use device=None or 'cpu'."
             ) from error
-    return str(chosen)
+    return name
 
 
 def resolve_dtype(dtype: Any, device: str) -> str:
