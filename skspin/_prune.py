@@ -26,6 +26,7 @@ from sklearn.preprocessing import (
 )
 from sklearn.utils.validation import check_is_fitted
 
+from skspin._diagram import model_name
 from skspin._linear import linear_parts, weights_of
 from skspin._persistence import shallow_copy
 from skspin._selector import SalientNeuronSelector
@@ -137,7 +138,7 @@ def _narrow(step: Any, need: Need) -> tuple[Any, Need]:
 def _(step: LLMActivationTransformer, need: Need) -> tuple[Any, Need]:
     if need.columns is None:
         raise ValueError(
-            f"The activations of {step.model!r} can't be pruned, because {need.by} needs all of "
+            f"The activations of {model_name(step.model)!r} can't be pruned, because {need.by} needs all of "
             "them. Put a SalientNeuronSelector directly behind the LLMActivationTransformer."
         )
     return step._restrict_to(need.columns), Need(None, type(step).__name__)

@@ -1,5 +1,6 @@
 """What is saved is small, holds no model, and runs only with the model it was fitted with."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -121,6 +122,28 @@ def test_a_model_in_memory_stays_out_and_comes_back_by_hand(tokenizer):
         loaded.set_params(activations__model=tiny_model(1)).predict(TEXTS)
     loaded.set_params(activations__model=tiny_model(0))
     np.testing.assert_allclose(loaded.decision_function(TEXTS), expected, rtol=1e-5)
+
+
+def test_a_copy_shares_the_model_in_memory(tokenizer):
+    model = tiny_model(0)
+    pipeline = fitted(model, tokenizer=tokenizer)
+    expected = pipeline.decision_function(TEXTS)
+    for copied in (copy.copy(pipeline), copy.deepcopy(pipeline)):
+        assert copied["activations"].model is model
+        np.testing.assert_array_equal(copied.decision_function(TEXTS), expected)
+    for twin in (copy.copy(pipeline["activations"]), copy.deepcopy(pipeline["activations"])):
+        assert twin is not pipeline["activations"]
+        assert twin.model is model and twin.tokenizer is tokenizer
+    twin.set_params(site="hidden", layers=[1]).fit(TEXTS)
+    np.testing.assert_array_equal(pipeline.decision_function(TEXTS), expected)
+
+
+def test_a_refusal_names_a_model_in_memory_and_does_not_write_it_out(tokenizer):
+    pipeline = fitted(tiny_model(0), tokenizer=tokenizer)
+    known = pipeline["activations"].model_fingerprint_
+    with pytest.raises(ModelMismatchError, match="model='BertModel'") as refusal:
+        pipeline.set_params(activations__model=tiny_model(1)).predict(TEXTS)
+    assert known in str(refusal.value) and len(str(refusal.value)) < 500
 
 
 @pytest.fixture(scope="module")
