@@ -152,7 +152,7 @@ def savable(tmp_path_factory):
     tiny_model(0).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
     in_memory = LLMActivationTransformer(tiny_model(0), tokenizer=str(folder)).fit(TEXTS)
-    kept = KeptColumns(np.array([True, False])).fit(np.eye(2))  # pruning puts it behind a step
+    kept = KeptColumns.of(np.array([True, False]))  # pruning puts it behind a step
     return [fitted(folder), prune(fitted(str(folder))), in_memory, kept]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from reviews import reviews
+from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
@@ -215,6 +216,11 @@ def test_inside_a_feature_union(data):
         pruned = prune(whole)
         assert_same_predictions(pruned, whole, test)
         assert pruned[0].transformer_list[0][1][0].layout_.n_columns < 2000
+    # With a head that uses all columns of both no member was dropped, so a new fit has them again.
+    whole = make_pipeline(union, LogisticRegression(max_iter=1000)).fit(train, y_train)
+    assert_same_predictions(
+        prune(whole).fit(train[:40], y_train[:40]), whole.fit(train[:40], y_train[:40]), test
+    )
 
 
 def test_frames_keep_their_names(data):
@@ -227,15 +233,21 @@ def test_frames_keep_their_names(data):
     assert_same_predictions(pruned, whole, test)
 
 
-def test_other_selectors_become_passthrough(data):
+def test_other_selectors_select_all_that_is_left(data):
     train, test, y_train, _ = data
     choose = SelectFromModel(sparse_head())
     whole = make_pipeline(activations(layers=2), choose, LogisticRegression(max_iter=1000))
     whole.fit(train, y_train)
     pruned = prune(whole)
-    assert pruned[1] == "passthrough"
+    assert pruned[1].get_support().all()
     assert pruned[0].layout_.n_columns == choose.get_support().sum()
     assert_same_predictions(pruned, whole, test)
+    assert_same_predictions(prune(pruned), whole, test)
+    names = whole[:-1].get_feature_names_out()
+    assert pruned[:-1].get_feature_names_out().tolist() == names.tolist()
+    # Fitted again, they select again.
+    assert_same_predictions(clone(pruned).fit(train, y_train), whole, test)
+    assert_same_predictions(prune(pruned.fit(train, y_train)), whole, test)
 
 
 def test_a_scaler_before_the_selector_is_narrowed(data):
