@@ -193,6 +193,15 @@ def test_tokens_are_drawn_in_reading_order_with_their_contributions():
     display.figure_.draw_without_rendering()
 
 
+def test_a_long_word_leaves_room_for_the_bars():
+    display = TokenContributionDisplay.from_explanation(explained(["x" * 99, "y"], [1.0, 2.0]))
+    labels = [label.get_text() for label in display.ax_.get_yticklabels()]
+    assert labels == ["x" * 27 + "…", "y"]
+    assert display.tokens[0] == "x" * 99
+    display.figure_.draw_without_rendering()
+    assert display.ax_.get_position().width > 0.5
+
+
 def test_the_other_class_is_the_picture_turned_around():
     explanation = explained(["a", "b"], [0.5, -0.25])
     display = TokenContributionDisplay.from_explanation(explanation, label=0)
