@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import skops.io
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import InconsistentVersionWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.svm import LinearSVC
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 import skspin
@@ -169,6 +173,27 @@ def test_the_list_of_trusted_types_is_complete_and_no_longer_than_needed(savable
     for estimator in savable:
         found.update(skops.io.get_untrusted_types(data=skops.io.dumps(estimator)))
     assert sorted(found) == TRUSTED_TYPES
+
+
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [
+        (LinearSVC(), 0),
+        (RidgeClassifier(), 0),
+        (SGDClassifier(random_state=0), 0),
+        (OneVsRestClassifier(LogisticRegression()), 0),
+        (HistGradientBoostingClassifier(max_iter=2), 1),
+        (MLPClassifier((2,), max_iter=300, tol=0.1), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_some_heads_need_types_of_scikit_learn_to_be_trusted_too(head, more, folder):
+    pipeline = prune(fitted(folder, head=head))
+    saved = skops.io.dumps(pipeline)
+    beyond = set(skops.io.get_untrusted_types(data=saved)).difference(TRUSTED_TYPES)
+    assert len(beyond) == more and all(name.startswith("sklearn.") for name in beyond)
+    loaded = skops.io.loads(saved, trusted=[*TRUSTED_TYPES, *beyond])
+    np.testing.assert_array_equal(loaded.predict(TEXTS), pipeline.predict(TEXTS))
 
 
 @pytest.mark.parametrize("version", ["0.0.1", None])
