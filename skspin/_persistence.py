@@ -1,10 +1,11 @@
-"""Pickles and copies: the version that wrote one, what skops may load, what copies share."""
+"""Pickles and copies: the version that wrote one, what skops may load, short states, copies."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+import numpy as np
 from sklearn.exceptions import InconsistentVersionWarning
 
 #: Types of skspin (and paths, which may name a model) in files that :func:`skops.io.dump` writes,
@@ -57,6 +58,19 @@ def shallow_copy(estimator: Any) -> Any:
     twin = object.__new__(type(estimator))
     twin.__dict__.update(vars(estimator))
     return twin
+
+
+def pack_sparse(array: np.ndarray) -> dict[str, Any]:
+    """Write an array as the values that are not zero and their places."""
+    places = np.flatnonzero(array).astype(np.min_scalar_type(array.size))
+    return {"shape": array.shape, "places": places, "values": array.ravel()[places]}
+
+
+def unpack_sparse(shape: tuple[int, ...], places: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Read back what `pack_sparse` wrote."""
+    array = np.zeros(shape, dtype=values.dtype)
+    array.flat[places] = values
+    return array
 
 
 def _version() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from numbers import Integral, Real
-from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -16,12 +15,16 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from skspin._diagram import diagram_block
 from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
-from skspin._layout import LayerColumns, Layout, layout_of
-from skspin._persistence import VersionedState, shallow_copy
+from skspin._layer_sizes import find_layers
+from skspin._layout import LayerColumns, layout_of
+from skspin._persistence import VersionedState, pack_sparse, shallow_copy, unpack_sparse
 from skspin._progress import follow_layers
 from skspin._salience import CRITERIA, SALIENCES
 from skspin._sklearn import CallbackSupportMixin, Interval, StrOptions, _fit_context
 from skspin._targets import Targets, encode_targets, validation_rows
+
+# One weight per neuron of the model, and under an L1 penalty nearly all of them zero.
+_MOSTLY_ZERO = ("coef_", "salience_")
 
 
 class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState, BaseEstimator):
@@ -226,7 +229,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         X, y = validate_data(
             self, X, y, dtype=[np.float32, np.float64], multi_output=True, ensure_min_samples=2
         )
-        layers = self._resolve_layers(carried, X.shape[1])
+        layers = find_layers(self.layer_sizes, carried, X.shape[1], self.max_layer)
         rows: slice | np.ndarray = slice(None)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -292,7 +295,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
                 f"No probe puts weight on any column at C={self.C!r}, so the first column is all "
                 "that is selected. Try a larger C.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             self.support_[self.layer_columns_[0].start] = True
         self.n_selected_ = np.array(
@@ -333,7 +336,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
                 f"Probes stopped at max_iter={self.max_iter} above the relative duality gap "
                 f"tol={self.tol}: {', '.join(behind)}. Increase max_iter or tol, or lower C.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _get_support_mask(self) -> np.ndarray:
@@ -343,11 +346,11 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
     def __getstate__(self):
         """Write of the probes' weights only those that are not zero."""
         state = super().__getstate__()
-        return state | {name: _pack(state[name]) for name in _MOSTLY_ZERO if name in state}
+        return state | {name: pack_sparse(state[name]) for name in _MOSTLY_ZERO if name in state}
 
     def __setstate__(self, state):
         """Read the probes' weights back into arrays."""
-        arrays = {name: _unpack(**state[name]) for name in _MOSTLY_ZERO if name in state}
+        arrays = {name: unpack_sparse(**state[name]) for name in _MOSTLY_ZERO if name in state}
         super().__setstate__(state | arrays)
 
     def _sk_visual_block_(self):
@@ -362,61 +365,3 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         tags.target_tags.required = True
         tags.target_tags.multi_output = True
         return tags
-
-    def _resolve_layers(self, carried: Layout | None, n_features: int) -> list[LayerColumns]:
-        layout = self._resolve_layout(carried, n_features)
-        if layout.n_columns != n_features:
-            raise ValueError(
-                f"layer_sizes={self.layer_sizes!r} describes {layout.n_columns} columns, but X has "
-                f"{n_features}. Give the number of columns of each layer, in order."
-            )
-        layers = layout.layers()
-        if self.max_layer is not None:
-            layers = [layer for layer in layers if layer.layer <= self.max_layer]
-        if not layers:
-            first = min(layer.layer for layer in layout.layers())
-            raise ValueError(
-                f"max_layer={self.max_layer} leaves no layer: the first in X is layer {first}."
-            )
-        return layers
-
-    def _resolve_layout(self, carried: Layout | None, n_features: int) -> Layout:
-        if isinstance(self.layer_sizes, str):  # "auto"
-            if carried is not None:
-                return carried
-            warnings.warn(
-                "X carries no layers, so all its columns are taken for one layer. If X comes from "
-                "LLMActivationTransformer, pass it on as it is (a scaler in between loses the "
-                "layers: put it after the selector); otherwise say where layers are, e.g. "
-                "layer_sizes=768, or layer_sizes=None for one layer.",
-                UserWarning,
-                stacklevel=4,
-            )
-        if isinstance(self.layer_sizes, Integral):
-            size = int(self.layer_sizes)
-            return Layout.from_sizes([size] * max(1, n_features // size))
-        if self.layer_sizes is None or isinstance(self.layer_sizes, str):
-            return Layout.from_sizes([n_features])
-        sizes = list(self.layer_sizes)
-        if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
-            raise ValueError(
-                f"layer_sizes={self.layer_sizes!r} must hold one positive int per layer, the "
-                "number of its columns."
-            )
-        return Layout.from_sizes(sizes)
-
-
-# One weight per neuron of the model, and under an L1 penalty nearly all of them zero.
-_MOSTLY_ZERO = ("coef_", "salience_")
-
-
-def _pack(array: np.ndarray) -> dict[str, Any]:
-    """Write an array as the values that are not zero and their places."""
-    places = np.flatnonzero(array).astype(np.min_scalar_type(array.size))
-    return {"shape": array.shape, "places": places, "values": array.ravel()[places]}
-
-
-def _unpack(shape: tuple[int, ...], places: np.ndarray, values: np.ndarray) -> np.ndarray:
-    array = np.zeros(shape, dtype=values.dtype)
-    array.flat[places] = values
-    return array
