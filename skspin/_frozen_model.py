@@ -84,7 +84,7 @@ class FrozenModel:
         """Raise a ModelMismatchError if the model is not the one of the fingerprint ``fitted``."""
         if self.fingerprint != fitted:
             raise ModelMismatchError(
-                f"model={self.source.model!r} with its tokenizer has the fingerprint "
+                f"model={self.name!r} with its tokenizer has the fingerprint "
                 f"{self.fingerprint}, but this transformer was fitted with {fitted}. Give it the "
                 "model it was fitted with (pin `revision` for a hub model), or fit again."
             )

@@ -18,7 +18,10 @@ _LARGEST = 1e12  # of an activation; sums of squares stay far below what float32
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a probe's solution depends on besides the data; sparsity is not among it."""
+    """What a probe's solution depends on besides the data; sparsity is not among it.
+
+    ``eps`` is the relative rounding of the activations, that of the number format they came in.
+    """
 
     C: tuple[float, ...]
     penalty: str
@@ -26,6 +29,7 @@ class ProbeSettings:
     tol: float
     max_iter: int
     device: str | None
+    eps: float = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def fit_layer_probe(
     _refuse_large(block)
     mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
     if settings.standardize:
-        mean, scale = _mean_and_scale(block, targets.row_weights)
+        mean, scale = _mean_and_scale(block, targets.row_weights, settings.eps)
 
     def solve(candidates: tuple[float, ...], weights: np.ndarray):
         n = len(candidates)
@@ -132,7 +136,9 @@ def _refuse_large(block: np.ndarray) -> None:
         )
 
 
-def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _mean_and_scale(
+    block: np.ndarray, row_weights: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Measure each column; one that does not vary gets a scale of 1, and so stays (nearly) 0."""
     scaler = StandardScaler()
     # By parts, because it works on a copy in float64 of what it is given.
@@ -145,4 +151,10 @@ def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndar
     rounding = np.maximum(
         8 * float32.eps * np.abs(scaler.mean_), np.sqrt(float32.tiny) / float32.eps
     )
-    return scaler.mean_, np.where(scaler.scale_ > rounding, scaler.scale_, 1.0)
+    varies = scaler.scale_ > rounding
+    if varies.any():
+        # A nearly dead neuron carries the rounding of the large numbers that its layer computed it
+        # from: GELU gives 1e-6 at -5, give or take 1e-7, and differently in every batch. What
+        # varies by less than half the digits of its layer's columns is taken for that.
+        varies &= scaler.scale_ > np.sqrt(eps) * np.median(scaler.scale_[varies])
+    return scaler.mean_, np.where(varies, scaler.scale_, 1.0)

@@ -59,8 +59,10 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         each; None takes all columns for one layer.
     standardize : bool, default=True
         Fit the probes on columns of mean 0 and variance 1. Salience compares neurons whose scales
-        differ widely, so turn this off only for columns that share a scale already. The selected
-        columns themselves come out as they went in.
+        differ widely, so turn this off only for columns that share a scale already. A column that
+        varies 3,000 times less than its layer's median counts as constant in float32, where what
+        is left of it is rounding (in float64: 7e7 times). The selected columns themselves come out
+        as they went in.
     class_weight : dict, list of dict, "balanced" or None, default=None
         Weights of classes, as in scikit-learn.
     validation_fraction : float in (0, 1), default=0.2
@@ -262,7 +264,13 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
     ) -> list[LayerProbe]:
         device = None if self.device is None else usable_device(self.device)
         settings = ProbeSettings(
-            self._resolve_C(), self.penalty, self.standardize, self.tol, self.max_iter, device
+            self._resolve_C(),
+            self.penalty,
+            self.standardize,
+            self.tol,
+            self.max_iter,
+            device,
+            float(np.finfo(X.dtype).eps),
         )
         # A seed of our own for None: another split at every fit would make every fit of a search
         # solve its probes afresh.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -378,6 +379,17 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
             if hasattr(self, state):
                 setattr(twin, state, clone(getattr(self, state), safe=False))
         return twin.set_params(**shared)
+
+    def __copy__(self):
+        """Copy what is held as it is; a copy's state would be a pickle's, without the model."""
+        return shallow_copy(self)
+
+    def __deepcopy__(self, memo):
+        """Share the model and tokenizer, as clones do."""
+        memo.update({id(shared := getattr(self, name)): shared for name in _SHARED})
+        twin = shallow_copy(self)
+        vars(twin).update(deepcopy(vars(self), memo))
+        return twin
 
     def __getstate__(self):
         """Leave a model in memory out of the pickle."""
