@@ -55,9 +55,9 @@ sphinx_gallery_conf = {
     "gallery_dirs": "auto_examples",
     "filename_pattern": r"[\\/]plot_",  # the other scripts are shown and not run
     "within_subsection_order": "gallery_order.by_lesson",
+    "reset_modules": ("matplotlib", "gallery_order.empty_store"),
     "backreferences_dir": "api/generated/backreferences",
     "doc_module": ("skspin",),
-    "reference_url": {"skspin": None},
     "abort_on_example_error": True,
     "show_memory": False,
     "write_computation_times": False,

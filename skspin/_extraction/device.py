@@ -107,7 +107,7 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def _has_amx() -> bool:
-    # avx512_bf16 alone does not count: it multiplies bfloat16 no faster than float32.
+    # avx512_bf16 alone does not count: what it gains over float32 differs between machines.
     if "torch" in sys.modules:
         import torch
 
