@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: ``sphinx-build -W --keep-going -b html docs docs/_build/html``.
+"""How Sphinx builds these pages: ``sphinx-build -W --keep-going docs docs/_build/html``.
 
 Building needs no network, no GPU and no model beside the one in the ``docs`` extra.
 """
