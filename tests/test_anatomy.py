@@ -214,6 +214,20 @@ def test_what_is_not_there_is_named():
         stack.width(1, "neck")
 
 
+class _GatedNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24))
+
+
+def test_a_network_inside_a_norm_is_not_the_blocks():
+    model = TINY["llama"].build()
+    for block in model.layers:
+        block.late_layernorm = _GatedNorm()
+    stack = find_anatomy(model).stacks[None]
+    assert stack.tap(2, "mlp").module is model.layers[1].mlp.down_proj
+
+
 def test_blocks_may_be_in_a_sequence():
     model = TINY["bert"].build()
     expected = widths_of(find_anatomy(model))

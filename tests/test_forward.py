@@ -452,6 +452,27 @@ def test_a_model_that_was_changed_after_all_is_an_error():
         pooled_forward(model, anatomy, tiny_batch(), segments_of(anatomy, ["mlp"]))
 
 
+class _Twice(torch.nn.Module):
+    """A block that runs what is inside of it two times."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.inside(self.inside(hidden_states, *args, **kwargs), *args, **kwargs)
+
+
+def test_blocks_that_run_in_hidden_loops_are_an_error():
+    model = TINY["gpt2"].build()
+    model.h[1].mlp = _Twice(model.h[1].mlp)
+    anatomy = find_anatomy(model)
+    twice = [Segment(None, layer, "mlp", "mean", 40) for layer in (2, 3)]
+    with pytest.raises(RuntimeError, match="Conv1D more often .* Choose another site or model"):
+        pooled_forward(model, anatomy, tiny_batch(), twice)
+    pooled_forward(model, anatomy, tiny_batch(), twice[1:])
+
+
 def test_unexpected_shapes_are_an_error():
     tap = Tap(torch.nn.Identity(), width=3)
     mask = torch.ones(2, 4, dtype=torch.bool)

@@ -33,6 +33,8 @@ class Tap:
         Number of neurons.
     turn : int
         Which call of the module within one forward pass, from 0: blocks may share a module.
+    n_turns : int
+        How many calls of the module there are in a forward pass.
     output : bool
         Read what the module returns, not what it is given.
     parameter : str or None
@@ -47,6 +49,7 @@ class Tap:
     module: nn.Module = field(repr=False)
     width: int
     turn: int = 0
+    n_turns: int = 1
     output: bool = False
     parameter: str | None = None
     time_major: bool = False
@@ -195,6 +198,7 @@ def _dissect(name: str | None, stack: nn.Module, config: Any, oddity: Oddity) ->
             else:
                 entries[layer, site] = found
 
+    n_turns = Counter((entry.module, site) for (_, site), entry in entries.items())
     turns: Counter[tuple[nn.Module, str]] = Counter()
     taps = {}
     for (layer, site), entry in entries.items():
@@ -204,6 +208,7 @@ def _dissect(name: str | None, stack: nn.Module, config: Any, oddity: Oddity) ->
             entry.module,
             entry.width,
             turn,
+            n_turns[entry.module, site],
             parameter=entry.parameter,
             time_major=oddity.time_major,
             rounds_up=oddity.rounds_up,

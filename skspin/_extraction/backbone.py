@@ -181,18 +181,3 @@ def _assemble(source: Source, model: Any, dtype: str, identity: str, room: Room)
 def _input_device(model: Any) -> torch.device:
     # A model that is spread over devices, or partly offloaded, takes its inputs on the first.
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-
-
-def _start_anew_in_child() -> None:
-    """Make models that were used before a fork usable in the child.
-
-    The threads that multiply matrices, and those that may have held a lock, stay behind in the
-    parent; waiting for them would last for ever.
-    """
-    global _lock
-    _lock = threading.RLock()
-    torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew_in_child)

@@ -107,7 +107,7 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 def _has_amx() -> bool:
-    # avx512_bf16 alone does not count: what it gains over float32 differs between machines.
+    # avx512_bf16 alone does not count: what it gains differs from CPU to CPU, down to nothing.
     if "torch" in sys.modules:
         import torch
 

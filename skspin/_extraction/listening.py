@@ -47,12 +47,20 @@ def _in_turn(
     """Tell the calls of a shared module apart, and the passes of other threads from our own."""
     thread = threading.get_ident()
     turns = count()
+    any_tap = next(iter(by_turn.values()))
 
     def notice(activations: Tensor) -> None:
-        if threading.get_ident() == thread:
-            tap = by_turn.get(next(turns))
-            if tap is not None:
-                read(tap, activations)
+        if threading.get_ident() != thread:
+            return
+        turn = next(turns)
+        if turn >= any_tap.n_turns:
+            raise RuntimeError(
+                f"The model runs {type(any_tap.module).__name__} more often than its structure"
+                f" shows ({any_tap.n_turns} in one forward pass), for other tokens or in loops, so"
+                " it can't be told which run is which layer's. Choose another site or model."
+            )
+        if turn in by_turn:
+            read(by_turn[turn], activations)
 
     return notice
 
@@ -125,6 +133,7 @@ def as_texts(activations: Tensor, mask: Tensor, tap: Tap) -> Tensor:
     if activations.shape != (*mask.shape, tap.width):
         raise RuntimeError(
             f"{type(tap.module).__name__} has activations of shape {tuple(activations.shape)}, but"
-            f" {(*mask.shape, tap.width)} (texts, tokens, neurons) was expected."
+            f" {(*mask.shape, tap.width)} (texts, tokens, neurons) was expected: this architecture"
+            " does more to its texts than its structure shows. Choose another site or model."
         )
     return activations

@@ -45,6 +45,8 @@ _ROLES = {
 }
 # Linear modules beside an attention's output projection that may have its shape.
 _GATE = re.compile(r"gate|^g_proj$")
+# A norm may have a small network of its own, which is not the block's.
+_NORM = re.compile(r"norm$", re.I)
 _EXPERTS = re.compile(r"(^|[._])(experts?|router)($|[._])")
 
 
@@ -117,6 +119,8 @@ def _linears(part: nn.Module, role: str | None, owner: nn.Module) -> Iterator[_L
         found = None if shape else _role_of(name, child)
         if shape is not None:
             yield _Linear(child, name, *shape, role, owner)
+        elif _NORM.search(type(child).__name__):
+            continue
         elif found is None or found == role:
             yield from _linears(child, role, owner)
         else:
