@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from skspin._extraction.device import resolve_device, resolve_dtype
+from skspin._extraction.device import as_devices, resolve_device, resolve_dtype
 from skspin._extraction.fingerprint import fingerprint
 from skspin._extraction.source import Source
 from skspin._layout import Segment
@@ -55,7 +55,7 @@ class FrozenModel:
         """The format that ``dtype`` means on the device; several devices must agree on it."""
         if self.source.in_memory and self.dtype == "auto":
             return str(self.source.model.dtype).removeprefix("torch.")
-        devices = self.device if isinstance(self.device, list | tuple) else [self.device]
+        devices = as_devices(self.device)
         formats = {resolve_dtype(self.dtype, resolve_device(device)) for device in devices}
         if len(formats) != 1:
             raise ValueError(
@@ -84,7 +84,7 @@ class FrozenModel:
         """Raise a ModelMismatchError if the model is not the one of the fingerprint ``fitted``."""
         if self.fingerprint != fitted:
             raise ModelMismatchError(
-                f"model={self.source.model!r} with its tokenizer has the fingerprint "
+                f"model={self.name!r} with its tokenizer has the fingerprint "
                 f"{self.fingerprint}, but this transformer was fitted with {fitted}. Give it the "
                 "model it was fitted with (pin `revision` for a hub model), or fit again."
             )
@@ -127,7 +127,7 @@ class FrozenModel:
         from skspin._extraction.backbone import load_backbone
         from skspin._extraction.tokenwise import token_activations
 
-        device = self.device[0] if isinstance(self.device, list | tuple) else self.device
+        device = as_devices(self.device)[0]
         return token_activations(
             load_backbone(self.source, device, self.number_format),
             texts,

@@ -371,7 +371,7 @@ def test_a_model_in_the_cache_needs_no_hub(cache, silent_hub):
 
 
 def test_a_hub_that_does_not_answer_is_said(silent_hub):
-    with pytest.raises(ValueError, match="'nobody/nothing'.*the hub answered with ReadTimeout"):
+    with pytest.raises(ValueError, match="'nobody/nothing'.*the hub can't be reached .ReadTimeout"):
         load_backbone(Source("nobody/nothing"))
 
 

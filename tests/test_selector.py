@@ -236,6 +236,16 @@ def test_dead_neurons_are_no_trouble():
     assert selector.dual_gap_.max() <= 1e-3
 
 
+def test_nearly_dead_neurons_are_not_selected_in_float32():
+    X, y = planted()
+    X[:, 21] = 1e-5 * (y + 0.1 * np.random.default_rng(0).normal(size=len(y)))
+    selector = SalientNeuronSelector(0.0, C=10.0)
+    assert selector.fit(X, y).salience_[21] == 0
+    # In float64 there are digits enough to tell.
+    exact = ActivationArray(np.asarray(X, dtype=np.float64), LAYOUT)
+    assert selector.fit(exact, y).salience_[21] > 0
+
+
 def test_one_column_is_selected_where_no_probe_has_weight():
     X, y = planted()
     with pytest.warns(UserWarning, match="No probe puts weight on any column.*larger C"):

@@ -51,6 +51,8 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
         return NoStore()
     if not isinstance(cache, str | os.PathLike):
         raise TypeError(f"cache={cache!r}, but it must be 'memory', a folder or None.")
+    if not os.fspath(cache):
+        raise ValueError(f"cache={cache!r} names no folder. Give 'memory', a folder or None.")
     if cache == "memory":
         return _MEMORY
     folder = os.path.abspath(os.path.expanduser(os.fsdecode(cache)))
