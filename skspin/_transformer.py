@@ -350,7 +350,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
     def _fingerprint(self, source) -> str:
         from skspin._extraction.fingerprint import fingerprint
 
-        return fingerprint(source)
+        return fingerprint(source, open_store(self.cache))
 
     def _source(self):
         """Name the model for the backbone registry, which owns the weights."""
