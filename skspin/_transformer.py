@@ -311,10 +311,12 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         truncation = _Truncation()
         context = self._context(dtype)
         identity = hashlib.blake2b(f"{context}{self.layout_}".encode(), digest_size=16)
+        # Only a file is named by its texts.
+        chunks = texts if self.output_folder is None else _digested(texts, identity)
 
         def fill(out: np.ndarray) -> None:
             recall_or_compute(
-                _digested(texts, identity),
+                chunks,
                 self.layout_,
                 out,
                 context=context,
