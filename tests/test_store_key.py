@@ -15,6 +15,9 @@ from skspin._extraction.backbone import forget_models
 from skspin._extraction.source import _ask
 from skspin.datasets import demo_model
 
+# The warning that texts were cut off is not what these are about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*truncated:UserWarning")
+
 TEXTS = ["A fine film.", "A waste of two hours and of a good cast.", "Quite so."]
 COMMITS = ("0" * 40, "1" * 40)
 
@@ -89,13 +92,6 @@ def write_other_tokenizer(folder, params):
     other.save_pretrained(folder)
 
 
-def set_tokenizer(**settings):
-    def change(folder, params):
-        params["tokenizer"] = AutoTokenizer.from_pretrained(folder, **settings)
-
-    return change
-
-
 def set_params(**others):
     return lambda folder, params: params.update(others)
 
@@ -104,9 +100,6 @@ DECIDES = {
     "weights": write_other_weights,
     "configuration": write_other_settings,
     "tokenizer": write_other_tokenizer,
-    "a tokenizer's special tokens": set_tokenizer(cls_token="[SEP]"),
-    "a tokenizer's lower case": set_tokenizer(do_lower_case=False),
-    "the side that is cut off": set_tokenizer(truncation_side="left"),
     "prompt": set_params(prompt="Review: {text}"),
     "max_length": set_params(max_length=100),
     "dtype": set_params(dtype="bfloat16"),
@@ -126,6 +119,26 @@ def test_what_decides_a_number_is_in_the_key(folder, store, read, change):
     found = activations(folder, store, **params)
     assert read() == 2 * len(TEXTS)
     np.testing.assert_array_equal(found, activations(folder, None, **params))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cls_token": "[SEP]"},
+        {"do_lower_case": False},
+        {"truncation_side": "left"},
+        {"extra_special_tokens": ["waste"]},
+    ],
+    ids=str,
+)
+def test_how_a_tokenizer_is_set_is_in_the_key(folder, store, read, settings):
+    for n, own in enumerate(({}, settings, settings)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+        found = activations(folder, store, tokenizer=tokenizer, max_length=8)
+        assert read() == len(TEXTS) * min(n + 1, 2)
+    np.testing.assert_array_equal(
+        found, activations(folder, None, tokenizer=tokenizer, max_length=8)
+    )
 
 
 def test_the_text_is_in_the_key_to_the_last_blank(folder, store, read):

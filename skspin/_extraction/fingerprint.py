@@ -171,6 +171,7 @@ def digest_tokenizer(tokenizer: Any) -> str:
     if backend is None:
         rules = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}
         rules["options"] = repr(sorted(getattr(tokenizer, "init_kwargs", {}).items()))
+        rules["special"] = repr(sorted(getattr(tokenizer, "special_tokens_map", {}).items()))
     else:
         rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     return _digest([json.dumps([settings, rules], sort_keys=True)])
