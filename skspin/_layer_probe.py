@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import gen_batches
 
-from skspin._probes import ProbeSolution, solve_probes
+from skspin._probes import solve_probes
 from skspin._targets import Targets
 
 _ROWS = 256  # measured at a time; scikit-learn's copies of so few stay in the CPU's cache
@@ -61,8 +61,8 @@ def fit_layer_probe(
 
     Parameters
     ----------
-    block : ndarray of shape (n_texts, n_neurons), float32
-        The layer's activations.
+    block : ndarray of shape (n_texts, n_neurons)
+        The layer's activations; copied if they are not float32, or cut out of a larger array.
     targets : Targets
         The problems.
     validation : ndarray of shape (n_rows,), int
@@ -70,17 +70,18 @@ def fit_layer_probe(
     settings : ProbeSettings
         How to solve.
     """
+    block = np.ascontiguousarray(block, dtype=np.float32)
     mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
     if settings.standardize:
         mean, scale = _mean_and_scale(block, targets.row_weights)
 
-    def solve(*tasks: tuple[float, np.ndarray]) -> list[ProbeSolution]:
-        """Solve all classes' problems for each value of C with its weights of rows."""
-        together = solve_probes(
+    def solve(candidates: tuple[float, ...], weights: np.ndarray):
+        n = len(candidates)
+        return solve_probes(
             block,
-            np.tile(targets.signs, (1, len(tasks))),
-            C=np.repeat([C for C, _ in tasks], targets.n_problems),
-            sample_weight=np.hstack([weights for _, weights in tasks]),
+            np.tile(targets.signs, (1, n)),
+            C=np.repeat(candidates, targets.n_problems),
+            sample_weight=np.tile(weights, (1, n)),
             penalty=settings.penalty,
             tol=settings.tol,
             max_iter=settings.max_iter,
@@ -88,25 +89,19 @@ def fit_layer_probe(
             scale=scale,
             device=settings.device,
         )
-        return together.split(len(tasks))
 
     training = targets.weights.copy()
     training[validation] = 0
-    trials = [(C, training) for C in settings.C]
-    if len(trials) == 1:
-        # Nothing is to be chosen, and two tasks at once read the columns once.
-        trial, final = solve(*trials, (settings.C[0], targets.weights))
-        solved = [trial]
-    else:
-        solved, final = solve(*trials), None
+    trial = solve(settings.C, training)
     held_out = (block[validation] - mean) / scale  # (n_rows, n_neurons)
+    decisions = held_out @ trial.coef.T + trial.intercept  # (n_rows, n_candidates * n_problems)
     scores = [
-        targets.score(held_out @ trial.coef.T + trial.intercept, validation) for trial in solved
+        targets.score(decision, validation)
+        for decision in np.split(decisions, len(settings.C), axis=1)
     ]
     # Candidates ascend, so of equals the first, and with it the sparsest probe, is taken.
     best = int(np.argmax(scores))
-    if final is None:
-        (final,) = solve((settings.C[best], targets.weights))
+    final = solve(settings.C[best : best + 1], targets.weights)
     return LayerProbe(
         coef=final.coef,
         score=scores[best],

@@ -35,12 +35,6 @@ class ProbeSolution:
     n_iter: np.ndarray
     dual_gap: np.ndarray
 
-    def split(self, n_parts: int) -> list[ProbeSolution]:
-        """Cut into parts of as many problems each."""
-        arrays = (self.coef, self.intercept, self.n_iter, self.dual_gap)
-        parts = zip(*(np.split(array, n_parts) for array in arrays), strict=True)
-        return [ProbeSolution(*part) for part in parts]
-
 
 def solve_probes(
     X: np.ndarray,
