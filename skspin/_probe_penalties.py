@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+from scipy.linalg import cho_factor, cho_solve
 
 # A working set holds at least so many columns, and twice the support: enough to grow by in few
 # steps, while Gram matrices, which cost its square, stay small until the support is large.
@@ -171,7 +172,7 @@ def _solve_on_support(
         signs = np.sign(old)
         slope = (gradient + _product(gram, u - start))[support] + signs
         system = gram[np.ix_(support, support)].astype(np.float64)
-        new = old - np.linalg.solve(system, slope)
+        new = old - _solve(system, slope)
         flipped = new * signs < 0
         u = np.zeros_like(u)
         if not flipped.any():
@@ -180,6 +181,14 @@ def _solve_on_support(
         candidates = [np.where(flipped, 0, new), _until_first_zero(old, new, flipped)]
         u[support] = min(candidates, key=lambda v: (v - old) @ (slope + system @ (v - old) / 2))
     return u
+
+
+def _solve(system: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    """Solve by Cholesky, in half the time of elimination, wherever rounding leaves it a way."""
+    try:
+        return cho_solve(cho_factor(system, check_finite=False), slope, check_finite=False)
+    except np.linalg.LinAlgError:  # columns that repeat each other
+        return np.linalg.solve(system, slope)
 
 
 def _until_first_zero(old: np.ndarray, new: np.ndarray, flipped: np.ndarray) -> np.ndarray:
