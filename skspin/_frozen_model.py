@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from skspin._extraction.fingerprint import fingerprint
 from skspin._extraction.source import Source
 from skspin._layout import Segment
 from skspin._model_shape import ModelShape
+from skspin._store import Store
 from skspin._text_tokens import TextTokens
 
 
@@ -32,11 +32,14 @@ class FrozenModel:
     ----------
     source : Source
         Names the model and its tokenizer.
+    store : Store
+        Keeps what is known of the model, beside its activations.
     device, dtype, prompt, max_length, batch_tokens, n_jobs, verbose
         The parameters of :class:`~skspin.LLMActivationTransformer` of these names.
     """
 
     source: Source
+    store: Store
     device: str | Sequence[str] | None
     dtype: str
     prompt: str | None
@@ -48,7 +51,7 @@ class FrozenModel:
     @cached_property
     def fingerprint(self) -> str:
         """What tells this model and its tokenizer from others; taken once per object."""
-        return fingerprint(self.source)
+        return fingerprint(self.source, self.store)
 
     @cached_property
     def number_format(self) -> str:
@@ -70,14 +73,15 @@ class FrozenModel:
         model = self.source.model
         return type(model).__name__ if self.source.in_memory else str(model)
 
-    def shape(self, store: Any) -> ModelShape:
-        """Recall the model's widths, or read them off its configuration."""
-        card = store.get_card(self.fingerprint)
+    @property
+    def shape(self) -> ModelShape:
+        """The model's widths, recalled or read off its configuration."""
+        card = self.store.get_card(self.fingerprint)
         if card is None:
             from skspin._extraction.backbone import read_anatomy
 
             card = ModelShape.from_anatomy(read_anatomy(self.source)).to_card()
-            store.put_card(self.fingerprint, card)
+            self.store.put_card(self.fingerprint, card)
         return ModelShape.from_card(card)
 
     def refuse_unless(self, fitted: str) -> None:

@@ -67,8 +67,8 @@ def fit_layer_probe(
 
     Parameters
     ----------
-    block : ndarray of shape (n_texts, n_neurons), float32
-        The layer's activations.
+    block : ndarray of shape (n_texts, n_neurons)
+        The layer's activations; copied if they are not float32, or cut out of a larger array.
     targets : Targets
         The problems.
     validation : ndarray of shape (n_rows,), int
@@ -76,6 +76,8 @@ def fit_layer_probe(
     settings : ProbeSettings
         How to solve.
     """
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with better words
+        block = np.ascontiguousarray(block, dtype=np.float32)
     _refuse_large(block)
     mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
     if settings.standardize:

@@ -279,11 +279,8 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         fit = fit_layer_probe if self.cache is None else recall_or_fit_layer_probe
         probes = []
         for layer in follow_layers(layers, self, X, y, self.verbose):
-            # One layer at a time: this copy is all that is held beside X.
-            with np.errstate(over="ignore"):  # what becomes infinite is refused with better words
-                block = np.ascontiguousarray(X[rows, layer.columns], dtype=np.float32)
-            probes.append(fit(block, targets, validation, settings))
-            del block  # before the next one is made
+            # One layer at a time: its copy, made where the probe is new, is all that is held.
+            probes.append(fit(X[rows, layer.columns], targets, validation, settings))
         return probes
 
     def _resolve_C(self) -> tuple[float, ...]:

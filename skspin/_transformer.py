@@ -242,7 +242,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         open_texts(X)
         self._check_prompt()
         model = self._frozen_model()
-        shape = model.shape(open_store(self.cache))
+        shape = model.shape
         self.layout_ = shape.layout(
             stacks=_choice("stack", self.stack, _STACKS),
             sites=_choice("site", self.site, SITES),
@@ -291,14 +291,16 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         model.refuse_unless(self.model_fingerprint_)
         truncation = Truncation(self.max_length)
         identity = hashlib.blake2b(f"{model.context}{self.layout_}".encode(), digest_size=16)
+        # Only a file is named by its texts.
+        chunks = texts if self.output_folder is None else _digested(texts, identity)
 
         def fill(out: np.ndarray) -> None:
             recall_or_compute(
-                _digested(texts, identity),
+                chunks,
                 self.layout_,
                 out,
                 context=model.context,
-                store=open_store(self.cache),
+                store=model.store,
                 extract=partial(model.extract, truncation=truncation),
                 model=model.name,
             )
@@ -342,6 +344,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
                 trust_remote_code=self.trust_remote_code,
                 model_kwargs=self.model_kwargs,
             ),
+            open_store(self.cache),
             device=self.device,
             dtype=self.dtype,
             prompt=self.prompt,

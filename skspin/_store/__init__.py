@@ -55,9 +55,9 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
         raise ValueError(f"cache={cache!r} names no folder. Give 'memory', a folder or None.")
     if cache == "memory":
         return _MEMORY
-    folder = os.path.abspath(os.path.expanduser(os.fsdecode(cache)))
+    folder = os.path.realpath(os.path.expanduser(os.fsdecode(cache)))
     store = _FOLDERS.get(folder)
-    if store is None or store.is_gone:
+    if store is None or store.is_outdated:
         front = MemoryStore(_ROWS, owner=folder)
         front.clear()  # what was in a folder that is gone is not in the one that is made
         store = _FOLDERS[folder] = DiskStore(folder, front)

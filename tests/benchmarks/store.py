@@ -5,6 +5,9 @@ Every reading is done in a process of its own, by turns, after imports::
     python tests/benchmarks/store.py --repeats 11
 
 The reference is ``numpy.load`` of the same bytes, then indexing with the same order.
+
+With ``--data FOLDER``, which holds sst2.csv.gz, the transformer is measured as well: it recalls all
+hidden layers of the real texts in a process that has not loaded the model.
 """
 
 import argparse
@@ -66,6 +69,50 @@ def measure_disk(folder):
     return {"disk": first, "disk, again": second, "memory in front": third}
 
 
+def real_texts(data):
+    import pandas as pd
+
+    texts = pd.read_csv(data / "sst2.csv.gz").text.tolist()
+    return [texts[i] for i in np.random.default_rng(1).permutation(len(texts))]
+
+
+def transformer(folder):
+    from skspin import LLMActivationTransformer
+    from skspin.datasets import demo_model
+
+    return LLMActivationTransformer(demo_model(), dtype="float32", cache=folder)
+
+
+def fill_as_transformer(folder, data):
+    """Keep made-up rows for the real texts, under the names that the transformer asks for."""
+    texts = sorted(real_texts(data))
+    fitted = transformer(folder).fit(texts[:1])
+    values = np.random.default_rng(0).standard_normal((len(texts), 7 * 384), dtype=np.float32)
+    context, segments = fitted._context("float32"), fitted.layout_.segments
+    for start in range(0, len(texts), BATCH):
+        batch = slice(start, start + BATCH)
+        open_store(folder).write(context, texts[batch], segments, values[batch])
+    np.save(folder / "real.npy", values)
+
+
+def measure_transformer(folder, data):
+    import skspin._extraction.device
+    import skspin._extraction.fingerprint  # noqa: F401
+
+    texts = real_texts(data)
+    fitted = transformer(folder / "real")
+    times = {"transformer, fit": seconds(fitted.fit, texts)}
+    for name in ("transform", "transform again", "transform, memory in front"):
+        times[f"transformer, {name}"] = seconds(fitted.transform, texts)
+    assert not {"torch", "transformers"} & set(sys.modules)
+    return times
+
+
+def measure_real_numpy(folder, data):
+    order = np.random.default_rng(1).permutation(len(real_texts(data)))
+    return {"numpy, real texts": seconds(lambda: np.load(folder / "real" / "real.npy")[order])}
+
+
 def measure_writing(folder):
     values = rows()
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
@@ -99,10 +146,12 @@ MEASURES = {
     "writing": measure_writing,
     "digests": measure_digests,
 }
+REAL_MEASURES = {"real numpy": measure_real_numpy, "transformer": measure_transformer}
 
 
-def in_new_process(name, folder):
+def in_new_process(name, folder, data=None):
     command = [sys.executable, __file__, "--measure", name, "--folder", folder]
+    command += [] if data is None else ["--data", data]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
@@ -110,8 +159,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
-    parser.add_argument("--measure", choices=MEASURES, help="do this alone, once")
+    parser.add_argument("--data", type=Path, help="folder of sst2.csv.gz")
+    parser.add_argument(
+        "--measure", choices=[*MEASURES, *REAL_MEASURES], help="do this alone, once"
+    )
     options = parser.parse_args()
+    if options.measure in REAL_MEASURES:
+        print(json.dumps(REAL_MEASURES[options.measure](options.folder, options.data)))
+        return
     if options.measure:
         print(json.dumps(MEASURES[options.measure](options.folder)))
         return
@@ -130,6 +185,13 @@ def main():
             for _ in range(options.repeats)
         ]
         digests = in_new_process("digests", folder)
+        if options.data:
+            fill_as_transformer(folder / "real", options.data)
+            real_runs = [
+                in_new_process("real numpy", folder, options.data)
+                | in_new_process("transformer", folder, options.data)
+                for _ in range(options.repeats)
+            ]
     print(f"{values.nbytes / 1e6:.0f} MB, median of {options.repeats}, and beside numpy by turns")
     for name in runs[0]:
         figures = [run[name] for run in runs]
@@ -139,6 +201,9 @@ def main():
             print(f"{name:18} {median(figures):8.3f} of the rows' bytes")
         else:
             print(f"{name:18} {median(figures) * 1e3:8.1f} ms {rate:8.0f} MB/s {ratio:6.2f}")
+    for name in real_runs[0] if options.data else ():
+        ratio = median(run[name] / run["numpy, real texts"] for run in real_runs)
+        print(f"{name:38} {median(run[name] for run in real_runs) * 1e3:8.1f} ms {ratio:6.2f}")
     for name in ("C", "F", "columns", "every second", "memory map"):
         rate = digests[f"bytes, {name}"] / digests[f"digest, {name}"] / 1e9
         print(f"digest, {name:12} {rate:6.1f} GB/s")
