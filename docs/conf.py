@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: ``sphinx-build -W --keep-going -b html docs docs/_build/html``.
+"""How Sphinx builds these pages: ``sphinx-build -W --keep-going docs docs/_build/html``.
 
 Building needs no network, no GPU and no model beside the one in the ``docs`` extra.
 """
@@ -10,9 +10,11 @@ from html import escape
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DELAY"] = "inf"  # a page would show every step of a bar's way
+
 import skspin
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, os.path.dirname(__file__))  # so that sphinx-gallery finds `gallery_order`
 
 project = "skspin"
@@ -35,6 +37,7 @@ source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
 exclude_patterns = ["_build", "examples", "benchmarks"]
 templates_path = ["_templates"]
 default_role = "code"
+nitpicky = True  # a name that leads nowhere is a warning
 smartquotes = False  # a "salience" copied from a page has to be one that Python reads
 toc_object_entries_show_parents = "hide"
 add_function_parentheses = False
@@ -55,9 +58,9 @@ sphinx_gallery_conf = {
     "gallery_dirs": "auto_examples",
     "filename_pattern": r"[\\/]plot_",  # the other scripts are shown and not run
     "within_subsection_order": "gallery_order.by_lesson",
+    "reset_modules": ("matplotlib", "gallery_order.empty_store"),
     "backreferences_dir": "api/generated/backreferences",
     "doc_module": ("skspin",),
-    "reference_url": {"skspin": None},
     "abort_on_example_error": True,
     "show_memory": False,
     "write_computation_times": False,
@@ -82,7 +85,9 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
-html_sidebars = {name: [] for name in ("index", "install", "changelog", "cite", "api")}
+html_sidebars = {
+    name: [] for name in ("index", "install", "changelog", "cite", "api", "development")
+}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

@@ -1,4 +1,6 @@
-"""The order of the gallery: a course, from the first pipeline to several machines."""
+"""The order of the gallery, from the first pipeline to several machines, and its resets."""
+
+from skspin import open_store
 
 LESSONS = (
     "plot_quickstart.py",
@@ -17,3 +19,8 @@ LESSONS = (
 def by_lesson(filename: str) -> int:
     """Give a script's place; a ValueError names one that has none yet."""
     return LESSONS.index(filename)
+
+
+def empty_store(gallery_conf, script: str) -> None:
+    """Let every script find what it finds when it is run by itself: no activations kept."""
+    open_store().clear()

@@ -8,15 +8,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from skspin._extraction.device import resolve_device, resolve_dtype
+from skspin._extraction.device import as_devices, resolve_device, resolve_dtype
 from skspin._extraction.fingerprint import fingerprint
 from skspin._extraction.source import Source
 from skspin._layout import Segment
 from skspin._model_shape import ModelShape
+from skspin._store import Store
 from skspin._text_tokens import TextTokens
 
 
@@ -32,11 +32,14 @@ class FrozenModel:
     ----------
     source : Source
         Names the model and its tokenizer.
+    store : Store
+        Keeps what is known of the model, beside its activations.
     device, dtype, prompt, max_length, batch_tokens, n_jobs, verbose
         The parameters of :class:`~skspin.LLMActivationTransformer` of these names.
     """
 
     source: Source
+    store: Store
     device: str | Sequence[str] | None
     dtype: str
     prompt: str | None
@@ -48,14 +51,14 @@ class FrozenModel:
     @cached_property
     def fingerprint(self) -> str:
         """What tells this model and its tokenizer from others; taken once per object."""
-        return fingerprint(self.source)
+        return fingerprint(self.source, self.store)
 
     @cached_property
     def number_format(self) -> str:
         """The format that ``dtype`` means on the device; several devices must agree on it."""
         if self.source.in_memory and self.dtype == "auto":
             return str(self.source.model.dtype).removeprefix("torch.")
-        devices = self.device if isinstance(self.device, list | tuple) else [self.device]
+        devices = as_devices(self.device)
         formats = {resolve_dtype(self.dtype, resolve_device(device)) for device in devices}
         if len(formats) != 1:
             raise ValueError(
@@ -70,21 +73,22 @@ class FrozenModel:
         model = self.source.model
         return type(model).__name__ if self.source.in_memory else str(model)
 
-    def shape(self, store: Any) -> ModelShape:
-        """Recall the model's widths, or read them off its configuration."""
-        card = store.get_card(self.fingerprint)
+    @property
+    def shape(self) -> ModelShape:
+        """The model's widths, recalled or read off its configuration."""
+        card = self.store.get_card(self.fingerprint)
         if card is None:
             from skspin._extraction.backbone import read_anatomy
 
             card = ModelShape.from_anatomy(read_anatomy(self.source)).to_card()
-            store.put_card(self.fingerprint, card)
+            self.store.put_card(self.fingerprint, card)
         return ModelShape.from_card(card)
 
     def refuse_unless(self, fitted: str) -> None:
         """Raise a ModelMismatchError if the model is not the one of the fingerprint ``fitted``."""
         if self.fingerprint != fitted:
             raise ModelMismatchError(
-                f"model={self.source.model!r} with its tokenizer has the fingerprint "
+                f"model={self.name!r} with its tokenizer has the fingerprint "
                 f"{self.fingerprint}, but this transformer was fitted with {fitted}. Give it the "
                 "model it was fitted with (pin `revision` for a hub model), or fit again."
             )
@@ -127,7 +131,7 @@ class FrozenModel:
         from skspin._extraction.backbone import load_backbone
         from skspin._extraction.tokenwise import token_activations
 
-        device = self.device[0] if isinstance(self.device, list | tuple) else self.device
+        device = as_devices(self.device)[0]
         return token_activations(
             load_backbone(self.source, device, self.number_format),
             texts,

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import gen_batches
 
-from skspin._probes import solve_probes
+from skspin._probes import ProbeSolution, solve_probes
 from skspin._targets import Targets
 
-_ROWS = 4096  # standardised at a time
+_PART_BYTES = 1 << 22  # of rows in float64 at a time; they stay in a core's cache
+_LARGEST = 1e12  # of an activation; sums of squares stay far below what float32 holds
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a probe's solution depends on besides the data; sparsity is not among it."""
+    """What a probe's solution depends on besides the data; sparsity is not among it.
+
+    ``eps`` is the relative rounding of the activations, that of the number format they came in.
+    """
 
     C: tuple[float, ...]
     penalty: str
@@ -24,6 +29,7 @@ class ProbeSettings:
     tol: float
     max_iter: int
     device: str | None
+    eps: float = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ def fit_layer_probe(
 
     Parameters
     ----------
-    block : ndarray of shape (n_texts, n_neurons), float32
-        The layer's activations.
+    block : ndarray of shape (n_texts, n_neurons)
+        The layer's activations; copied if they are not float32, or cut out of a larger array.
     targets : Targets
         The problems.
     validation : ndarray of shape (n_rows,), int
@@ -70,37 +76,50 @@ def fit_layer_probe(
     settings : ProbeSettings
         How to solve.
     """
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with better words
+        block = np.ascontiguousarray(block, dtype=np.float32)
+    _refuse_large(block)
     mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
     if settings.standardize:
-        mean, scale = _mean_and_scale(block, targets.row_weights)
+        mean, scale = _mean_and_scale(block, targets.row_weights, settings.eps)
 
-    def solve(candidates: tuple[float, ...], weights: np.ndarray):
-        n = len(candidates)
+    def solve(tasks: list[tuple[float, np.ndarray]]) -> list[ProbeSolution]:
+        """Solve all problems, for each pair of a value of C and weights of the rows."""
         return solve_probes(
             block,
-            np.tile(targets.signs, (1, n)),
-            C=np.repeat(candidates, targets.n_problems),
-            sample_weight=np.tile(weights, (1, n)),
+            np.tile(targets.signs, (1, len(tasks))),
+            C=np.repeat([C for C, _ in tasks], targets.n_problems),
+            sample_weight=np.hstack([weights for _, weights in tasks]),
             penalty=settings.penalty,
             tol=settings.tol,
             max_iter=settings.max_iter,
             mean=mean,
             scale=scale,
             device=settings.device,
-        )
+        ).split(len(tasks))
 
     training = targets.weights.copy()
     training[validation] = 0
-    trial = solve(settings.C, training)
-    held_out = (block[validation] - mean) / scale  # (n_rows, n_neurons)
-    decisions = held_out @ trial.coef.T + trial.intercept  # (n_rows, n_candidates * n_problems)
+    trials = [(C, training) for C in settings.C]
+    # With nothing to choose, all rows need not wait for the trial: solved in one go, both take one
+    # pass over the columns, and two threads have a problem each.
+    known = [(C, targets.weights) for C in settings.C if len(settings.C) == 1]
+    solved = solve(trials + known)
+    coef = np.vstack([probe.coef for probe in solved[: len(trials)]])
+    intercept = np.hstack([probe.intercept for probe in solved[: len(trials)]])
+    # By parts, for the same reason as below: this is a copy in float64.
+    decisions = np.concatenate(
+        [
+            (block[validation[rows]] - mean) / scale @ coef.T + intercept
+            for rows in _parts(len(validation), block)
+        ]
+    )  # (n_rows, n_trials * n_problems)
     scores = [
-        targets.score(decision, validation)
-        for decision in np.split(decisions, len(settings.C), axis=1)
+        targets.score(decision, validation) for decision in np.split(decisions, len(trials), axis=1)
     ]
     # Candidates ascend, so of equals the first, and with it the sparsest probe, is taken.
     best = int(np.argmax(scores))
-    final = solve(settings.C[best : best + 1], targets.weights)
+    final = solved[-1] if known else solve([(settings.C[best], targets.weights)])[0]
     return LayerProbe(
         coef=final.coef,
         score=scores[best],
@@ -110,11 +129,27 @@ def fit_layer_probe(
     )
 
 
-def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _parts(n_rows: int, block: np.ndarray) -> Iterator[slice]:
+    return gen_batches(n_rows, max(1, _PART_BYTES // (8 * block.shape[1])))
+
+
+def _refuse_large(block: np.ndarray) -> None:
+    largest = max(-float(block.min()), float(block.max()))
+    if not largest <= _LARGEST:
+        raise ValueError(
+            f"X holds values as large as {largest:.3g}, but probes compute in float32, where the "
+            f"squares of more than {_LARGEST:.0e} have no room. Scale or drop the columns that "
+            "hold them."
+        )
+
+
+def _mean_and_scale(
+    block: np.ndarray, row_weights: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Measure each column; one that does not vary gets a scale of 1, and so stays (nearly) 0."""
     scaler = StandardScaler()
     # By parts, because it works on a copy in float64 of what it is given.
-    for rows in gen_batches(len(block), _ROWS):
+    for rows in _parts(len(block), block):
         scaler.partial_fit(block[rows], sample_weight=row_weights[rows])
     # scikit-learn knows columns that are constant in float64. Activations that differ in their last
     # float32 digits only do not vary either: divided by so little, rounding would look like signal.
@@ -123,4 +158,10 @@ def _mean_and_scale(block: np.ndarray, row_weights: np.ndarray) -> tuple[np.ndar
     rounding = np.maximum(
         8 * float32.eps * np.abs(scaler.mean_), np.sqrt(float32.tiny) / float32.eps
     )
-    return scaler.mean_, np.where(scaler.scale_ > rounding, scaler.scale_, 1.0)
+    varies = scaler.scale_ > rounding
+    if varies.any():
+        # A nearly dead neuron carries the rounding of the large numbers that its layer computed it
+        # from: GELU gives 1e-6 at -5, give or take 1e-7, and differently in every batch. What
+        # varies by less than half the digits of its layer's columns is taken for that.
+        varies &= scaler.scale_ > np.sqrt(eps) * np.median(scaler.scale_[varies])
+    return scaler.mean_, np.where(varies, scaler.scale_, 1.0)

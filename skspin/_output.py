@@ -38,16 +38,31 @@ def fill_file(
     ndarray of the shape, float32
         Mapped from a file that ``numpy.load`` reads too.
     """
+    if not os.fspath(folder):
+        raise ValueError("output_folder='' names no folder. Give one, or None to use memory.")
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"output_folder={str(folder)!r}, but {error.filename} is a file. Give a folder, which "
+            "is made if it is not there."
+        ) from error
     handle, path = tempfile.mkstemp(suffix=".part", prefix="activations-", dir=folder)
     part = Path(path)
     try:
         with os.fdopen(handle, "r+b") as file:
-            matrix = np.lib.format.open_memmap(part, "w+", np.dtype(np.float32), shape)
-            if hasattr(os, "posix_fallocate"):
-                # Writing to a mapping when the disk is full would end the process, not raise.
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+            try:
+                matrix = np.lib.format.open_memmap(part, "w+", np.dtype(np.float32), shape)
+                _reserve(file.fileno(), part.stat().st_size)
+            except OSError as error:
+                n_bytes = 4 * shape[0] * shape[1]
+                raise OSError(
+                    error.errno,
+                    f"output_folder={str(folder)!r} has no room for {n_bytes / 1e6:,.0f} MB of "
+                    f"activations ({error.strerror}). Make room, give another folder, or ask for "
+                    "fewer layers, sites or poolings",
+                ) from error
         fill(matrix)
         matrix.flush()
         del matrix  # some systems rename no file that is mapped
@@ -57,3 +72,9 @@ def fill_file(
         part.unlink(missing_ok=True)
         raise
     return np.load(whole, mmap_mode="r")
+
+
+def _reserve(file: int, n_bytes: int) -> None:
+    """Have the disk set room aside: writing to a mapping when it is full would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, n_bytes)

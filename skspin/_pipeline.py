@@ -19,9 +19,9 @@ def make_spin_pipeline(
     pooling=("mean", "max"),
     **transformer_params,
 ):
-    """Classify texts by a language model's salient neurons: SPIN [1]_ as a scikit-learn Pipeline.
+    """Classify texts by a language model's salient neurons: SPIN as a scikit-learn Pipeline.
 
-    The steps are ``activations`` (:class:`LLMActivationTransformer`), ``select``
+    The steps of SPIN [1]_ are ``activations`` (:class:`LLMActivationTransformer`), ``select``
     (:class:`SalientNeuronSelector`), ``scale`` (:class:`~sklearn.preprocessing.StandardScaler`) and
     ``classify``. The defaults lie between what validation parts chose on two data sets (SST-2:
     sparsity 0.05 and a head of ``C=0.0003``; TREC-6: 0.2 and 0.03); both are worth a search.

@@ -84,7 +84,7 @@ class Columns:
         Returns
         -------
         gram : ndarray of shape (n_chosen, n_chosen)
-            In the arithmetic of the products.
+            In the arithmetic of the products; not finite where it cannot hold them.
         """
         arrays = self._arrays
         index = arrays.load_index(chosen)
@@ -102,13 +102,15 @@ class Columns:
                 # Centred before it is squared: float32 loses small differences of large numbers.
                 columns -= mean
                 columns *= roots[:, None]
-                products = products + columns.T @ columns  # (k, k)
+                with np.errstate(over="ignore", invalid="ignore"):  # then infinite, as promised
+                    products = products + columns.T @ columns  # (k, k)
                 sums = sums + roots @ columns  # (k,)
             return products, sums
 
         parts = self._threads.map(part, self._stretches())
         products, sums = (sum(terms[1:], start=terms[0]) for terms in zip(*parts, strict=True))
-        products -= sums[:, None] * (sums / float(weights.sum()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            products -= sums[:, None] * (sums / float(weights.sum()))
         products /= scale
         products /= scale[:, None]
         return arrays.unload(products, keep_dtype=True)

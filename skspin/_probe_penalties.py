@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+from scipy.linalg import cho_solve
 
 # A working set holds at least so many columns, and twice the support: enough to grow by in few
 # steps, while Gram matrices, which cost its square, stay small until the support is large.
@@ -71,7 +72,7 @@ class L2:
         """Solve the normal equations."""
         system = gram.astype(np.float64)
         system[np.diag_indices_from(system)] += 1
-        return start - np.linalg.solve(system, gradient + start)
+        return start - _solve(system, gradient + start)
 
 
 class L1:
@@ -162,34 +163,56 @@ def _accelerated_steps(
 def _solve_on_support(
     gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, u: np.ndarray
 ) -> np.ndarray:
-    """Minimise for the signs that ``u`` has; drop what changes its sign on the way, and repeat."""
+    """Minimise for the signs that ``u`` has; where some would flip go less far, and repeat."""
     for _ in range(_SOLVES_A_ROUND):
         support = np.flatnonzero(u)
         if not support.size:
             return u
         old = u[support]
-        signs = np.sign(old)
-        slope = (gradient + _product(gram, u - start))[support] + signs
+        slope = (gradient + _product(gram, u - start))[support]
         system = gram[np.ix_(support, support)].astype(np.float64)
-        new = old - np.linalg.solve(system, slope)
-        flipped = new * signs < 0
+        new = old - _solve(system, slope + np.sign(old))
+        flipped = new * old < 0
         u = np.zeros_like(u)
         if not flipped.any():
             u[support] = new
             return u
-        candidates = [np.where(flipped, 0, new), _until_first_zero(old, new, flipped)]
-        u[support] = min(candidates, key=lambda v: (v - old) @ (slope + system @ (v - old) / 2))
+
+        candidates = [np.where(flipped, 0, new), _best_zero(old, new, flipped, slope, system)]
+        values = [_value(v - old, v, slope, system) for v in candidates]
+        u[support] = candidates[int(np.argmin(values))]
     return u
 
 
-def _until_first_zero(old: np.ndarray, new: np.ndarray, flipped: np.ndarray) -> np.ndarray:
-    """Go from ``old`` towards ``new`` until the first entry is zero: that never goes uphill."""
-    shares = np.full(len(old), np.inf)
-    shares[flipped] = old[flipped] / (old[flipped] - new[flipped])
-    first = int(shares.argmin())
-    reached = old + shares[first] * (new - old)
-    reached[first] = 0
+def _value(step: np.ndarray, at: np.ndarray, slope: np.ndarray, system: np.ndarray) -> float:
+    return step @ (slope + system @ step / 2) + np.abs(at).sum()
+
+
+def _best_zero(
+    old: np.ndarray, new: np.ndarray, flipped: np.ndarray, slope: np.ndarray, system: np.ndarray
+) -> np.ndarray:
+    """Go from ``old`` towards ``new`` until an entry is zero, the one where the value is lowest.
+
+    The first of them never lies uphill; the best lies beyond all that hardly differ from zero.
+    """
+    moves = new - old  # (k,)
+    shares = old[flipped] / -moves[flipped]  # (n_flipped,)
+    points = old + shares[:, None] * moves  # (n_flipped, k)
+    curve = moves @ system @ moves / 2
+    best = int((shares * (slope @ moves + shares * curve) + np.abs(points).sum(axis=1)).argmin())
+    reached = points[best]
+    reached[np.flatnonzero(flipped)[best]] = 0
     return reached
+
+
+def _solve(system: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solve a symmetric system: by Cholesky, or by LU where rounding has made it indefinite."""
+    # NumPy's factors are computed while other threads run; SciPy's are not in all its versions.
+    try:
+        root = np.linalg.cholesky(system)
+    except np.linalg.LinAlgError:
+        return np.linalg.solve(system, right)
+    return cho_solve((root.T, False), right, check_finite=False)
 
 
 def _product(gram: np.ndarray, vector: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ class Problem:
         self._solve_intercept()
         return -self.signs * self.weights * self.misfit
 
-    def measure(self, gradient: np.ndarray) -> None:
+    def measure(self, gradient: np.ndarray, final: bool) -> None:
         """Measure the relative duality gap.
 
         With the best intercept the residuals sum to zero, so that a share of them, which the
@@ -67,6 +67,8 @@ class Problem:
         ----------
         gradient : ndarray of shape (n_columns,)
             The residuals' correlations with the columns.
+        final : bool
+            Whether no finer arithmetic follows, to which a slow problem might be left.
         """
         share, dual_penalty = self.penalty.dual(gradient)
         theta = np.clip(share * self.misfit, _TINY, 1 - 1e-16)  # (n,)
@@ -75,8 +77,10 @@ class Problem:
         objective = self._loss(self.scores, self.intercept) + self.penalty.value(self.coef)
         gap = max(objective - dual, 0.0) / objective
         # Once rounding decides, steps gain next to nothing of what the gap holds out, nor close it.
-        gained = self.objective - objective
-        idle = gained < 1e-3 * self.gap * objective and gap > self.gap / 2
+        # But so do some that lead on, where the bound is loose: only rounding of the objective
+        # itself is proof enough to give up for good.
+        least = 1e-13 if final else 1e-3 * self.gap
+        idle = self.objective - objective < least * objective and gap > self.gap / 2
         self.idle = self.idle + 1 if idle else 0
         self.objective, self.gap = objective, gap
 
@@ -101,15 +105,18 @@ class Problem:
             How the minimum differs from ``coef``.
         """
         chosen = self.penalty.working_set(self.coef, gradient)
+        direction = np.zeros_like(self.coef)
         gram = columns.gram(chosen, self._curvature())  # (k, k)
+        # Squares of columns that float32 holds may be too large for it, and rounding can make a
+        # nearly singular matrix indefinite, so that there is no minimum to go to. Going nowhere
+        # leaves the problem to a finer arithmetic.
+        if not np.isfinite(gram).all():
+            return direction
         diagonal = gram.diagonal() * (1 + _RIDGE[gram.dtype])
         gram[np.diag_indices_from(gram)] = np.where(diagonal > 0, diagonal, 1)
         start = self.coef[chosen]
         tol = 0.1 * self.penalty.violation(self.coef, gradient)
-        direction = np.zeros_like(self.coef)
         step = self.penalty.minimise(gram, gradient[chosen], start, tol) - start
-        # Rounding can make a nearly singular Gram matrix indefinite, and then there is no minimum
-        # to go to. Going nowhere leaves the problem to a finer arithmetic.
         if np.abs(step).max(initial=0) < _FARTHEST:
             direction[chosen] = step
         return direction

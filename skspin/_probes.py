@@ -35,6 +35,12 @@ class ProbeSolution:
     n_iter: np.ndarray
     dual_gap: np.ndarray
 
+    def split(self, n_parts: int) -> list[ProbeSolution]:
+        """Cut into parts of equally many problems, in order."""
+        columns = (self.coef, self.intercept, self.n_iter, self.dual_gap)
+        parts = zip(*(np.split(column, n_parts) for column in columns), strict=True)
+        return [ProbeSolution(*part) for part in parts]
+
 
 def solve_probes(
     X: np.ndarray,
@@ -140,7 +146,7 @@ def solve_probes(
         for dtype, place in (("float32", device), ("float64", None)):
             unsolved = [problem for problem in problems if problem.objective > 0]
             columns = Columns(X, mean, scale, dtype, place, threads)
-            _descend(unsolved, columns, threads, tol, max_iter)
+            _descend(unsolved, columns, threads, tol, max_iter, final=dtype == "float64")
     return ProbeSolution(
         coef=np.stack([problem.coef for problem in problems]),
         intercept=np.array([problem.intercept for problem in problems]),
@@ -175,7 +181,12 @@ def _signs_and_weights(
 
 
 def _descend(
-    problems: list[Problem], columns: Columns, threads: Threads, tol: float, max_iter: int
+    problems: list[Problem],
+    columns: Columns,
+    threads: Threads,
+    tol: float,
+    max_iter: int,
+    final: bool,
 ) -> None:
     """Step problems side by side until each is solved or gets no further.
 
@@ -194,7 +205,7 @@ def _descend(
                 "X holds values that are not finite or too large for float32. Drop or scale the "
                 "columns that hold them."
             )
-        threads.map(Problem.measure, problems, gradients)
+        threads.map(Problem.measure, problems, gradients, repeat(final, len(problems)))
         unsolved = [
             (problem, gradient)
             for problem, gradient in zip(problems, gradients, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import issparse
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.feature_selection import SelectorMixin
 from sklearn.multiclass import OneVsRestClassifier
@@ -26,6 +26,7 @@ from sklearn.preprocessing import (
 )
 from sklearn.utils.validation import check_is_fitted
 
+from skspin._diagram import model_name
 from skspin._linear import linear_parts, weights_of
 from skspin._persistence import shallow_copy
 from skspin._selector import SalientNeuronSelector
@@ -79,10 +80,11 @@ def prune(pipeline):
     Returns
     -------
     pruned : Pipeline
-        A new fitted pipeline with the same steps; a :class:`SalientNeuronSelector` in it selects
-        all that is left, another selector has become "passthrough". It shares the language model,
-        and fitted parts that did not change, with ``pipeline``, which is left as it was. Fitting it
-        again starts from all layers, as fitting ``pipeline`` does.
+        A new fitted pipeline with the same steps, of which the selector selects all that is left
+        (one of another kind than :class:`SalientNeuronSelector` is inside a step that does so). It
+        shares the language model, and fitted parts that did not change, with ``pipeline``, which is
+        left as it was. Fitting it again does what fitting ``pipeline`` does, from all layers on;
+        only the members of a FeatureUnion that were of no use have become "drop" for good.
 
     Raises
     ------
@@ -137,8 +139,9 @@ def _narrow(step: Any, need: Need) -> tuple[Any, Need]:
 def _(step: LLMActivationTransformer, need: Need) -> tuple[Any, Need]:
     if need.columns is None:
         raise ValueError(
-            f"The activations of {step.model!r} can't be pruned, because {need.by} needs all of "
-            "them. Put a SalientNeuronSelector directly behind the LLMActivationTransformer."
+            f"The activations of {model_name(step.model)!r} can't be pruned, because {need.by} "
+            "needs all of them. Put a SalientNeuronSelector directly behind the "
+            "LLMActivationTransformer."
         )
     return step._restrict_to(need.columns), Need(None, type(step).__name__)
 
@@ -148,9 +151,11 @@ def _(step: SelectorMixin, need: Need) -> tuple[Any, Need]:
     support = step.get_support().copy()  # (n_columns,)
     if need.columns is not None:
         support[support] = need.columns
-    ours = isinstance(step, SalientNeuronSelector)
-    narrowed = step._restrict_to(support) if ours else "passthrough"
-    return narrowed, Need(support, type(step).__name__)
+    if isinstance(step, SalientNeuronSelector):
+        return step._restrict_to(support), Need(support, type(step).__name__)
+    selector = step.selector if isinstance(step, KeptColumns) else step
+    everything = np.ones(support.sum(), dtype=bool)
+    return KeptColumns.of(everything, selector), Need(support, type(step).__name__)
 
 
 @_narrow.register(LinearClassifierMixin)
@@ -230,8 +235,7 @@ def _whole(step: Any, need: Need) -> Any:
     """Leave a step as it is, and take away behind it what is not needed."""
     if need.columns is None or need.columns.all():
         return _copy(step)
-    keep = KeptColumns(need.columns).fit(np.zeros((1, need.columns.size)))
-    return Pipeline([("whole", _copy(step)), ("keep", keep)])
+    return Pipeline([("whole", _copy(step)), ("keep", KeptColumns.of(need.columns))])
 
 
 def _take_columns(step: Any, columns: np.ndarray, attributes: tuple[str, ...]) -> Any:
@@ -254,25 +258,41 @@ def _reads_activations(step: Any) -> bool:
 
 
 class KeptColumns(SelectorMixin, BaseEstimator):
-    """Keep some columns of what the step before gives.
+    """A selection that pruning made; fitted again, it is what was there before.
 
     Parameters
     ----------
-    columns : ndarray of shape (n_columns,), bool
-        True for the columns to keep.
+    selector : selector or None, default=None
+        What selects when this is fitted; None for all columns.
+
+    Attributes
+    ----------
+    support_ : ndarray of shape (n_columns,), bool
+        True for the columns kept.
     """
 
-    def __init__(self, columns):
-        self.columns = columns
+    def __init__(self, selector=None):
+        self.selector = selector
+
+    @classmethod
+    def of(cls, columns: np.ndarray, selector: Any = None) -> KeptColumns:
+        """Make one that is fitted, and keeps ``columns`` of shape (n_columns,), bool."""
+        kept = cls(selector)
+        kept.support_, kept.n_features_in_ = columns, columns.size
+        return kept
 
     def fit(self, X, y=None):
-        """Take note of the number of columns; nothing else is learnt."""
+        """Select afresh."""
         self.n_features_in_ = X.shape[1]
+        self.support_ = np.ones(self.n_features_in_, dtype=bool)
+        if self.selector is not None:
+            self.support_ = clone(self.selector).fit(X, y).get_support()
         return self
 
     def transform(self, X):
         """Keep the columns; arrays, sparse matrices and frames stay what they are."""
-        return _safe_indexing(X, np.flatnonzero(self.columns), axis=1)
+        return _safe_indexing(X, np.flatnonzero(self._get_support_mask()), axis=1)
 
     def _get_support_mask(self):
-        return self.columns
+        check_is_fitted(self, "support_")
+        return self.support_

@@ -13,6 +13,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from skspin._diagram import diagram_block
+from skspin._extraction.device import usable_device
 from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layer_sizes import find_layers
@@ -58,8 +59,10 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         each; None takes all columns for one layer.
     standardize : bool, default=True
         Fit the probes on columns of mean 0 and variance 1. Salience compares neurons whose scales
-        differ widely, so turn this off only for columns that share a scale already. The selected
-        columns themselves come out as they went in.
+        differ widely, so turn this off only for columns that share a scale already. A column that
+        varies 3,000 times less than its layer's median counts as constant in float32, where what
+        is left of it is rounding (in float64: 7e7 times). The selected columns themselves come out
+        as they went in.
     class_weight : dict, list of dict, "balanced" or None, default=None
         Weights of classes, as in scikit-learn.
     validation_fraction : float in (0, 1), default=0.2
@@ -221,12 +224,13 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         ------
         ValueError
             If the layers do not add up to the columns of ``X``, no layer is left by ``max_layer``,
-            or ``y`` has fewer than two classes.
+            ``y`` has fewer than two classes, or a value of ``X`` is not finite or beyond 1e12.
         """
         carried = layout_of(X)
-        X, y = validate_data(
-            self, X, y, dtype=[np.float32, np.float64], multi_output=True, ensure_min_samples=2
-        )
+        with np.errstate(invalid="ignore"):  # scikit-learn adds all values up, and more if need be
+            X, y = validate_data(
+                self, X, y, dtype=[np.float32, np.float64], multi_output=True, ensure_min_samples=2
+            )
         layers = find_layers(self.layer_sizes, carried, X.shape[1], self.max_layer)
         rows: slice | np.ndarray = slice(None)
         if sample_weight is not None:
@@ -258,8 +262,15 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         targets: Targets,
         layers: list[LayerColumns],
     ) -> list[LayerProbe]:
+        device = None if self.device is None else usable_device(self.device)
         settings = ProbeSettings(
-            self._resolve_C(), self.penalty, self.standardize, self.tol, self.max_iter, self.device
+            self._resolve_C(),
+            self.penalty,
+            self.standardize,
+            self.tol,
+            self.max_iter,
+            device,
+            float(np.finfo(X.dtype).eps),
         )
         # A seed of our own for None: another split at every fit would make every fit of a search
         # solve its probes afresh.
@@ -268,9 +279,8 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         fit = fit_layer_probe if self.cache is None else recall_or_fit_layer_probe
         probes = []
         for layer in follow_layers(layers, self, X, y, self.verbose):
-            # One layer at a time: this copy is all that is held beside X.
-            block = np.ascontiguousarray(X[rows, layer.columns], dtype=np.float32)
-            probes.append(fit(block, targets, validation, settings))
+            # One layer at a time: its copy, made where the probe is new, is all that is held.
+            probes.append(fit(X[rows, layer.columns], targets, validation, settings))
         return probes
 
     def _resolve_C(self) -> tuple[float, ...]:
@@ -325,8 +335,8 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         ]
         if behind:
             warnings.warn(
-                f"Probes stopped at max_iter={self.max_iter} above the relative duality gap "
-                f"tol={self.tol}: {', '.join(behind)}. Increase max_iter or tol, or lower C.",
+                f"Probes stopped above the relative duality gap tol={self.tol}: "
+                f"{', '.join(behind)}. Increase max_iter={self.max_iter} or tol, or lower C.",
                 ConvergenceWarning,
                 stacklevel=4,
             )

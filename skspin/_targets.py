@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,7 @@ def encode_targets(
         If ``y`` is continuous or several multiclass outputs, or has fewer than two classes.
     """
     check_classification_targets(y)
+    _check_class_weight(class_weight)
     kind = type_of_target(y)
     if kind == "multiclass-multioutput":
         raise ValueError(
@@ -107,6 +109,16 @@ def encode_targets(
     weights = compute_sample_weight(class_weight, y) * base
     weights = np.repeat(weights[:, None], indicator.shape[1], axis=1)
     return Targets(classes, _signs(indicator), weights, base, strata, exclusive=True)
+
+
+def _check_class_weight(class_weight: Any) -> None:
+    for table in class_weight if isinstance(class_weight, list) else [class_weight]:
+        weights = table.values() if isinstance(table, Mapping) else []
+        if not all(isinstance(weight, Real) and 0 <= float(weight) < np.inf for weight in weights):
+            raise ValueError(
+                f"class_weight={class_weight!r} must give each class a finite number that is not "
+                "negative."
+            )
 
 
 def _signs(indicator: np.ndarray) -> np.ndarray:

@@ -92,12 +92,17 @@ def _read(X: Any, n_texts: int) -> Iterator[list[str]]:
     parts = _slices(X, n_texts) if _can_slice(X) else _runs(X)
     start = 0
     for part in parts:
+        end = start + len(part)
+        if end > n_texts:
+            break
         yield _check(part, start)
-        start += len(part)
-    if start != n_texts:
+        start = end
+    else:
+        end = start
+    if end != n_texts:
         raise ValueError(
-            f"X says that it holds {n_texts} texts, but gives {start}. Its __len__ must count what "
-            "its __iter__ gives."
+            f"X says that it holds {n_texts} texts, but gives {end}{' or more' * (end > n_texts)}. "
+            "Its __len__ must count what its __iter__ gives."
         )
 
 
@@ -144,7 +149,8 @@ def _only_column(X: Any) -> Any:
 def _count(X: Any) -> int:
     readable = hasattr(X, "__iter__") or hasattr(X, "__getitem__")
     if isinstance(X, dict | set | frozenset) or not (hasattr(X, "__len__") and readable):
-        raise TypeError(f"X is a {type(X).__name__}, but {_ALLOWED} is needed.")
+        advice = " It can be read only once: make a list of it, list(X)." * hasattr(X, "__next__")
+        raise TypeError(f"X is a {type(X).__name__}, but {_ALLOWED} is needed.{advice}")
     return len(X)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -165,7 +166,11 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         "batch_tokens": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "cache": [str, os.PathLike, None],
         "output_folder": [str, os.PathLike, None],
-        "n_jobs": [Integral, None],
+        "n_jobs": [
+            Interval(Integral, 1, None, closed="left"),
+            Interval(Integral, None, -1, closed="right"),
+            None,
+        ],
         "verbose": ["verbose"],
         "trust_remote_code": ["boolean"],
         "model_kwargs": [dict, None],
@@ -237,7 +242,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         open_texts(X)
         self._check_prompt()
         model = self._frozen_model()
-        shape = model.shape(open_store(self.cache))
+        shape = model.shape
         self.layout_ = shape.layout(
             stacks=_choice("stack", self.stack, _STACKS),
             sites=_choice("site", self.site, SITES),
@@ -271,8 +276,12 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         NotFittedError
             If ``fit`` was not called.
         TypeError, ValueError
-            If ``X`` is no container of texts, or an activation is not finite, as float16 can
-            overflow.
+            If ``X`` is no container of texts, a device or folder can't be used, or an activation
+            is not finite, as float16 can overflow.
+        MemoryError
+            If a single text does not fit into the memory of the device.
+        OSError
+            If the file in ``output_folder`` can't be written, e.g. because the disk is full.
         ModelMismatchError
             If the model's weights or tokenizer have changed since ``fit``.
         """
@@ -282,14 +291,16 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
         model.refuse_unless(self.model_fingerprint_)
         truncation = Truncation(self.max_length)
         identity = hashlib.blake2b(f"{model.context}{self.layout_}".encode(), digest_size=16)
+        # Only a file is named by its texts.
+        chunks = texts if self.output_folder is None else _digested(texts, identity)
 
         def fill(out: np.ndarray) -> None:
             recall_or_compute(
-                _digested(texts, identity),
+                chunks,
                 self.layout_,
                 out,
                 context=model.context,
-                store=open_store(self.cache),
+                store=model.store,
                 extract=partial(model.extract, truncation=truncation),
                 model=model.name,
             )
@@ -333,6 +344,7 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
                 trust_remote_code=self.trust_remote_code,
                 model_kwargs=self.model_kwargs,
             ),
+            open_store(self.cache),
             device=self.device,
             dtype=self.dtype,
             prompt=self.prompt,
@@ -371,6 +383,17 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
                 setattr(twin, state, clone(getattr(self, state), safe=False))
         return twin.set_params(**shared)
 
+    def __copy__(self):
+        """Copy what is held as it is; a copy's state would be a pickle's, without the model."""
+        return shallow_copy(self)
+
+    def __deepcopy__(self, memo):
+        """Share the model and tokenizer, as clones do."""
+        memo.update({id(shared := getattr(self, name)): shared for name in _SHARED})
+        twin = shallow_copy(self)
+        vars(twin).update(deepcopy(vars(self), memo))
+        return twin
+
     def __getstate__(self):
         """Leave a model in memory out of the pickle."""
         state = super().__getstate__()
@@ -402,7 +425,7 @@ def _digested(chunks: Iterable[list[str]], identity: Any) -> Iterator[list[str]]
 def _choice(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
     """Turn one choice or several into a tuple, in the order of ``allowed``."""
     chosen = (value,) if isinstance(value, str) else tuple(value)
-    if not chosen or not set(chosen) <= set(allowed):
+    if not chosen or any(option not in allowed for option in chosen):
         raise ValueError(f"{name}={value!r} must be one of {list(allowed)} or a tuple of them.")
     return tuple(option for option in allowed if option in chosen)
 

@@ -148,22 +148,6 @@ def test_a_folder_that_changes_gets_a_new_fingerprint_and_new_weights(folder, pa
         torch.testing.assert_close(dict(after.model.state_dict()), dict(other.state_dict()))
 
 
-def test_a_file_that_did_not_change_is_read_once():
-    known = {}
-    source = Source(demo_model())
-    first = fingerprint(source, known)
-    assert fingerprint(source, known) == first
-    weights = next(key for key in known if "model.safetensors" in key)
-    known[weights] = "what is remembered, not what is in the file"
-    assert fingerprint(source, known) != first
-
-
-def test_a_file_that_was_just_written_is_not_trusted_to_stay(folder):
-    known = {}
-    fingerprint(Source(folder), known)
-    assert not known
-
-
 def test_the_fingerprint_needs_no_torch(folder, cache):
     code = f"""
 import sys
@@ -371,7 +355,7 @@ def test_a_model_in_the_cache_needs_no_hub(cache, silent_hub):
 
 
 def test_a_hub_that_does_not_answer_is_said(silent_hub):
-    with pytest.raises(ValueError, match="'nobody/nothing'.*the hub answered with ReadTimeout"):
+    with pytest.raises(ValueError, match="'nobody/nothing'.*the hub can't be reached .ReadTimeout"):
         load_backbone(Source("nobody/nothing"))
 
 

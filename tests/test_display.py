@@ -4,11 +4,13 @@ import builtins
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.stats import loguniform
 from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import Pipeline
 
 from skspin import (
@@ -116,6 +118,31 @@ def test_a_selector_inside_a_column_transformer_is_counted(data):
     assert display.n_neurons[1] == selector.n_selected_.sum()
 
 
+def test_of_a_random_search_the_best_candidate_of_each_sparsity_is_drawn(data):
+    distributions = {"select__sparsity": SPARSITY, "classify__C": loguniform(1e-6, 1)}
+    search = RandomizedSearchCV(spin(), distributions, n_iter=9, random_state=0).fit(*data)
+    display = SparsityPathDisplay.from_search(search)
+    frame = pd.DataFrame(search.cv_results_)
+    best = frame.groupby("param_select__sparsity").mean_test_score.max()
+    assert display.sparsity.tolist() == best.index.tolist() and len(best) > 1
+    np.testing.assert_array_equal(display.score_mean, best)
+    assert display.score_mean[display.sparsity == display.best_sparsity] == search.best_score_
+
+
+def test_a_path_is_found_among_parameters_that_are_arrays(data):
+    sizes = [[20, 20, 20], np.array([30, 30]), np.array([15] * 4)]
+    grid = {"select__layer_sizes": sizes, "select__sparsity": SPARSITY}
+    search = GridSearchCV(spin(), grid, cv=2).fit(*data)
+    assert SparsityPathDisplay.from_search(search).sparsity.tolist() == sorted(SPARSITY)
+
+
+def test_one_layer_has_one_whole_number_for_a_tick(data):
+    selector = SalientNeuronSelector(layer_sizes=None, C=0.3).fit(*data)
+    display = LayerSalienceDisplay.from_estimator(selector)
+    low, high = display.count_ax_.get_xlim()
+    assert [tick for tick in display.count_ax_.get_xticks() if low <= tick <= high] == [0]
+
+
 def test_without_a_refit_there_is_one_panel(data):
     search = GridSearchCV(spin(), {"select__sparsity": SPARSITY}, refit=False).fit(*data)
     display = SparsityPathDisplay.from_search(search)
@@ -164,6 +191,15 @@ def test_tokens_are_drawn_in_reading_order_with_their_contributions():
     assert display.ax_.get_xlabel() == "contribution to the decision value for 1"
     assert "+1.75 = tokens +1.25, intercept +0.50" in display.ax_.get_title(loc="left")
     display.figure_.draw_without_rendering()
+
+
+def test_a_long_word_leaves_room_for_the_bars():
+    display = TokenContributionDisplay.from_explanation(explained(["x" * 99, "y"], [1.0, 2.0]))
+    labels = [label.get_text() for label in display.ax_.get_yticklabels()]
+    assert labels == ["x" * 27 + "…", "y"]
+    assert display.tokens[0] == "x" * 99
+    display.figure_.draw_without_rendering()
+    assert display.ax_.get_position().width > 0.5
 
 
 def test_the_other_class_is_the_picture_turned_around():

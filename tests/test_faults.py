@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from skspin import LLMActivationTransformer
+from skspin import LLMActivationTransformer, open_store
 from skspin.datasets import demo_model
 
 TEXTS = [f"text {i} " + "word " * (i % 20) for i in range(60)]
@@ -134,6 +136,107 @@ def test_threads_may_share_an_estimator(folder, tmp_path):
         np.testing.assert_allclose(X, expected[order], atol=1e-5)
 
 
+def test_a_store_removed_in_use_costs_a_warning_and_no_row(tiny, tmp_path):
+    expected = LLMActivationTransformer(**tiny, cache=None).fit_transform(TEXTS)
+    store, n_batches = tmp_path / "store", []
+    fitted = LLMActivationTransformer(**tiny, cache=store, batch_tokens=64).fit(TEXTS)
+    fitted.transform(TEXTS[:10])
+
+    def remove(*args):
+        n_batches.append(1)
+        if len(n_batches) == 3:
+            shutil.rmtree(store)
+
+    removing = tiny["model"].register_forward_pre_hook(remove)
+    with pytest.warns(UserWarning, match="Could not .* the store.*results stay the same") as warned:
+        X = fitted.transform(TEXTS)
+    removing.remove()
+    assert len(warned) == 1 and len(n_batches) > 5
+    np.testing.assert_allclose(X, expected, atol=1e-5)
+    # The next call begins a new store.
+    np.testing.assert_allclose(fitted.transform(TEXTS), expected, atol=1e-5)
+    assert open_store(store).info().entries == 3 * len(set(TEXTS))
+
+
+def test_a_process_that_is_killed_is_resumed_where_it_was(folder, tmp_path):
+    code = """
+        import os, signal, sys, numpy as np
+        from skspin import LLMActivationTransformer
+        from skspin._extraction import batching
+        texts = [f"text {i} " + "word " * (i % 20) for i in range(60)]
+        texts += texts[:5]
+        n_computed, most, run = [], int(sys.argv[2]), batching._try_batch
+
+        def counting(backbone, ids, segments):
+            if sum(n_computed) > most:
+                os.kill(os.getpid(), signal.SIGKILL)
+            n_computed.append(len(ids))
+            return run(backbone, ids, segments)
+
+        batching._try_batch = counting
+        transformer = LLMActivationTransformer(
+            sys.argv[1], dtype="float32", batch_tokens=64, cache="store", output_folder="output"
+        )
+        X = transformer.fit_transform(texts)
+        print(sum(n_computed), X.base.filename if hasattr(X.base, "filename") else "")
+    """
+
+    def start(most):
+        command = [sys.executable, "-c", textwrap.dedent(code), str(folder), str(most)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+
+    killed = start(20)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (part,) = (tmp_path / "output").iterdir()
+    assert part.suffix == ".part"
+    n_done = open_store(tmp_path / "store").info().entries // 3  # hidden states of three layers
+    assert 20 < n_done < 40
+    resumed = start(1000)
+    assert int(resumed.stdout.split()[0]) == 60 - n_done, resumed.stderr
+    (file,) = (tmp_path / "output").glob("*.npy")
+    expected = transformer(folder).fit_transform(TEXTS)
+    np.testing.assert_allclose(np.load(file), np.concatenate([expected, expected[:5]]), atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs flock")
+def test_a_second_process_with_a_model_on_a_gpu_warns_once(folder, tmp_path, monkeypatch):
+    code = f"""
+        import sys, warnings, pathlib
+        from skspin import LLMActivationTransformer
+        from skspin._extraction import backbone, neighbours
+        neighbours.card_of = lambda device: sys.argv[1]  # as if this were a GPU of that name
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for dtype in ("float32", "bfloat16"):
+                transformer = LLMActivationTransformer({str(folder)!r}, dtype=dtype, cache=None)
+                transformer.fit_transform(["a"])
+        print(*[warning.message for warning in caught], sep="\\n", flush=True)
+        if sys.argv[2] == "stay":
+            sys.stdin.read()
+    """
+
+    def start(card, *, then="go"):
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), card, then],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+
+    first = start("GPU-1", then="stay")
+    assert first.stdout.readline() == "\n"
+    (folder_of_locks,) = tmp_path.glob("skspin-*")
+    assert folder_of_locks.stat().st_mode & 0o777 == 0o700
+    second, elsewhere = start("GPU-1"), start("GPU-2")
+    said = second.communicate(timeout=60)[0]
+    assert said.count("Another process has loaded") == 1 and "cache to a folder" in said
+    assert elsewhere.communicate(timeout=60)[0] == "\n"
+    first.kill()  # it can't say goodbye
+    first.communicate(timeout=60)
+    assert start("GPU-1").communicate(timeout=60)[0] == "\n"
+
+
 def hub_cache(
     home, folder, name="models--some--tiny-bert", commit="0123456789abcdef" * 2 + "0" * 8
 ):
@@ -167,3 +270,63 @@ def test_a_model_that_is_nowhere_fails_within_seconds_and_names_offline_mode(tmp
     assert "some/tiny-bert" in run.stderr and "HF_HUB_OFFLINE" in run.stderr
     assert float(run.stdout) < 10
     assert not list(Path(tmp_path).rglob("*.incomplete"))
+
+
+@pytest.fixture
+def silent_hub():
+    """Serve an address that takes connections and never answers."""
+    connections = []
+
+    def accept():
+        while True:
+            try:
+                connections.append(server.accept()[0])
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", connections
+    for connection in connections:
+        connection.close()
+
+
+TIMED = """
+    import time, torch, transformers
+    from skspin import LLMActivationTransformer
+    start = time.perf_counter()
+    try:
+        fitted = LLMActivationTransformer(
+            "some/tiny-bert", revision={revision!r}, dtype="float32", cache=None
+        ).fit(["a"])
+        print(fitted.revision_, fitted.transform(["a", "b"]).shape)
+    except ValueError as error:
+        print(error)
+    print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_hub_that_never_answers_is_given_up_within_seconds(
+    folder, tmp_path, silent_hub, is_cached, pinned
+):
+    endpoint, connections = silent_hub
+    (tmp_path / "hf").mkdir()
+    commit = hub_cache(tmp_path / "hf", folder)
+    if not is_cached:
+        shutil.rmtree(tmp_path / "hf")
+    run = run_python(
+        TIMED.format(revision=commit if pinned else None),
+        HF_HOME=str(tmp_path / "hf"),
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT=endpoint,
+    )
+    *said, seconds = run.stdout.strip().split("\n")
+    if is_cached:
+        assert said == [f"{commit} (2, 48)"], run.stderr
+        assert not (pinned and connections)  # a commit is what it is
+    else:
+        assert "some/tiny-bert" in said[0] and "offline mode" in said[0]
+        assert "HF_HUB_OFFLINE=1" in said[0]
+    assert float(seconds) < 30

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from reviews import reviews
 from sklearn.base import clone
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
@@ -11,7 +12,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.svm import LinearSVC
 
 from skspin import explain_tokens, make_spin_pipeline, prune
-from skspin.datasets import demo_model, load_docstrings
+from skspin.datasets import demo_model
 
 HEADS = [
     LinearSVC(C=0.001),
@@ -23,11 +24,9 @@ HEADS = [
 
 
 @pytest.fixture(scope="module")
-def docstrings():
-    bunch = load_docstrings(n_per_class=60)
-    three = bunch.target < 3
-    texts = [text for text, keep in zip(bunch.data, three, strict=True) if keep]
-    return texts[:120], texts[120:], bunch.target[three][:120], bunch.target[three][120:]
+def data():
+    texts, kinds = reviews(60)
+    return texts[:120], texts[120:], kinds[:120], kinds[120:]
 
 
 def spin(head):
@@ -36,8 +35,8 @@ def spin(head):
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
-def test_a_head_is_trained_on_the_selected_columns(head, docstrings):
-    train, test, y_train, y_test = docstrings
+def test_a_head_is_trained_on_the_selected_columns(head, data):
+    train, test, y_train, y_test = data
     pipeline = spin(head).fit(train, y_train)
     assert pipeline.score(test, y_test) > 0.5  # of three classes
     alone = clone(head).fit(pipeline[:-1].transform(train), y_train)
@@ -47,11 +46,11 @@ def test_a_head_is_trained_on_the_selected_columns(head, docstrings):
     np.testing.assert_array_equal(prune(pipeline).predict(test), pipeline.predict(test))
 
 
-def test_one_versus_rest_takes_several_labels(docstrings):
-    train, test, y_train, y_test = docstrings
-    library = np.eye(3, dtype=int)
+def test_one_versus_rest_takes_several_labels(data):
+    train, test, y_train, y_test = data
+    kind = np.eye(3, dtype=int)
     labels, expected = (
-        np.column_stack([library[y], [len(text) > 80 for text in texts]]).astype(int)
+        np.column_stack([kind[y], ["not" in text for text in texts]]).astype(int)
         for texts, y in [(train, y_train), (test, y_test)]
     )
     pipeline = spin(OneVsRestClassifier(LogisticRegression(C=0.01))).fit(train, labels)

@@ -56,6 +56,7 @@ OTHERS = {
     "standardize": {"settings": replace(SETTINGS, standardize=False)},
     "tol": {"settings": replace(SETTINGS, tol=1e-4)},
     "max_iter": {"settings": replace(SETTINGS, max_iter=999)},
+    "eps": {"settings": replace(SETTINGS, eps=2.0**-52)},
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import joblib
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from joblib.externals.loky import get_reusable_executor
+from sklearn.model_selection import GridSearchCV
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from skspin import LLMActivationTransformer
+from skspin import LLMActivationTransformer, make_spin_pipeline
 from skspin._extraction.parallel import Work, compute_shard, cut_into_shards, extract_in_parallel
 from skspin._extraction.source import Source
+from skspin._frozen_model import FrozenModel
 from skspin.datasets import demo_model
 
 TEXTS = [f"text {i} " + "word " * (i % 40) for i in range(120)] + ["text 7 " + "word " * 7, ""]
@@ -73,14 +77,18 @@ def test_joblibs_configuration_is_followed(folder, expected, where):
         assert_same(transformer(folder).fit_transform(TEXTS), expected)
 
 
-def refuse(*args):
+def refuse(*args, **options):
     raise AssertionError("a text went through the model again")
 
 
-def test_workers_need_no_store_and_the_caller_keeps_all_rows(folder, expected, tmp_path):
+def test_workers_need_no_store_and_the_caller_keeps_all_rows(
+    folder, expected, tmp_path, monkeypatch
+):
     several = transformer(folder, device=["cpu", "cpu"], cache=tmp_path / "store").fit(TEXTS)
     assert_same(several.transform(TEXTS), expected)
-    several._extract = refuse  # nothing is left to compute
+    monkeypatch.setattr(FrozenModel, "extract", refuse)  # nothing is left to compute
+    with pytest.raises(AssertionError, match="again"):
+        several.transform(["a new one"])
     assert_same(several.transform(TEXTS[::-1]), expected[::-1])
 
 
@@ -110,7 +118,7 @@ def test_a_model_in_memory_is_not_sent_to_processes(tiny):
 def test_two_counts_of_workers_are_one_too_many(folder):
     with pytest.raises(ValueError, match="n_jobs=3 both say"):
         transformer(folder, device=["cpu", "cpu"], n_jobs=3).fit(TEXTS).transform(TEXTS)
-    with pytest.raises(ValueError, match="device="):
+    with pytest.raises(ValueError, match=r"device=\[\] must name at least one device"):
         transformer(folder, device=[]).fit(TEXTS).transform(TEXTS)
 
 
@@ -173,7 +181,7 @@ def test_a_dask_cluster_survives_the_death_of_a_worker(folder, expected):
     row_bytes=st.sampled_from([4, 2**20, 2**26, 2**28]),
 )
 def test_every_text_is_in_one_shard_and_shards_are_alike(lengths, n_workers, row_bytes):
-    shards = cut_into_shards(lengths, n_workers, most_characters=4096, row_bytes=row_bytes)
+    shards = cut_into_shards(lengths, n_workers, most_bytes=4096, row_bytes=row_bytes)
     np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(len(lengths)))
     assert all(len(shard) == 1 or len(shard) * row_bytes <= 2**26 for shard in shards)
     costs = np.minimum(lengths, 4096) + 16
@@ -182,3 +190,86 @@ def test_every_text_is_in_one_shard_and_shards_are_alike(lengths, n_workers, row
     assert max(work) <= costs.sum() / n_workers + costs.max()
     order = np.concatenate([costs[shard] for shard in shards])
     assert (np.diff(order) <= 0).all()  # the longest first
+
+
+@pytest.mark.filterwarnings("default")  # of ray's own
+def test_ray_gives_what_one_process_gives_and_survives_the_death_of_a_worker(folder, expected):
+    ray = pytest.importorskip("ray")
+    from ray.util.joblib import register_ray
+
+    register_ray()
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    work, fitted = work_on(folder)
+    try:
+        with joblib.parallel_config(backend="ray", n_jobs=-1):
+            assert joblib.effective_n_jobs(None) == 2
+            assert_same(fitted.transform(TEXTS), expected)
+            shards = extract_in_parallel(work, TEXTS, on_truncated=lambda positions: None)
+            X = collect(shards, fitted.layout_.n_columns, kill_a_ray_worker)
+    finally:
+        ray.shutdown()
+    assert_same(X, expected)
+
+
+def kill_a_ray_worker():
+    processes = psutil.Process().children(recursive=True)
+    actors = [p for p in processes if "ray::PoolActor" in " ".join(p.cmdline())]
+    os.kill(actors[0].pid, signal.SIGKILL)
+
+
+SCRIPTS = {
+    "short": "a fine film that nobody saw",
+    "chinese": "一部没有人看过的好电影" * 4,
+    "russian": "хороший фильм, который никто не видел " * 3,
+    "long": "a fine film that nobody saw " * 18,
+}
+
+
+@pytest.mark.parametrize("n_workers", [2, 5])
+@pytest.mark.parametrize(
+    # Bytes say less about tokens where scripts differ. (Characters say far less: 1.55.)
+    ("scripts", "most"),
+    [(["short", "long"], 1.05), (list(SCRIPTS), 1.25)],
+)
+def test_shards_of_very_unequal_texts_hold_like_numbers_of_tokens(scripts, most, n_workers):
+    rng = np.random.default_rng(0)
+    texts = [
+        f"{i} {SCRIPTS[rng.choice(scripts)]}"[: int(rng.pareto(1) * 20) + 1] for i in range(3000)
+    ]
+    ids = AutoTokenizer.from_pretrained(demo_model())(texts, verbose=False)["input_ids"]
+    n_tokens = np.array([len(row) for row in ids])
+    assert n_tokens.max() > 20 * n_tokens.min()
+    n_bytes = [len(text.encode()) for text in texts]
+    shards = cut_into_shards(n_bytes, n_workers, most_bytes=4096, row_bytes=4)
+    of_shard = np.array([n_tokens[shard].sum() for shard in shards])
+    # Each worker takes the next shard when it is done with one, so it has four or so.
+    by_worker = np.zeros(n_workers)
+    for tokens in of_shard:
+        by_worker[by_worker.argmin()] += tokens
+    assert by_worker.max() < most * by_worker.mean()
+
+
+@pytest.mark.parametrize("n_models", [0, 1])
+def test_no_worker_of_a_search_loads_a_model_if_texts_were_read_into_a_folder_before(
+    folder, tmp_path, n_models
+):
+    def models_loaded(estimator, X, y):  # in here, so that workers need not import this module
+        backbone = sys.modules.get("skspin._extraction.backbone")
+        return 0 if backbone is None else len(backbone._loaded)
+
+    def process_id(estimator, X, y):
+        return os.getpid()
+
+    texts, y = TEXTS[:60], np.arange(60) % 2
+    cache = tmp_path / "store" if n_models == 0 else None
+    spin = make_spin_pipeline(folder, dtype="float32", cache=cache, site="hidden", pooling="mean")
+    spin.set_params(select__C=10).fit(texts, y)
+    get_reusable_executor().shutdown(wait=True)  # whose workers may have loaded a model before
+    scoring = {"models": models_loaded, "process": process_id}
+    grid = {"select__sparsity": [0.1, 0.9]}
+    search = GridSearchCV(spin, grid, cv=3, n_jobs=2, scoring=scoring, refit=False)
+    with joblib.parallel_config(backend="loky"):
+        found = search.fit(texts, y).cv_results_
+    splits = [found[f"split{i}_test_models"] for i in range(3)]
+    assert np.unique(splits).tolist() == [n_models]
+    assert os.getpid() not in np.unique([found[f"split{i}_test_process"] for i in range(3)])

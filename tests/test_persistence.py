@@ -1,5 +1,6 @@
 """What is saved is small, holds no model, and runs only with the model it was fitted with."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -8,8 +9,12 @@ import numpy as np
 import pytest
 import skops.io
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import InconsistentVersionWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.svm import LinearSVC
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 import skspin
@@ -123,13 +128,35 @@ def test_a_model_in_memory_stays_out_and_comes_back_by_hand(tokenizer):
     np.testing.assert_allclose(loaded.decision_function(TEXTS), expected, rtol=1e-5)
 
 
+def test_a_copy_shares_the_model_in_memory(tokenizer):
+    model = tiny_model(0)
+    pipeline = fitted(model, tokenizer=tokenizer)
+    expected = pipeline.decision_function(TEXTS)
+    for copied in (copy.copy(pipeline), copy.deepcopy(pipeline)):
+        assert copied["activations"].model is model
+        np.testing.assert_array_equal(copied.decision_function(TEXTS), expected)
+    for twin in (copy.copy(pipeline["activations"]), copy.deepcopy(pipeline["activations"])):
+        assert twin is not pipeline["activations"]
+        assert twin.model is model and twin.tokenizer is tokenizer
+    twin.set_params(site="hidden", layers=[1]).fit(TEXTS)
+    np.testing.assert_array_equal(pipeline.decision_function(TEXTS), expected)
+
+
+def test_a_refusal_names_a_model_in_memory_and_does_not_write_it_out(tokenizer):
+    pipeline = fitted(tiny_model(0), tokenizer=tokenizer)
+    known = pipeline["activations"].model_fingerprint_
+    with pytest.raises(ModelMismatchError, match="model='BertModel'") as refusal:
+        pipeline.set_params(activations__model=tiny_model(1)).predict(TEXTS)
+    assert known in str(refusal.value) and len(str(refusal.value)) < 500
+
+
 @pytest.fixture(scope="module")
 def savable(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_model(0).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
     in_memory = LLMActivationTransformer(tiny_model(0), tokenizer=str(folder)).fit(TEXTS)
-    kept = KeptColumns(np.array([True, False])).fit(np.eye(2))  # pruning puts it behind a step
+    kept = KeptColumns.of(np.array([True, False]))  # pruning puts it behind a step
     return [fitted(folder), prune(fitted(str(folder))), in_memory, kept]
 
 
@@ -146,6 +173,27 @@ def test_the_list_of_trusted_types_is_complete_and_no_longer_than_needed(savable
     for estimator in savable:
         found.update(skops.io.get_untrusted_types(data=skops.io.dumps(estimator)))
     assert sorted(found) == TRUSTED_TYPES
+
+
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [
+        (LinearSVC(), 0),
+        (RidgeClassifier(), 0),
+        (SGDClassifier(random_state=0), 0),
+        (OneVsRestClassifier(LogisticRegression()), 0),
+        (HistGradientBoostingClassifier(max_iter=2), 1),
+        (MLPClassifier((2,), max_iter=300, tol=0.1), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_some_heads_need_types_of_scikit_learn_to_be_trusted_too(head, more, folder):
+    pipeline = prune(fitted(folder, head=head))
+    saved = skops.io.dumps(pipeline)
+    beyond = set(skops.io.get_untrusted_types(data=saved)).difference(TRUSTED_TYPES)
+    assert len(beyond) == more and all(name.startswith("sklearn.") for name in beyond)
+    loaded = skops.io.loads(saved, trusted=[*TRUSTED_TYPES, *beyond])
+    np.testing.assert_array_equal(loaded.predict(TEXTS), pipeline.predict(TEXTS))
 
 
 @pytest.mark.parametrize("version", ["0.0.1", None])

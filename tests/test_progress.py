@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
@@ -11,6 +12,12 @@ from skspin import SalientNeuronSelector
 X = np.random.default_rng(0).normal(size=(60, 12))
 Y = (X[:, 0] > 0).astype(int)
 SELECTOR = {"layer_sizes": 4, "cache": None}
+
+
+def search_over_pipeline(n_jobs):
+    steps = [("select", SalientNeuronSelector(**SELECTOR)), ("classify", LogisticRegression())]
+    grid = {"select__sparsity": [0.1, 0.5]}
+    return GridSearchCV(Pipeline(steps), grid, cv=2, n_jobs=n_jobs)
 
 
 class Diary:
@@ -44,10 +51,26 @@ def test_callbacks_hear_of_every_layer():
 def test_callbacks_of_a_search_hear_of_the_selectors_layers():
     pytest.importorskip("sklearn.callback")
     diary = Diary()
-    steps = [("select", SalientNeuronSelector(**SELECTOR)), ("classify", LogisticRegression())]
-    search = GridSearchCV(Pipeline(steps), {"select__sparsity": [0.1, 0.5]}, cv=2)
-    search.set_callbacks(diary).fit(X, Y)
+    search_over_pipeline(None).set_callbacks(diary).fit(X, Y)
     assert diary.ended.count("layer0_input") == 2 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        SalientNeuronSelector(**SELECTOR),
+        search_over_pipeline(None).estimator,
+        search_over_pipeline(1),
+        search_over_pipeline(2),
+    ],
+    ids=["selector", "pipeline", "search", "search in two processes"],
+)
+def test_scikit_learns_progress_bar_shows_the_selector_to_its_end(estimator, capfd, monkeypatch):
+    callback = pytest.importorskip("sklearn.callback")
+    monkeypatch.setenv("COLUMNS", "200")  # narrower bars leave the figure out
+    clone(estimator).set_callbacks(callback.ProgressBar(max_propagation_depth=None)).fit(X, Y)
+    bars = [line for line in capfd.readouterr().out.splitlines() if "SalientNeuron" in line]
+    assert bars and all("100%" in bar for bar in bars)
 
 
 def test_a_bar_is_shown_when_asked_for(capfd):

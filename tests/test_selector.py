@@ -74,6 +74,15 @@ def test_probes_are_scikit_learns_l1_logistic_regression():
     np.testing.assert_allclose(selector.coef_[:, :20], oracle.coef_, atol=2e-3)
 
 
+def test_torch_selects_what_numpy_selects():
+    X, y = planted(3)
+    by_numpy = SalientNeuronSelector(tol=1e-6, cache=None).fit(X, y)
+    by_torch = SalientNeuronSelector(tol=1e-6, cache=None, device="cpu").fit(X, y)
+    np.testing.assert_array_equal(by_torch.support_, by_numpy.support_)
+    np.testing.assert_allclose(by_torch.coef_, by_numpy.coef_, atol=1e-4)
+    assert by_torch.dual_gap_.max() <= 1e-6
+
+
 def test_each_layer_keeps_the_fewest_neurons_that_hold_its_share():
     X, y = planted()
     selector = SalientNeuronSelector(sparsity=0.3, C=1.0).fit(X, y)
@@ -225,6 +234,16 @@ def test_dead_neurons_are_no_trouble():
     selector = SalientNeuronSelector(0.0, C=10.0).fit(X, y)
     assert not selector.salience_[20:24].any()
     assert selector.dual_gap_.max() <= 1e-3
+
+
+def test_nearly_dead_neurons_are_not_selected_in_float32():
+    X, y = planted()
+    X[:, 21] = 1e-5 * (y + 0.1 * np.random.default_rng(0).normal(size=len(y)))
+    selector = SalientNeuronSelector(0.0, C=10.0)
+    assert selector.fit(X, y).salience_[21] == 0
+    # In float64 there are digits enough to tell.
+    exact = ActivationArray(np.asarray(X, dtype=np.float64), LAYOUT)
+    assert selector.fit(exact, y).salience_[21] > 0
 
 
 def test_one_column_is_selected_where_no_probe_has_weight():

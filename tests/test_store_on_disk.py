@@ -172,6 +172,50 @@ print(n_kills)
     assert finish(start(code, tmp_path)) == "60\n"
 
 
+def test_a_kill_in_the_middle_of_a_row_leaves_whole_entries(tmp_path):
+    code = """
+folder, rng, n_torn = sys.argv[1], np.random.default_rng(0), 0
+wide, begun = [Segment(None, 0, "hidden", "mean", 500_000)], mmap.mmap(-1, 1)
+
+def large(number):
+    return np.full((2, 500_000), number, np.float32)
+
+def is_there(store, number):
+    out = np.empty((2, 500_000), np.float32)
+    found = store.read("", [f"{number} {k}" for k in range(2)], wide, out)[:, 0]
+    assert (out[found] == number).all()
+    return found.all()
+
+for round in range(50):
+    begun[:] = bytes(1)
+    child = os.fork()
+    if not child:
+        store = as_new_process(folder)
+        store.write("", ["0 0", "0 1"], wide, large(0))
+        begun[:] = b"!"
+        for i in range(1, 100):
+            store.write("", [f"{i} {k}" for k in range(2)], wide, large(i))
+    while not any(begun[:]):
+        time.sleep(0.0005)
+    time.sleep(rng.random() * 0.008)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (rows,) = (os.path.join(folder, "skspin-1/shelves", name)
+               for name in os.listdir(os.path.join(folder, "skspin-1/shelves"))
+               if name.endswith(".rows"))
+    n_torn += os.path.getsize(rows) % 2_000_000 != 0
+    store = as_new_process(folder)
+    assert is_there(store, 0)
+    for i in range(1, 101):
+        is_there(store, i)
+    store.write("", ["200 0", "200 1"], wide, large(200))
+    assert is_there(as_new_process(folder), 200)
+    store.clear()
+print(n_torn)
+"""
+    assert int(finish(start(code, tmp_path))) > 0  # kills did fall into the middle of a row
+
+
 def test_ctrl_c_at_any_moment_leaves_a_store_that_works(tmp_path):
     code = """
 def interrupt(*_):

@@ -266,3 +266,18 @@ def tiny_batch(padding_side: str = "right") -> dict[str, torch.Tensor]:
         name: torch.stack([row.roll(-length) for row, length in zip(rows, lengths, strict=True)])
         for name, rows in batch.items()
     }
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer that gives every byte of a text a token, so that no two texts look alike."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

@@ -8,8 +8,8 @@ MiniLM that comes with a Python package, so nothing is downloaded.
 """
 
 # %%
-# Real text, and two baselines
-# ----------------------------
+# Real text
+# ---------
 # The text is on every machine that has skspin: docstrings of the libraries it needs.
 
 import tempfile

@@ -41,7 +41,7 @@ for criterion, values in [
 # skspin draws a search as its score, with the standard deviation over folds, and the number of
 # neurons that are kept. SPIN's rule is on the left.
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
 displays = {
     criterion: SparsityPathDisplay.from_search(search, ax=ax)
     for (criterion, search), ax in zip(searches.items(), axes, strict=True)

@@ -131,7 +131,8 @@ class LayerSalienceDisplay:
         self.count_ax_.set_ylabel("neurons\nselected")
         self.count_ax_.set_xlabel("layer")
         for axis in (self.count_ax_.xaxis, self.count_ax_.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+            axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        self.count_ax_.set_xlim(layers.min() - 0.9, layers.max() + 0.9)
         if len(self.line_) > 1:
             legend_above(self.ax_)
         return self

@@ -75,7 +75,9 @@ class SparsityPathDisplay:
         """Draw a fitted search.
 
         Other parameters that were searched along with sparsity stay at the values that the search
-        chose, so that one path is drawn and not a cloud.
+        chose, so that one path is drawn and not a cloud. Where no other sparsity was tried with
+        those, as in a random search, the best candidate of each sparsity is drawn. In a successive
+        halving, what was given up early keeps the score of its last round, on less data.
 
         Parameters
         ----------
@@ -102,12 +104,9 @@ class SparsityPathDisplay:
         best = getattr(search, "best_index_", np.argmin(results[f"rank_test_{metric}"]))
         best_params = results["params"][best]
         name = _sparsity_parameter(best_params)
-        # By sparsity; of a successive halving's rounds the last, which saw most data, stays.
-        rows = {
-            params[name]: row
-            for row, params in enumerate(results["params"])
-            if params == best_params | {name: params.get(name)}
-        }
+        rows = _path(results["params"], name, best_params)
+        if len(rows) == 1:
+            rows = _best_of_each(results["params"], name, results[f"mean_test_{metric}"])
         sparsity = np.array(sorted(rows))
         chosen = [rows[value] for value in sparsity]
         display = cls(
@@ -181,6 +180,27 @@ def _sparsity_parameter(params: dict[str, Any]) -> str:
             'needed among them, e.g. {"select__sparsity": [0.2, 0.4, 0.6]}.'
         )
     return names[0]
+
+
+def _path(candidates: list[dict[str, Any]], name: str, best: dict[str, Any]) -> dict[float, int]:
+    """Find each sparsity's row among the candidates that share the best one's other parameters."""
+
+    def is_alike(params: dict[str, Any]) -> bool:
+        return params.keys() == best.keys() and all(
+            key == name or value is best[key] or np.array_equal(value, best[key])
+            for key, value in params.items()
+        )
+
+    # Of a successive halving's rounds the last, which saw most data, stays.
+    return {params[name]: row for row, params in enumerate(candidates) if is_alike(params)}
+
+
+def _best_of_each(
+    candidates: list[dict[str, Any]], name: str, scores: np.ndarray
+) -> dict[float, int]:
+    """Find the row of each sparsity's best candidate."""
+    ascending = [row for row in np.argsort(-scores, kind="stable")[::-1] if name in candidates[row]]
+    return {candidates[row][name]: int(row) for row in ascending}  # the last, and best, one stays
 
 
 def _metric(search: Any, metric: str | None) -> str:

@@ -8,6 +8,7 @@ from skspin._display.axes import BLUE, VERMILION, given_or_new
 from skspin._explain import explain_tokens
 
 _MOST_BARS = 40
+_MOST_CHARACTERS = 28
 
 
 class TokenContributionDisplay:
@@ -130,8 +131,8 @@ class TokenContributionDisplay:
         self.bars_ = self.ax_.barh(
             range(len(shown)), values, color=np.where(values > 0, BLUE, VERMILION), height=0.8
         )
-        # A "$" in a text is no mathematics.
-        names = [self.tokens[i].replace("$", r"\$") for i in shown]
+        # One long word must not take the bars' place, and a "$" in a text is no mathematics.
+        names = [_shorten(self.tokens[i]).replace("$", r"\$") for i in shown]
         self.ax_.set_yticks(range(len(shown)), names, fontsize="small")
         self.ax_.tick_params(axis="y", length=0)
         self.ax_.set_ylim(len(shown) - 0.5, -0.5)  # the first token on top
@@ -141,7 +142,7 @@ class TokenContributionDisplay:
         self.ax_.axvline(0, color="black", linewidth=0.8)
         self.ax_.set_xlabel(f"contribution to the decision value for {self.label}")
         total = self.contributions.sum() + self.intercept
-        rest = f", {n_hidden} small ones not shown" if n_hidden else ""
+        rest = f"\n{n_hidden} small ones not shown" if n_hidden else ""
         self.ax_.set_title(
             f"{total:+.2f} = tokens {self.contributions.sum():+.2f}, intercept "
             f"{self.intercept:+.2f}{rest}",
@@ -149,3 +150,7 @@ class TokenContributionDisplay:
             loc="left",
         )
         return self
+
+
+def _shorten(token: str) -> str:
+    return token if len(token) <= _MOST_CHARACTERS else f"{token[: _MOST_CHARACTERS - 1]}…"

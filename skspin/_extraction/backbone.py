@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from skspin._extraction.anatomy import Anatomy, find_anatomy
-from skspin._extraction.device import resolve_device, resolve_dtype
+from skspin._extraction.device import resolve_device, resolve_dtype, usable_device
 from skspin._extraction.fingerprint import fingerprint
 from skspin._extraction.loading import load_model, load_skeleton, load_tokenizer
+from skspin._extraction.neighbours import leave, warn_of_neighbours
 from skspin._extraction.source import Source
 
 
@@ -109,6 +110,7 @@ def load_backbone(source: Source, device: Any = None, dtype: Any = "auto") -> Ba
         key = (source, device, dtype)
         if key not in _loaded or _loaded[key].fingerprint != identity:
             _loaded.pop(key, None)  # The folder's weights changed: free these before the next.
+            warn_of_neighbours(device, identity, source.model)
             model = load_model(source, device, dtype)
             _loaded[key] = _assemble(source, model, dtype, identity, Room())
         return _loaded[key]
@@ -118,6 +120,7 @@ def forget_models() -> None:
     """Release the loaded models. One that is in use goes when its user is done."""
     with _lock:
         _loaded.clear()
+        leave()
 
 
 def read_anatomy(source: Source) -> Anatomy:
@@ -154,7 +157,7 @@ def resolve_placement(source: Source, device: Any = None, dtype: Any = "auto") -
     device, dtype : str
     """
     if not source.in_memory:
-        device = resolve_device(device)
+        device = usable_device(device)
         return device, resolve_dtype(dtype, device)
     own_device = str(_input_device(source.model))
     own_dtype = str(source.model.dtype).removeprefix("torch.")

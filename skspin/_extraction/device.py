@@ -11,6 +11,24 @@ from typing import Any
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+def as_devices(device: Any = None) -> list[Any]:
+    """List the devices that a ``device`` parameter names: one, which may be None, or several.
+
+    Parameters
+    ----------
+    device : str, torch.device, sequence of these or None
+        Where to compute.
+    """
+    if not isinstance(device, list | tuple):
+        return [device]
+    if not device or any(one is None for one in device):
+        raise ValueError(
+            f"device={device!r} must name at least one device, and each by its name, e.g. "
+            "['cuda:0', 'cuda:1']. Leave device=None to have one chosen."
+        )
+    return list(device)
+
+
 def resolve_device(device: Any = None) -> str:
     """Name the device to compute on.
 
@@ -48,6 +66,24 @@ def resolve_device(device: Any = None) -> str:
             )
         return f"cuda:{index}"
     return str(chosen)
+
+
+def usable_device(device: Any = None) -> str:
+    """Name the device to compute on, as `resolve_device` does, and refuse one that can't."""
+    name = resolve_device(device)
+    if name == "meta":
+        raise ValueError(f"device={device!r} computes no numbers. Use e.g. 'cpu' or 'cuda:0'.")
+    if name != "cpu":
+        import torch
+
+        try:
+            torch.empty(1, device=name)
+        except Exception as error:  # Each backend has its own way to say that it is not there.
+            raise ValueError(
+                f"device={device!r} can't be used here ({type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0]}). Use device=None or 'cpu'."
+            ) from error
+    return name
 
 
 def resolve_dtype(dtype: Any, device: str) -> str:

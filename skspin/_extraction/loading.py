@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,12 +133,8 @@ def _model_place(source: Source) -> Place:
 def _load(place: Place, part: _Part, from_pretrained: Callable[..., Any], **options: Any) -> Any:
     """Load one part of a model: from this machine if it is there, from the hub if not."""
     options |= {"cache_dir": place.cache_dir, "subfolder": place.subfolder, "token": place.token}
-    # A folder, not a hub id, is all that keeps transformers from asking the hub for more.
-    here = [{"pretrained_model_name_or_path": place.root}] if place.root else []
-    there = [{"pretrained_model_name_or_path": place.name, "revision": place.commit}]
-    there = there if place.has_hub else []
     problem: Exception = FileNotFoundError(f"no {' or '.join(part.files)} on this machine")
-    for where in here + there if _holds(place, part.files) else there + here:
+    for where in _wheres(place, part):
         try:
             return from_pretrained(**(options | where))
         except (MemoryError, torch.OutOfMemoryError):
@@ -146,6 +142,19 @@ def _load(place: Place, part: _Part, from_pretrained: Callable[..., Any], **opti
         except Exception as error:  # transformers raises whatever its libraries raise.
             problem = error
     raise ValueError(_advice(place, part, problem)) from problem
+
+
+def _wheres(place: Place, part: _Part) -> Iterator[dict[str, Any]]:
+    """Say where to look, what is on this machine first; the hub is asked only if need be."""
+    is_here = _holds(place, part.files)
+    # A folder, not a hub id, is all that keeps transformers from asking the hub for more.
+    here = {"pretrained_model_name_or_path": place.root}
+    if is_here:
+        yield here
+    if place.has_hub:
+        yield {"pretrained_model_name_or_path": place.name, "revision": place.commit}
+    if place.root and not is_here:
+        yield here
 
 
 def _advice(place: Place, part: _Part, problem: Exception) -> str:

@@ -6,10 +6,12 @@ model from shard to shard, because the registry of loaded models lives as long a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,13 +22,14 @@ from tqdm.auto import tqdm
 
 from skspin._extraction.backbone import Backbone, Source, load_backbone
 from skspin._extraction.batching import extract
+from skspin._extraction.device import as_devices
 from skspin._layout import Segment
 
 # A worker that is done early takes another shard, and one that dies loses no more than one.
 _SHARDS_PER_WORKER = 4
-_SHARD_CHARACTERS = 50_000  # a few batches: less would leave batches half empty
+_FULL_SHARD = 50_000  # bytes of text; a few batches: less would leave batches half empty
 _SHARD_BYTES = 64 * 2**20  # of activations on their way back
-_TEXT_COST = 16  # characters that a text costs beyond its own, for special tokens and bookkeeping
+_TEXT_COST = 16  # bytes that a text costs beyond its own, for special tokens and bookkeeping
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def extract_in_parallel(
     activations : ndarray of shape (k, n_columns), float32
         Their rows, in whatever order the workers were done.
     """
-    devices = [] if device is None else [device] if isinstance(device, str) else list(device)
+    devices = as_devices(device)
     only = devices[0] if len(devices) == 1 else None
     if len(devices) > 1 and n_jobs not in (None, 1):
         raise ValueError(
@@ -125,10 +128,10 @@ def extract_in_parallel(
         places.setdefault(text, []).append(position)
     distinct = list(places)
     shards = cut_into_shards(
-        [len(text) for text in distinct],
+        [len(text.encode("utf-8", "surrogatepass")) for text in distinct],
         n_workers,
         # Few tokens are longer, so what is beyond will most likely be truncated.
-        most_characters=8 * work.max_length,
+        most_bytes=8 * work.max_length,
         row_bytes=4 * sum(segment.n_columns for segment in work.segments),
     )
     run = _on_devices(work, devices) if len(devices) > 1 else _by_joblib(work, only, n_jobs)
@@ -143,7 +146,7 @@ def extract_in_parallel(
 
 
 def cut_into_shards(
-    n_characters: Sequence[int], n_workers: int, most_characters: int, row_bytes: int
+    n_bytes: Sequence[int], n_workers: int, most_bytes: int, row_bytes: int
 ) -> list[np.ndarray]:
     """Share out texts so that every shard is about the same work.
 
@@ -152,11 +155,12 @@ def cut_into_shards(
 
     Parameters
     ----------
-    n_characters : sequence of int
-        Length of each text: a proxy for tokens that needs no tokenizer.
+    n_bytes : sequence of int
+        Length of each text in UTF-8: stands for tokens and needs no tokenizer. It does so in all
+        scripts, where a character may be a quarter of a token or several tokens.
     n_workers : int
         There are several shards for each, unless there are too few texts.
-    most_characters : int
+    most_bytes : int
         What is beyond will be cut off by truncation, and costs nothing.
     row_bytes : int
         Bytes of a text's activations.
@@ -166,11 +170,12 @@ def cut_into_shards(
     list of ndarray of int
         Positions of the texts of each shard.
     """
-    costs = np.minimum(n_characters, most_characters) + _TEXT_COST
+    costs = np.minimum(n_bytes, most_bytes) + _TEXT_COST
     order = np.argsort(-costs, kind="stable")
     total = int(costs.sum())
-    n_full = max(n_workers, total // _SHARD_CHARACTERS)
-    n_shards = min(n_full, n_workers * _SHARDS_PER_WORKER)
+    # As many for each worker: one shard more would keep one of them at work and the others waiting.
+    per_worker = min(max(1, total // (n_workers * _FULL_SHARD)), _SHARDS_PER_WORKER)
+    n_shards = n_workers * per_worker
     before = np.cumsum(costs[order]) - costs[order]  # work ahead of each text
     number = before * n_shards // total
     runs = np.split(order, np.flatnonzero(np.diff(number)) + 1)
@@ -230,19 +235,33 @@ def _run(
             delayed(compute)(number, [texts[i] for i in shards[number]]) for number in sorted(todo)
         )
         try:
-            for shard in Parallel(batch_size=1, return_as=_return_as(), **options)(jobs):
+            for shard in _as_they_come(jobs, **options):
                 todo.discard(shard.number)
                 yield shard
             return
-        except BrokenProcessPool:
-            # A worker died. One that did so by accident will not do so again.
-            if last_try:
+        except Exception as error:
+            # A worker that died by accident will not do so again.
+            if last_try or not _is_death(error):
                 raise
 
 
-def _return_as() -> str:
-    backend, _ = get_active_backend()
-    return "generator_unordered" if backend.supports_return_generator else "list"
+def _as_they_come(jobs: Iterator[Any], **options: Any) -> Iterator[Shard]:
+    """Give results as soon as joblib's backend does."""
+    if get_active_backend()[0].supports_return_generator:
+        yield from Parallel(batch_size=1, return_as="generator_unordered", **options)(jobs)
+        return
+    # Where they come only all at once, a few at a time are less to wait for, and less to lose.
+    with Parallel(batch_size=1, **options) as parallel:
+        while few := list(islice(jobs, 2 * effective_n_jobs(options["n_jobs"]))):
+            yield from parallel(few)
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a worker died, in the words of its backend (Dask mends it by itself)."""
+    deaths: list[type[Exception]] = [BrokenProcessPool]
+    if "ray" in sys.modules:
+        deaths.append(sys.modules["ray"].exceptions.RayActorError)
+    return isinstance(error, tuple(deaths))
 
 
 def _shares_memory() -> bool:

@@ -51,7 +51,12 @@ class Place:
     @property
     def commit(self) -> str | None:
         """The commit of a hub repository, as it was when this process first asked; else None."""
-        return None if self.is_folder else _ask(self)[0]
+        if self.is_folder:
+            return None
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            if _find_in_cache(self, self.revision) is not None:
+                return self.revision  # nothing to ask
+        return _ask(self)[0]
 
     @property
     def has_hub(self) -> bool:
@@ -110,6 +115,11 @@ class Source:
             raise ValueError(
                 f"model is a {type(self.model).__name__} in memory, which does not say what its "
                 "tokenizer is. Pass tokenizer=, e.g. AutoTokenizer.from_pretrained(...)."
+            )
+        if not all(isinstance(name, str) for name in self.options):
+            raise ValueError(
+                f"model_kwargs={self.model_kwargs!r} has names that are no str. Give names of "
+                "arguments of from_pretrained, e.g. {'attn_implementation': 'eager'}."
             )
         for name in ("dtype", "torch_dtype", "revision", "trust_remote_code"):
             if name in self.options:
@@ -172,10 +182,11 @@ def _ask(place: Place) -> tuple[str, bool]:
     try:
         validate_repo_id(place.name)
     except HFValidationError as error:
-        raise ValueError(f"{place.name!r} is neither a folder nor a hub id.") from error
+        raise ValueError(
+            f"{place.name!r} is neither a folder nor a hub id. Give model= (and tokenizer=) the "
+            "path of a folder that exists, or an id such as 'distilbert/distilbert-base-uncased'."
+        ) from error
     may_ask = not (constants.HF_HUB_OFFLINE or place.local_files_only)
-    if place.revision is not None and _COMMIT.fullmatch(place.revision):
-        return place.revision, may_ask
     problem: Exception | None = None
     if may_ask:
         try:
@@ -200,10 +211,17 @@ def _find_in_cache(place: Place, revision: str | None) -> str | None:
 
 
 def _not_found(place: Place, offline: bool, problem: Exception | None) -> str:
-    if problem is not None:
-        why = f"the hub answered with {type(problem).__name__}"
-    else:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if problem is None:
         why = "HF_HUB_OFFLINE is set" if offline else "local_files_only is set"
+    elif isinstance(problem, HfHubHTTPError):
+        why = f"the hub does not give it ({type(problem).__name__})"
+    else:
+        why = (
+            f"the hub can't be reached ({type(problem).__name__}; offline mode, HF_HUB_OFFLINE=1, "
+            "saves the wait)"
+        )
     at = "" if place.revision is None else f" at revision={place.revision!r}"
     return (
         f"{place.name!r}{at} is neither a folder nor a model in the Hugging Face cache of this "

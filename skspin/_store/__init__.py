@@ -51,11 +51,13 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
         return NoStore()
     if not isinstance(cache, str | os.PathLike):
         raise TypeError(f"cache={cache!r}, but it must be 'memory', a folder or None.")
+    if not os.fspath(cache):
+        raise ValueError(f"cache={cache!r} names no folder. Give 'memory', a folder or None.")
     if cache == "memory":
         return _MEMORY
-    folder = os.path.abspath(os.path.expanduser(os.fsdecode(cache)))
+    folder = os.path.realpath(os.path.expanduser(os.fsdecode(cache)))
     store = _FOLDERS.get(folder)
-    if store is None or store.is_gone:
+    if store is None or store.is_outdated:
         front = MemoryStore(_ROWS, owner=folder)
         front.clear()  # what was in a folder that is gone is not in the one that is made
         store = _FOLDERS[folder] = DiskStore(folder, front)

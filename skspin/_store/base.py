@@ -104,7 +104,11 @@ class Store(ABC):
 
     @abstractmethod
     def put_card(self, name: str, document: Any) -> None:
-        """Keep a JSON document under a name. A later one replaces it."""
+        """Keep a JSON document under a name. A later one replaces it.
+
+        Other processes may go on with the one that they have read, so a name should say enough for
+        its document never to change.
+        """
 
     @abstractmethod
     def info(self) -> StoreInfo:

@@ -53,6 +53,7 @@ class DiskStore(Store):
         with self._surviving("make"):
             for place in (self.folder, home, *rooms.values()):
                 os.makedirs(place, mode=0o700, exist_ok=True)
+        self._was_there = self.folder.is_dir()
 
     @contextmanager
     def _surviving(self, action: str) -> Iterator[None]:
@@ -102,7 +103,11 @@ class DiskStore(Store):
     def get_card(self, name: str) -> Any:
         """Return the JSON document of this name, or None."""
         card = self._front.get_card(name)
-        return self._card_on_disk(self._cards, name) if card is None else card
+        if card is None:
+            card = self._card_on_disk(self._cards, name)
+            if card is not None:
+                self._front.put_card(name, card)
+        return card
 
     def _card_on_disk(self, cards: Cards, name: str) -> Any:
         if not self._reads:
@@ -147,6 +152,6 @@ class DiskStore(Store):
         self._shelves.shrink(as_bytes(limit))
 
     @property
-    def is_gone(self) -> bool:
-        """Whether somebody has removed the folder."""
-        return not self.folder.is_dir()
+    def is_outdated(self) -> bool:
+        """Whether somebody has removed the folder since, or made it where we could not."""
+        return self.folder.is_dir() != self._was_there

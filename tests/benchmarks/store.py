@@ -2,9 +2,12 @@
 
 Every reading is done in a process of its own, by turns, after imports::
 
-    python tests/benchmarks/store.py [--repeats 7] [--quick] [--json FILE]
+    python tests/benchmarks/store.py [--data FOLDER] [--repeats 7] [--quick] [--json FILE]
 
 The reference is ``numpy.load`` of the same bytes, then indexing with the same order.
+
+With ``--data FOLDER``, which holds sst2.csv.gz, the transformer is measured as well: it recalls all
+hidden layers of the real texts in a process that has not loaded the model.
 """
 
 import argparse
@@ -67,6 +70,50 @@ def measure_disk(folder):
     return {"disk": first, "disk, again": second, "memory in front": third}
 
 
+def real_texts(data):
+    import pandas as pd
+
+    texts = pd.read_csv(data / "sst2.csv.gz").text.tolist()
+    return [texts[i] for i in np.random.default_rng(1).permutation(len(texts))]
+
+
+def transformer(folder):
+    from skspin import LLMActivationTransformer
+    from skspin.datasets import demo_model
+
+    return LLMActivationTransformer(demo_model(), dtype="float32", cache=folder)
+
+
+def fill_as_transformer(folder, data):
+    """Keep made-up rows for the real texts, under the names that the transformer asks for."""
+    texts = sorted(real_texts(data))
+    fitted = transformer(folder).fit(texts[:1])
+    values = np.random.default_rng(0).standard_normal((len(texts), 7 * 384), dtype=np.float32)
+    context, segments = fitted._context("float32"), fitted.layout_.segments
+    for start in range(0, len(texts), BATCH):
+        batch = slice(start, start + BATCH)
+        open_store(folder).write(context, texts[batch], segments, values[batch])
+    np.save(folder / "real.npy", values)
+
+
+def measure_transformer(folder, data):
+    import skspin._extraction.device
+    import skspin._extraction.fingerprint  # noqa: F401
+
+    texts = real_texts(data)
+    fitted = transformer(folder / "real")
+    times = {"transformer, fit": seconds(fitted.fit, texts)}
+    for name in ("transform", "transform again", "transform, memory in front"):
+        times[f"transformer, {name}"] = seconds(fitted.transform, texts)
+    assert not {"torch", "transformers"} & set(sys.modules)
+    return times
+
+
+def measure_real_numpy(folder, data):
+    order = np.random.default_rng(1).permutation(len(real_texts(data)))
+    return {"numpy, real texts": seconds(lambda: np.load(folder / "real" / "real.npy")[order])}
+
+
 def measure_writing(folder):
     values = rows()
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
@@ -100,10 +147,12 @@ MEASURES = {
     "writing": measure_writing,
     "digests": measure_digests,
 }
+REAL_MEASURES = {"real numpy": measure_real_numpy, "transformer": measure_transformer}
 
 
-def in_new_process(name, folder):
+def in_new_process(name, folder, data=None):
     command = [sys.executable, __file__, "--measure", name, "--folder", folder]
+    command += [] if data is None else ["--data", data]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
@@ -123,6 +172,14 @@ def compare(runs, n_bytes):
             }
 
 
+def compare_real(runs):
+    """Sum up the same of the transformer."""
+    for name in runs[0] if runs else ():
+        ratio = median(run[name] / run["numpy, real texts"] for run in runs)
+        took = median(run[name] for run in runs)
+        yield {"what": name, "milliseconds": took * 1e3, "beside_numpy": ratio}
+
+
 def digest_rates(digests):
     for name in digests:
         if name.startswith("digest"):
@@ -132,13 +189,11 @@ def digest_rates(digests):
 
 def as_line(row):
     if "of_the_rows" in row:
-        return f"{row['what']:22} {row['of_the_rows']:8.3f} of the rows' bytes"
-    if "milliseconds" not in row:
-        return f"{row['what']:22} {'':11} {row['mb_per_second']:8.0f} MB/s"
-    return (
-        f"{row['what']:22} {row['milliseconds']:8.1f} ms {row['mb_per_second']:8.0f} MB/s "
-        f"{row['beside_numpy']:6.2f}"
-    )
+        return f"{row['what']:38} {row['of_the_rows']:.3f} of the rows' bytes"
+    took = f"{row['milliseconds']:.1f} ms" if "milliseconds" in row else ""
+    rate = f"{row['mb_per_second']:.0f} MB/s" if "mb_per_second" in row else ""
+    ratio = f"{row['beside_numpy']:.2f}" if "beside_numpy" in row else ""
+    return f"{row['what']:38} {took:>12} {rate:>12} {ratio:>7}"
 
 
 def main():
@@ -146,9 +201,15 @@ def main():
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--quick", action="store_true", help="few repeats")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--data", type=Path, help="folder of sst2.csv.gz")
     parser.add_argument("--json", type=Path, help="where to write rows and machine")
-    parser.add_argument("--measure", choices=MEASURES, help="do this alone, once")
+    parser.add_argument(
+        "--measure", choices=[*MEASURES, *REAL_MEASURES], help="do this alone, once"
+    )
     options = parser.parse_args()
+    if options.measure in REAL_MEASURES:
+        print(json.dumps(REAL_MEASURES[options.measure](options.folder, options.data)))
+        return
     if options.measure:
         print(json.dumps(MEASURES[options.measure](options.folder)))
         return
@@ -168,8 +229,16 @@ def main():
             for _ in range(repeats)
         ]
         digests = in_new_process("digests", folder)
+        real_runs = []
+        if options.data:
+            fill_as_transformer(folder / "real", options.data)
+            real_runs = [
+                in_new_process("real numpy", folder, options.data)
+                | in_new_process("transformer", folder, options.data)
+                for _ in range(repeats)
+            ]
     print(f"{values.nbytes / 1e6:.0f} MB, median of {repeats}, and beside numpy by turns")
-    table = [*compare(runs, values.nbytes), *digest_rates(digests)]
+    table = [*compare(runs, values.nbytes), *compare_real(real_runs), *digest_rates(digests)]
     print("\n".join(map(as_line, table)))
     if options.json:
         write_record(options.json, table)

@@ -59,11 +59,13 @@ def in_words(value):
 
 
 def describe(machine):
-    """Say in a sentence what rows were measured on."""
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    gpus = f", {', '.join(machine['gpus'])}" if machine["gpus"] else ", no GPU"
-    return (
-        f"Measured on {machine['processor']}, cores: {machine['cores']}, torch's threads: "
-        f"{machine['threads']}, {machine['instructions']}{gpus}, with Python {machine['python']}, "
-        f"{versions}."
-    )
+    """Say in a sentence what rows were measured on, as far as they tell."""
+    facts = [
+        machine.get("processor"),
+        *(f"{name}: {machine[name]}" for name in ("cores", "threads") if name in machine),
+        machine.get("instructions"),
+        *(machine.get("gpus") or ["no GPU"]),
+        f"Python {machine['python']}" if "python" in machine else None,
+        *(f"{name} {number}" for name, number in machine["versions"].items()),
+    ]
+    return f"Measured on {', '.join(fact for fact in facts if fact)}."
