@@ -119,10 +119,9 @@ BENCHMARKS = {
     "import_time": Benchmark(
         {
             "what": "{what}",
-            "seconds": "{seconds:.3f}",
             "beside": "{reference}",
-            "its seconds": "{reference_seconds:.3f}",
-            "more": "{more:+.3f}",
+            "its seconds": "{reference_seconds:.2f}",
+            "seconds more": "{more:+.3f}",
             "rounds": "{least:+.3f} .. {most:+.3f}",
             "allowed": "{allowed:+.3f}",
         },
