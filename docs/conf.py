@@ -85,9 +85,8 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
-html_sidebars = {
-    name: [] for name in ("index", "install", "changelog", "cite", "api", "development")
-}
+_PAGES_ALONE = ("index", "install", "api", "development", "changelog", "cite")
+html_sidebars = {name: [] for name in _PAGES_ALONE}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

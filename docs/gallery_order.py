@@ -1,4 +1,4 @@
-"""The order of the gallery, from the first pipeline to several machines, and its resets."""
+"""The order of the gallery, a course from one pipeline to several machines, and its resets."""
 
 from skspin import open_store
 

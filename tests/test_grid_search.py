@@ -1,23 +1,20 @@
-"""What a search costs: each text once through the model, each fold's probes once.
-
-Worker processes import this file, so torch must not be among its imports.
-"""
+"""What a search costs: each text once through the model, each fold's probes once."""
 
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+from reports import Report
+from reviews import reviews
 from sklearn.model_selection import GridSearchCV
 
 import skspin._kept_probes as kept_probes
 from skspin import make_spin_pipeline, open_store
-from skspin.datasets import demo_model, load_docstrings
+from skspin.datasets import demo_model
 
 N_FOLDS = 5
 SPARSITIES = np.linspace(0, 0.9, 10).tolist()
@@ -25,11 +22,9 @@ N_PROCESSES = 4
 
 
 @pytest.fixture(scope="module")
-def docstrings():
-    bunch = load_docstrings(n_per_class=25)
-    two = np.flatnonzero(bunch.target < 2)
-    two = np.concatenate([two, two[::5]])  # some texts twice
-    return [bunch.data[i][:200] for i in two], bunch.target[two]
+def texts_and_labels():
+    texts, y = reviews(25, n_classes=2)
+    return texts + texts[::5], np.concatenate([y, y[::5]])  # some texts twice
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -76,11 +71,11 @@ def spin(cache):
 
 
 def test_a_search_reads_each_distinct_text_once_and_fits_each_folds_probes_once(
-    docstrings, cache, passes, n_probes
+    texts_and_labels, cache, passes, n_probes
 ):
     from transformers import AutoTokenizer
 
-    texts, y = docstrings
+    texts, y = texts_and_labels
     search = GridSearchCV(spin(cache), {"select__sparsity": SPARSITIES}, cv=N_FOLDS).fit(texts, y)
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     assert passes == Counter(tuple(tokenizer(text)["input_ids"]) for text in set(texts))
@@ -94,8 +89,8 @@ def test_a_search_reads_each_distinct_text_once_and_fits_each_folds_probes_once(
     assert n_probes() == (N_FOLDS + 1) * n_layers
 
 
-def test_a_search_with_what_is_kept_scores_as_one_without(docstrings, tmp_path):
-    texts, y = (values[:60:2] for values in docstrings)
+def test_a_search_with_what_is_kept_scores_as_one_without(texts_and_labels, tmp_path):
+    texts, y = (values[:60:2] for values in texts_and_labels)
     grid = {"select__sparsity": [0.1, 0.8]}
 
     def search(cache, cache_probes):
@@ -110,37 +105,15 @@ def test_a_search_with_what_is_kept_scores_as_one_without(docstrings, tmp_path):
     np.testing.assert_allclose(*decisions, atol=1e-3)
 
 
-MODEL_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
-
-
-class Report:
-    """Score, and tell about the process; no process goes on before all have begun."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __call__(self, pipeline, texts, y):
-        (self.folder / str(os.getpid())).touch()
-        deadline = time.monotonic() + 120
-        while len(list(self.folder.iterdir())) < N_PROCESSES and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return {
-            "score": pipeline.score(texts, y),
-            "process": os.getpid(),
-            "model libraries": sum(name in sys.modules for name in MODEL_LIBRARIES),
-            "memory": psutil.Process().memory_full_info().uss,
-        }
-
-
-def test_a_search_in_four_processes_has_no_model_in_any(docstrings, tmp_path):
-    texts, y = docstrings
+def test_a_search_in_four_processes_has_no_model_in_any(texts_and_labels, tmp_path):
+    texts, y = texts_and_labels
     pipeline = spin(tmp_path / "store")
     pipeline["activations"].fit_transform(texts)
     reports = tmp_path / "reports"
     reports.mkdir()
     grid = {"select__sparsity": SPARSITIES[::3]}
     search = GridSearchCV(
-        pipeline, grid, cv=3, n_jobs=N_PROCESSES, scoring=Report(reports), refit=False
+        pipeline, grid, cv=3, n_jobs=N_PROCESSES, scoring=Report(reports, N_PROCESSES), refit=False
     ).fit(texts, y)
 
     def reported(what):
