@@ -33,8 +33,8 @@ extensions = [
     "myst_parser",  # for CHANGELOG.md
 ]
 source_suffix = {".rst": "restructuredtext", ".md": "markdown"}
-# The gallery makes pages out of its scripts' folder; the folder itself holds none.
-exclude_patterns = ["_build", "examples"]
+# Scripts that the gallery makes pages of, and tables that a page includes, are no pages themselves.
+exclude_patterns = ["_build", "examples", "benchmarks"]
 templates_path = ["_templates"]
 default_role = "code"
 nitpicky = True  # a name that leads nowhere is a warning

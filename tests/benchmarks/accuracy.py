@@ -1,6 +1,6 @@
 """Test accuracy of SPIN and of what it has to beat, on the same splits.
 
-    python tests/benchmarks/accuracy.py --data FOLDER [--sets sst2 trec6] [--rst docs/accuracy.rst]
+    python tests/benchmarks/accuracy.py --data FOLDER [--sets sst2 trec6] [--methods spin tfidf]
 
 FOLDER holds NAME.csv.gz with the columns text, label and split. Hyper-parameters of every method
 are chosen by accuracy on the validation split, or, where a set has none, on a fifth of its training
@@ -11,124 +11,145 @@ is used once, for the figures printed.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import sklearn
-import torch
-import transformers
+from fine_tuning import measure_fine_tuning
+from paper_recipe import measure_paper_recipe
+from record import write_record
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, PredefinedSplit, train_test_split
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from splits import load_splits
 
-import skspin
-from skspin import LLMActivationTransformer, make_spin_pipeline
+from skspin import LLMActivationTransformer, make_spin_pipeline, open_store
 from skspin.datasets import demo_model
 
-
-def load(folder, name):
-    """Read a set: texts and labels to learn from, the fold of each, texts and labels to test."""
-    table = pd.read_csv(folder / f"{name}.csv.gz")
-    test = table[table.split == "test"]
-    rest = table[table.split != "test"]
-    held_out = (rest.split == "validation").to_numpy(copy=True)
-    if not held_out.any():
-        rows = np.arange(len(rest))
-        validation = train_test_split(rows, test_size=0.2, stratify=rest.label, random_state=0)[1]
-        held_out[validation] = True
-    folds = PredefinedSplit(np.where(held_out, 0, -1))
-    return rest.text.tolist(), rest.label.to_numpy(), folds, test.text.tolist(), test.label
+STRENGTHS = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0]
 
 
-def methods(model):
-    """Name every method, with the grid its hyper-parameters are chosen from."""
-    tfidf = make_pipeline(
-        TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)), LogisticRegression(max_iter=1000)
-    )
-    strengths = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0]
-    yield "TF-IDF, logistic regression", tfidf, {"logisticregression__C": [0.3, 1, 3, 10, 30, 100]}
-    for name, layers in [("last layer", -1), ("all layers", None)]:
-        plain = make_pipeline(
-            LLMActivationTransformer(model, layers=layers),
-            StandardScaler(),
-            LogisticRegression(max_iter=1000),
-        )
-        yield f"{name}, logistic regression", plain, {"logisticregression__C": strengths}
-    spin = make_spin_pipeline(model, site=("hidden", "mlp"), pooling=("mean", "max"))
-    grid = {
-        "select__sparsity": [0.05, 0.1, 0.2, 0.4],
-        "classify__C": [3e-4, 1e-3, 3e-3, 0.01, 0.03],
+def search(splits, method, pipeline, grid, texts=None, test=None):
+    """Choose, refit and test one pipeline; return it with its row of the table."""
+    found = GridSearchCV(pipeline, grid, cv=splits.folds)
+    found.fit(splits.texts if texts is None else texts, splits.y)
+    best = found.best_estimator_
+    return best, {
+        "set": splits.name,
+        "method": method,
+        "columns": best[-1].n_features_in_,
+        "validation": found.best_score_,
+        "test": best.score(splits.test if test is None else test, splits.y_test),
+        "chosen": {name.split("__")[1]: value for name, value in found.best_params_.items()},
     }
-    yield "SPIN, hidden states and mlp neurons", spin, grid
 
 
-def measure(folder, name, model):
-    """Search, refit and test every method on one set."""
-    texts, y, folds, test, y_test = load(folder, name)
-    for method, pipeline, grid in methods(model):
-        started = time.perf_counter()
-        search = GridSearchCV(pipeline, grid, cv=folds).fit(texts, y)
-        yield {
-            "set": name,
-            "method": method,
-            "validation": search.best_score_,
-            "test": search.score(test, y_test),
-            "columns": search.best_estimator_[-1].n_features_in_,
-            "seconds": time.perf_counter() - started,
-            "chosen": search.best_params_,
-        }
+def logistic_regression():
+    return LogisticRegression(max_iter=1000)
 
 
-def as_rst(rows):
-    """Write the rows as a table for the documentation."""
-    lines = [
-        ".. list-table::",
-        "   :header-rows: 1",
-        "",
-        "   * - data set\n     - method\n     - columns\n     - validation\n     - test",
-    ]
-    for row in rows:
-        lines.append(
-            f"   * - {row['set']}\n     - {row['method']}\n     - {row['columns']:,}\n"
-            f"     - {row['validation']:.3f}\n     - {row['test']:.3f}"
-        )
-    return "\n".join(lines) + "\n"
+def measure_tfidf(splits, model):
+    tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    grid = {"logisticregression__C": [0.3, 1, 3, 10, 30, 100, 300, 1000]}
+    pipeline = make_pipeline(tfidf, logistic_regression())
+    yield search(splits, "TF-IDF, logistic regression", pipeline, grid)[1]
+
+
+def measure_hidden(splits, model, method, layers):
+    transformer = LLMActivationTransformer(model, layers=layers, dtype="float32")
+    pipeline = make_pipeline(transformer, StandardScaler(), logistic_regression())
+    yield search(splits, method, pipeline, {"logisticregression__C": STRENGTHS})[1]
+
+
+def measure_last_layer(splits, model):
+    return measure_hidden(splits, model, "last layer, logistic regression", -1)
+
+
+def measure_all_layers(splits, model):
+    return measure_hidden(splits, model, "all layers, logistic regression", None)
+
+
+def measure_sentence_transformers(splits, model):
+    from sentence_transformers import SentenceTransformer
+
+    encode = SentenceTransformer(str(model), device="cpu").encode
+    X, X_test = (encode(texts, show_progress_bar=False) for texts in (splits.texts, splits.test))
+    pipeline = make_pipeline(StandardScaler(), logistic_regression())
+    grid = {"logisticregression__C": STRENGTHS}
+    method = "sentence-transformers, logistic regression"
+    yield search(splits, method, pipeline, grid, X, X_test)[1]
+
+
+def measure_spin(splits, model):
+    """Measure SPIN, and with the settings chosen then once more in bfloat16."""
+    spin = make_spin_pipeline(
+        model, site=("hidden", "mlp"), pooling=("mean", "max"), dtype="float32"
+    )
+    grid = {
+        "select__sparsity": [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6],
+        "classify__C": STRENGTHS[:-1],
+    }
+    best, row = search(splits, "SPIN, hidden states and mlp neurons", spin, grid)
+    yield row
+
+    open_store("memory").clear()  # bfloat16 needs the room
+    settings = {name: [best.get_params()[name]] for name in grid}
+    half = spin.set_params(activations__dtype="bfloat16")
+    yield search(splits, "the same in bfloat16", half, settings)[1]
+
+
+METHODS = {
+    "tfidf": measure_tfidf,
+    "last": measure_last_layer,
+    "all": measure_all_layers,
+    "sentences": measure_sentence_transformers,
+    "spin": measure_spin,
+    "paper": measure_paper_recipe,
+    "fine-tuning": measure_fine_tuning,
+}
+CHEAP = ["tfidf", "last", "all", "sentences", "spin"]
+SETS = {"sst2": list(METHODS), "trec6": list(METHODS), "banking77": CHEAP, "imdb_5k": CHEAP}
+QUICK = {"trec6": ["tfidf", "last", "spin"]}
+
+
+def as_line(row):
+    chosen = ", ".join(
+        f"{name}={value if isinstance(value, str) else format(value, 'g')}"
+        for name, value in row["chosen"].items()
+    )
+    return (
+        f"{row['set']:<11}{row['method']:<44}{row['columns']:>8}{row['validation']:>8.3f}"
+        f"{row['test']:>8.3f}  {chosen}"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=["sst2", "trec6"])
+    parser.add_argument("--sets", nargs="+", help=f"of {', '.join(SETS)}, or of your own")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="all, on some sets few")
+    parser.add_argument("--quick", action="store_true", help="three methods, one set")
     parser.add_argument("--model", default=str(demo_model()))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rst", type=Path)
+    parser.add_argument("--json", type=Path, help="where to write rows and machine")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*max_length")
+    sets = QUICK if options.quick else SETS
 
     rows = []
-    print(f"{'set':<8}{'method':<38}{'columns':>8}{'valid.':>8}{'test':>8}{'s':>7}  chosen")
-    for name in options.sets:
-        for row in measure(options.data, name, options.model):
-            rows.append(row)
-            chosen = ", ".join(f"{k.split('__')[1]}={v:g}" for k, v in row["chosen"].items())
-            print(
-                f"{row['set']:<8}{row['method']:<38}{row['columns']:>8}{row['validation']:>8.3f}"
-                f"{row['test']:>8.3f}{row['seconds']:>7.0f}  {chosen}",
-                flush=True,
-            )
-    if options.rst:
-        options.rst.write_text(as_rst(rows))
-    if options.json:
-        versions = {m.__name__: m.__version__ for m in (skspin, sklearn, torch, transformers)}
-        machine = {"processor": platform.processor() or platform.machine(), "versions": versions}
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    print(f"{'set':<11}{'method':<44}{'columns':>8}{'valid.':>8}{'test':>8}  chosen")
+    for name in options.sets or sets:
+        splits = load_splits(options.data, name)
+        for method in options.methods or sets.get(name, CHEAP):
+            if method == "sentences" and not find_spec("sentence_transformers"):
+                print(f"{name:<11}sentence-transformers is not installed")
+                continue
+            for row in METHODS[method](splits, options.model):
+                rows.append(row)
+                print(as_line(row), flush=True)
+                if options.json:  # at every row: the next method may take an hour
+                    write_record(options.json, rows)
 
 
 if __name__ == "__main__":

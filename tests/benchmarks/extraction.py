@@ -1,27 +1,24 @@
-"""Speed and memory of extraction, beside what people would use instead.
+"""Speed of extraction, beside what people would use instead.
 
     python tests/benchmarks/extraction.py --data FOLDER [--quick] [--json FILE]
 
 FOLDER holds sst2.csv.gz and imdb_5k.csv.gz with a column text. Every figure is a ratio of two times
 that were taken in turns in this run, so that a machine's other work disturbs both sides alike; the
 table shows the median of the rounds, and the least and the most. The other sides are
-sentence-transformers (which gives the last layer only), the plain ``output_hidden_states`` loop in
-batches of 32 texts as they come, and the model's bare forward pass over the same tokens, tokenized,
-sorted and padded beforehand, in the better of two batch sizes.
+sentence-transformers where it is installed (it gives the last layer only), the plain
+``output_hidden_states`` loop in batches of 32 texts as they come, and the model's bare forward pass
+over the same tokens, tokenized, sorted and padded beforehand, in the better of two batch sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,11 +26,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pandas as pd
 import torch
-import transformers
-from sentence_transformers import SentenceTransformer
+from record import write_record
 from transformers import AutoModel, AutoTokenizer
 
-import skspin
 from skspin import LLMActivationTransformer
 from skspin._extraction.device import multiplies_bfloat16
 from skspin.datasets import demo_model
@@ -42,8 +37,6 @@ N_TEXTS = {"sst2": 2000, "imdb_5k": 150}
 QUICK_TEXTS = {"sst2": 600, "imdb_5k": 24}
 BARE_BATCHES = (2048, 4096)  # tokens
 EVERYTHING = {"site": ("hidden", "mlp", "attention"), "pooling": ("mean", "max")}
-MEMORY_TEXTS = 25_000
-MEGABYTE = 2**20
 
 
 @dataclass
@@ -75,6 +68,19 @@ class Figure:
         met = self.median >= self.least if self.least is not None else self.median <= self.most
         return "yes" if met else "NO"
 
+    def as_row(self):
+        ends = (min(self.rounds), max(self.rounds))
+        return {
+            "what": self.what,
+            "data": self.data,
+            "reference": self.reference,
+            "median": f"{self.median:.3g}{self.unit}",
+            "spread": "{:.3g} .. {:.3g}".format(*ends) if len(self.rounds) > 1 else "",
+            "goal": self.goal,
+            "reached": self.verdict,
+            "rounds": self.rounds,
+        }
+
 
 def read_texts(folder, name, n_texts=None):
     """Draw some of a set's texts, or take all of them."""
@@ -102,6 +108,17 @@ def hand_written(model, tokenizer, texts):
             mask = inputs["attention_mask"].unsqueeze(-1)  # (n_texts, n_tokens, 1)
             rows.append(torch.cat([(h * mask).sum(1) / mask.sum(1) for h in states], dim=1))
     return torch.cat(rows).float().numpy()
+
+
+def sentence_transformers(texts):
+    """Give sentence-transformers' side, or none where it is not installed."""
+    if not find_spec("sentence_transformers"):
+        return {}
+    from sentence_transformers import SentenceTransformer
+
+    sentences = SentenceTransformer(str(demo_model()), device="cpu")
+    sentences.max_seq_length = 512
+    return {"sentences": lambda: sentences.encode(texts, show_progress_bar=False)}
 
 
 def best_batches(tokenizer, texts, n_tokens):
@@ -149,8 +166,6 @@ def measure(name, texts, n_rounds):
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     model, half = load_model(), load_model(torch.bfloat16)
     n_layers = model.config.num_hidden_layers
-    sentences = SentenceTransformer(str(demo_model()), device="cpu")
-    sentences.max_seq_length = 512
     bare = [best_batches(tokenizer, texts, n_tokens) for n_tokens in BARE_BATCHES]
     up_to = (n_layers // 3, 2 * n_layers // 3)
     sides = {
@@ -158,7 +173,7 @@ def measure(name, texts, n_rounds):
         "everything": extraction(texts, **EVERYTHING),
         "bfloat16": extraction(texts, dtype="bfloat16"),
         **{f"up to {k}": extraction(texts, layers=list(range(k + 1))) for k in up_to},
-        "sentences": lambda: sentences.encode(texts, show_progress_bar=False),
+        **sentence_transformers(texts),
         "by hand": lambda: hand_written(model, tokenizer, texts),
         **{f"bare {i}": lambda b=batches: run_bare(model, b) for i, batches in enumerate(bare)},
         "bare bfloat16": lambda: run_bare(half, bare[-1]),
@@ -173,11 +188,12 @@ def measure(name, texts, n_rounds):
 
     st_goal = {"least": 1.1} if name == "sst2" else {}
     amx_goals = ({"least": 3.5}, {"least": 6.0}) if amx and name == "sst2" else ({}, {})
-    yield figure("hidden, mean, float32: speed", st, t["sentences"] / t["hidden"], **st_goal)
+    if "sentences" in t:
+        yield figure("hidden, mean, float32: speed", st, t["sentences"] / t["hidden"], **st_goal)
+        yield figure(
+            "hidden, mean, bfloat16: speed", st, t["sentences"] / t["bfloat16"], **amx_goals[0]
+        )
     yield figure("hidden, mean, float32: speed", hand, t["by hand"] / t["hidden"])
-    yield figure(
-        "hidden, mean, bfloat16: speed", st, t["sentences"] / t["bfloat16"], **amx_goals[0]
-    )
     yield figure(
         "hidden, mean, bfloat16: speed", hand, t["by hand"] / t["bfloat16"], **amx_goals[1]
     )
@@ -240,68 +256,15 @@ def closeness(name, texts, n_layers):
     )
 
 
-# Memory, in a process of its own, where nothing else has had its peak before
-
-
-def peak_bytes():
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def grow(folder, n_texts):
-    """Print by how much this process grows for an extraction, beyond the output array."""
-    source = pd.read_csv(folder / "sst2.csv.gz").text.tolist()
-    texts = [f"{source[i % len(source)]} {i}" for i in range(n_texts)]
-    transformer = LLMActivationTransformer(demo_model(), dtype="float32", cache=None).fit(texts)
-    transformer.transform(texts[:1])  # the model itself is not growth
-    before = peak_bytes()
-    output = transformer.transform(texts)
-    print((peak_bytes() - before - output.nbytes) / MEGABYTE)
-
-
-def measure_memory(folder, n_texts):
-    command = [sys.executable, __file__, "--data", str(folder), "--grow", str(n_texts)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    what = f"memory for {n_texts:,} texts"
-    grown = [float(printed.split()[-1])]
-    return Figure(what, "sst2", "beyond the output array", grown, most=500, unit=" MB")
-
-
 # Report
 
 
-def describe_machine():
-    cpu = platform.processor()
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            (line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line),
-            cpu,
-        )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "amx": multiplies_bfloat16("cpu"),
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "skspin": skspin.__version__,
-    }
-
-
-def print_table(figures):
-    rows = [("what", "data", "reference", "median", "least .. most", "goal", "reached")]
-    for f in figures:
-        spread = f"{min(f.rounds):.3g} .. {max(f.rounds):.3g}" if len(f.rounds) > 1 else ""
-        rows.append(
-            (f.what, f.data, f.reference, f"{f.median:.4g}{f.unit}", spread, f.goal, f.verdict)
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+def print_table(rows):
+    names = ["what", "data", "reference", "median", "spread", "goal", "reached"]
+    lines = [names, *([row[name] for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def main():
@@ -311,12 +274,9 @@ def main():
     parser.add_argument("--rounds", type=int, help="how often each side is timed")
     parser.add_argument("--sets", nargs="+", default=list(N_TEXTS), choices=list(N_TEXTS))
     parser.add_argument("--json", type=Path, help="where to write figures and machine")
-    parser.add_argument("--grow", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.grow is not None:
-        grow(options.data, options.grow)
-        return
-    machine = describe_machine()
+    if not find_spec("sentence_transformers"):
+        print("sentence-transformers is not installed: nothing is compared with it")
     n_rounds = options.rounds or (3 if options.quick else 5)
     figures = []
     for name in options.sets:
@@ -324,13 +284,12 @@ def main():
         print(f"{name}: {n_texts} texts", file=sys.stderr)
         figures += measure(name, read_texts(options.data, name, n_texts), n_rounds)
         figures.append(padding(name, read_texts(options.data, name)))
-    figures.append(measure_memory(options.data, 2500 if options.quick else MEMORY_TEXTS))
-    print_table(figures)
-    if not machine["amx"]:
-        print("This CPU has no AMX: bfloat16's speed is shown, and has no goal here.")
+    rows = [figure.as_row() for figure in figures]
+    print_table(rows)
+    if not multiplies_bfloat16("cpu"):
+        print("This CPU does not multiply bfloat16: its speed is shown, and has no goal here.")
     if options.json:
-        lines = [asdict(f) | {"median": f.median, "reached": f.verdict} for f in figures]
-        options.json.write_text(json.dumps({"machine": machine, "figures": lines}, indent=1))
+        write_record(options.json, rows)
 
 
 if __name__ == "__main__":

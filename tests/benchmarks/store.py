@@ -2,7 +2,7 @@
 
 Every reading is done in a process of its own, by turns, after imports::
 
-    python tests/benchmarks/store.py --repeats 11
+    python tests/benchmarks/store.py [--data FOLDER] [--repeats 7] [--quick] [--json FILE]
 
 The reference is ``numpy.load`` of the same bytes, then indexing with the same order.
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from record import write_record
 
 from skspin._digest import array_digest
 from skspin._layout import Segment
@@ -155,11 +156,53 @@ def in_new_process(name, folder, data=None):
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
+def compare(runs, n_bytes):
+    """Sum up what took how long beside numpy in the same round, and what memory was counted."""
+    for name in runs[0]:
+        figures = [run[name] for run in runs]
+        row = {"what": name}
+        if name == "memory counted":
+            yield row | {"of_the_rows": median(figures)}
+        else:
+            ratio = median(run[name] / run["numpy"] for run in runs)
+            yield row | {
+                "milliseconds": median(figures) * 1e3,
+                "mb_per_second": n_bytes / 1e6 / median(figures),
+                "beside_numpy": ratio,
+            }
+
+
+def compare_real(runs):
+    """Sum up the same of the transformer."""
+    for name in runs[0] if runs else ():
+        ratio = median(run[name] / run["numpy, real texts"] for run in runs)
+        took = median(run[name] for run in runs)
+        yield {"what": name, "milliseconds": took * 1e3, "beside_numpy": ratio}
+
+
+def digest_rates(digests):
+    for name in digests:
+        if name.startswith("digest"):
+            n_bytes = digests[name.replace("digest", "bytes")]
+            yield {"what": name, "mb_per_second": n_bytes / digests[name] / 1e6}
+
+
+def as_line(row):
+    if "of_the_rows" in row:
+        return f"{row['what']:38} {row['of_the_rows']:.3f} of the rows' bytes"
+    took = f"{row['milliseconds']:.1f} ms" if "milliseconds" in row else ""
+    rate = f"{row['mb_per_second']:.0f} MB/s" if "mb_per_second" in row else ""
+    ratio = f"{row['beside_numpy']:.2f}" if "beside_numpy" in row else ""
+    return f"{row['what']:38} {took:>12} {rate:>12} {ratio:>7}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--quick", action="store_true", help="few repeats")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     parser.add_argument("--data", type=Path, help="folder of sst2.csv.gz")
+    parser.add_argument("--json", type=Path, help="where to write rows and machine")
     parser.add_argument(
         "--measure", choices=[*MEASURES, *REAL_MEASURES], help="do this alone, once"
     )
@@ -170,6 +213,7 @@ def main():
     if options.measure:
         print(json.dumps(MEASURES[options.measure](options.folder)))
         return
+    repeats = options.repeats or (2 if options.quick else 7)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         values = rows()
@@ -182,31 +226,22 @@ def main():
                 for measure in ("numpy", "disk", "writing")
                 for name, seconds in in_new_process(measure, folder).items()
             }
-            for _ in range(options.repeats)
+            for _ in range(repeats)
         ]
         digests = in_new_process("digests", folder)
+        real_runs = []
         if options.data:
             fill_as_transformer(folder / "real", options.data)
             real_runs = [
                 in_new_process("real numpy", folder, options.data)
                 | in_new_process("transformer", folder, options.data)
-                for _ in range(options.repeats)
+                for _ in range(repeats)
             ]
-    print(f"{values.nbytes / 1e6:.0f} MB, median of {options.repeats}, and beside numpy by turns")
-    for name in runs[0]:
-        figures = [run[name] for run in runs]
-        ratio = median(run[name] / run["numpy"] for run in runs)
-        rate = values.nbytes / 1e6 / median(figures)
-        if name == "memory counted":
-            print(f"{name:18} {median(figures):8.3f} of the rows' bytes")
-        else:
-            print(f"{name:18} {median(figures) * 1e3:8.1f} ms {rate:8.0f} MB/s {ratio:6.2f}")
-    for name in real_runs[0] if options.data else ():
-        ratio = median(run[name] / run["numpy, real texts"] for run in real_runs)
-        print(f"{name:38} {median(run[name] for run in real_runs) * 1e3:8.1f} ms {ratio:6.2f}")
-    for name in ("C", "F", "columns", "every second", "memory map"):
-        rate = digests[f"bytes, {name}"] / digests[f"digest, {name}"] / 1e9
-        print(f"digest, {name:12} {rate:6.1f} GB/s")
+    print(f"{values.nbytes / 1e6:.0f} MB, median of {repeats}, and beside numpy by turns")
+    table = [*compare(runs, values.nbytes), *compare_real(real_runs), *digest_rates(digests)]
+    print("\n".join(map(as_line, table)))
+    if options.json:
+        write_record(options.json, table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""Run the benchmarks, and write the tables that the documentation shows.
+
+    python tests/benchmarks/run.py --data FOLDER [--only NAME ...] [--quick]
+
+Each benchmark runs in processes of its own and leaves a file of rows in ``build/benchmarks``; the
+tables in ``docs/benchmarks`` are written from these files. A NAME is that of a benchmark, or
+``benchmark:part``, so that a long one can be run in parts. Speeds are worth quoting only if nothing
+else runs on the machine meanwhile. FOLDER holds NAME.csv.gz with the columns text, label and split.
+
+``--quick`` tries everything on little data, and leaves its tables beside its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tables import as_page
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script, and how it is called.
+
+    ``parts`` are the arguments of the processes that it is run as. ``columns`` are the table's:
+    its titles and, in the language of ``str.format``, what a row puts there; with none, the table
+    shows the rows as they are. ``quick`` are the arguments that make it short.
+    """
+
+    columns: dict[str, str]
+    parts: dict[str, list[str]] = field(default_factory=lambda: {"all": []})
+    quick: list[str] = field(default_factory=lambda: ["--quick"])
+    data: bool = True
+
+
+BENCHMARKS = {
+    "accuracy": Benchmark(
+        {
+            "data set": "{set}",
+            "method": "{method}",
+            "columns": "{columns:,}",
+            "validation": "{validation:.3f}",
+            "test": "{test:.3f}",
+            "chosen": "{chosen}",
+        },
+        {name: ["--sets", name] for name in ("sst2", "trec6", "banking77", "imdb_5k")},
+    ),
+    "fit_time": Benchmark(
+        {
+            "data set": "{set}",
+            "texts": "{texts:,}",
+            "method": "{method}",
+            "seconds": "{seconds:.1f}",
+            "times SPIN's": "{beside_spin:.2g}",
+        },
+    ),
+    "extraction": Benchmark(
+        {
+            "what": "{what}",
+            "data set": "{data}",
+            "beside": "{reference}",
+            "median": "{median}",
+            "rounds": "{spread}",
+            "goal": "{goal}",
+            "reached": "{reached}",
+        },
+        {name: ["--sets", name] for name in ("sst2", "imdb_5k")},
+    ),
+    "memory": Benchmark(
+        {
+            "texts": "{texts:,}",
+            "array, MB": "{array_mb:.0f}",
+            "growth beyond it, MB": "{grown_mb:.0f}",
+            "allowed, MB": "{allowed_mb}",
+        },
+    ),
+    "grid_search": Benchmark({}),
+    "probes": Benchmark(
+        {
+            "workload": "{workload}",
+            "solver": "{solver}",
+            "seconds": "{seconds:.2f}",
+            "times skspin's": "{ratio:.1f}",
+            "excess": "{excess:.1e}",
+            "solved": "{n_solved} of {n_problems}",
+        },
+        quick=["--repeats", "1", "--limit", "5"],
+    ),
+    "store": Benchmark(
+        {
+            "what": "{what}",
+            "ms": "{milliseconds:.0f}",
+            "MB/s": "{mb_per_second:,.0f}",
+            "times numpy's": "{beside_numpy:.2f}",
+            "times the rows' bytes": "{of_the_rows:.3f}",
+        },
+    ),
+    "prune": Benchmark(
+        {
+            "layers": "{layers in use} of {layers}",
+            "columns": "{columns:,} of {columns before:,}",
+            "whole, s": "{whole, s:.2f}",
+            "pruned, s": "{pruned, s:.2f}",
+            "ratio": "{ratio:.2f}",
+            "rounds": "{least:.2f} .. {most:.2f}",
+            "allowed": "{allowed:.2f}",
+            "labels that differ": "{labels differ}",
+        },
+        quick=["--repeats", "1", "--layers", "2", "--train", "300", "--texts", "200"],
+    ),
+    "import_time": Benchmark(
+        {
+            "what": "{what}",
+            "beside": "{reference}",
+            "its seconds": "{reference_seconds:.2f}",
+            "seconds more": "{more:+.3f}",
+            "rounds": "{least:+.3f} .. {most:+.3f}",
+            "allowed": "{allowed:+.3f}",
+        },
+        data=False,
+    ),
+}
+
+
+def run(name, part, options):
+    """Run one process; return whether it ended well."""
+    benchmark = BENCHMARKS[name]
+    command = [sys.executable, str(HERE / f"{name}.py"), *benchmark.parts[part]]
+    command += ["--json", str(options.results / f"{name}-{part}.json")]
+    if benchmark.data:
+        command += ["--data", str(options.data)]
+    if options.quick:
+        command += benchmark.quick
+    print(f"\n== {name}:{part}", flush=True)
+    started = time.perf_counter()
+    code = subprocess.run(command).returncode
+    print(f"== {'done' if code == 0 else 'FAILED'} in {time.perf_counter() - started:.0f} s")
+    return code == 0
+
+
+def write_page(name, results, pages):
+    """Write one benchmark's table from what its parts left behind, in the parts' order."""
+    files = [results / f"{name}-{part}.json" for part in BENCHMARKS[name].parts]
+    records = [json.loads(file.read_text()) for file in files if file.exists()]
+    records = [record for record in records if {"machine", "rows"} <= record.keys()]
+    if records:
+        pages.mkdir(parents=True, exist_ok=True)
+        page = as_page(name, records, BENCHMARKS[name].columns)
+        (pages / f"{name}.rst").write_text(page)
+    else:
+        print(f"{name} left no rows and machine, so there is no table of it")
+
+
+def chosen(names):
+    """Resolve names to benchmarks and parts."""
+    every = [(name, part) for name in BENCHMARKS for part in BENCHMARKS[name].parts]
+    for wanted in names or BENCHMARKS:
+        found = [(n, p) for n, p in every if wanted in (n, f"{n}:{p}")]
+        if not found:
+            known = ", ".join(BENCHMARKS)
+            raise SystemExit(f"--only {wanted}: there is no such benchmark. There are: {known}.")
+        yield from found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--quick", action="store_true", help="little data; no page is written")
+    parser.add_argument("--results", type=Path, help="where rows go")
+    parser.add_argument("--pages", type=Path, help="where tables go")
+    options = parser.parse_args()
+    if options.results is None:
+        options.results = ROOT / "build" / ("benchmarks-quick" if options.quick else "benchmarks")
+    pages = options.pages or (options.results if options.quick else ROOT / "docs/benchmarks")
+    options.results.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, part in chosen(options.only):
+        if run(name, part, options):
+            write_page(name, options.results, pages)
+        else:
+            failed.append(f"{name}:{part}")
+    if failed:
+        raise SystemExit(f"Failed: {', '.join(failed)}.")
+
+
+if __name__ == "__main__":
+    main()

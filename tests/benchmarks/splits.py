@@ -1,0 +1,56 @@
+"""Labelled texts for the accuracy benchmark: to learn from, to choose by, to test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import PredefinedSplit, train_test_split
+
+
+@dataclass(frozen=True)
+class Splits:
+    """One data set.
+
+    ``texts`` and ``y`` hold training and validation texts together; ``validation`` is True where
+    one of them is for choosing hyper-parameters. ``test`` is for one figure per method.
+    """
+
+    name: str
+    texts: list[str]
+    y: np.ndarray
+    validation: np.ndarray
+    test: list[str]
+    y_test: np.ndarray
+
+    @property
+    def folds(self):
+        """The same choice for scikit-learn's searches."""
+        return PredefinedSplit(np.where(self.validation, 0, -1))
+
+    def part(self, validation):
+        """Pick either the validation texts or the others."""
+        rows = np.flatnonzero(self.validation == validation)
+        return [self.texts[i] for i in rows], self.y[rows]
+
+
+def load_splits(folder, name):
+    """Read a set; one without a validation split gives up a fifth of its training texts for it."""
+    table = pd.read_csv(folder / f"{name}.csv.gz")
+    table["label"] = np.unique(table.label, return_inverse=True)[1]
+    test = table[table.split == "test"]
+    rest = table[table.split != "test"]
+    validation = (rest.split == "validation").to_numpy(copy=True)
+    if not validation.any():
+        rows = np.arange(len(rest))
+        chosen = train_test_split(rows, test_size=0.2, stratify=rest.label, random_state=0)[1]
+        validation[chosen] = True
+    return Splits(
+        name,
+        rest.text.tolist(),
+        rest.label.to_numpy(),
+        validation,
+        test.text.tolist(),
+        test.label.to_numpy(),
+    )

@@ -1,0 +1,71 @@
+"""Rows of benchmarks as tables of the documentation."""
+
+from __future__ import annotations
+
+
+def as_page(name, records, columns):
+    """Write a table, with what it was measured on.
+
+    Parameters
+    ----------
+    name : str
+        The benchmark's.
+    records : list of dict
+        ``rows`` and ``machine`` of each of its parts.
+    columns : dict of str
+        A title and a format for each column; empty for the rows' own names and values.
+    """
+    rows = [row for record in records for row in record["rows"]]
+    columns = columns or {
+        key: f"{{{key}}}" for key in rows[0] if not isinstance(rows[0][key], list)
+    }
+    lines = [
+        ".. This file is written by a command; what is changed here by hand is lost:",
+        f"   python tests/benchmarks/run.py --data FOLDER --only {name}",
+        "",
+        ".. list-table::",
+        "   :header-rows: 1",
+        "",
+        *table_row(columns),
+    ]
+    for row in rows:
+        lines += table_row(cell(row, template) for template in columns.values())
+    sentences = dict.fromkeys(describe(record["machine"]) for record in records)  # each one once
+    return "\n".join([*lines, "", *sentences]) + "\n"
+
+
+def table_row(cells):
+    """Write one row of a list-table."""
+    first, *others = cells
+    return [f"   * - {first}", *(f"     - {other}".rstrip() for other in others)]
+
+
+def cell(row, template):
+    """Fill a row's values in; empty where it lacks one."""
+    values = {name: in_words(value) for name, value in row.items()}
+    try:
+        return template.format(**values)
+    except (KeyError, TypeError):  # a missing value, or None where a number is formatted
+        return ""
+
+
+def in_words(value):
+    """Turn settings into a phrase; leave everything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return ", ".join(
+        f"{name} {format(v, 'g') if isinstance(v, float) else v}" for name, v in value.items()
+    )
+
+
+def describe(machine):
+    """Say in a sentence what rows were measured on, as far as they tell."""
+    facts = [
+        machine.get("processor"),
+        *(f"{name}: {machine[name]}" for name in ("cores", "threads") if name in machine),
+        machine.get("instructions"),
+        *(machine.get("gpus") or ["no GPU"]),
+        f"Python {machine['python']}" if "python" in machine else None,
+        *(f"{name} {number}" for name, number in machine["versions"].items()),
+    ]
+    return f"Measured on {', '.join(fact for fact in facts if fact)}."
