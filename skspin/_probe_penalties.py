@@ -7,10 +7,10 @@ from typing import Protocol
 import numpy as np
 from scipy.linalg import cho_solve
 
-# A working set holds at least so many columns, and twice the support: enough to grow by in few
-# steps, while Gram matrices, which cost its square, stay small until the support is large.
+# A working set holds at least so many columns, and half as many again as the support: enough to
+# grow by in few steps, while Gram matrices, which cost its square, stay small for long.
 _SMALLEST_SET = 64
-_GROWTH = 2
+_GROWTH = 1.5
 # Columns this close to the edge of entering are taken along.
 _EDGE = 0.9
 
@@ -94,7 +94,7 @@ class L1:
     def working_set(self, coef: np.ndarray, gradient: np.ndarray) -> np.ndarray:
         """Take the support and the columns with the largest correlations."""
         support = coef != 0
-        size = min(len(coef), max(_SMALLEST_SET, _GROWTH * int(support.sum())))
+        size = min(len(coef), max(_SMALLEST_SET, int(_GROWTH * support.sum())))
         urgency = np.where(support, np.inf, np.abs(gradient))
         chosen = np.argpartition(-urgency, size - 1)[:size]
         return np.sort(chosen[urgency[chosen] >= _EDGE])

@@ -14,9 +14,7 @@ nothing is extrapolated. What the heads' own fits took is measured inside the ve
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -24,13 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pandas as pd
-import sklearn
-import torch
-import transformers
+from record import write_record
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
-import skspin
 from skspin import make_spin_pipeline, open_store
 from skspin._kept_probes import forget_probes
 from skspin.datasets import demo_model
@@ -94,62 +89,43 @@ def measure_overhead(texts, y):
     """Compare a search with one extraction, timed before and after it."""
     before = extraction(texts)
     took, heads, _ = search(texts, y, "memory")
-    after = extraction(texts)
-    once = (before + after) / 2
+    once = (before + extraction(texts)) / 2
     return {
+        "what": "all but the heads' fits, in extractions",
         "texts": len(texts),
-        "extraction, s": once,
-        "extraction before and after, s": [before, after],
         "search, s": took,
-        "heads' own fits, s": heads,
-        "all but the heads' fits, in extractions": (took - heads) / once,
-        "goal, at most": MOST_EXTRACTIONS,
+        "heads, s": heads,
+        "beside": "one extraction",
+        "beside, s": once,
+        "value": (took - heads) / once,
+        "goal": f"<= {MOST_EXTRACTIONS}",
     }
 
 
 def measure_speed_up(texts, y):
     """Compare the same search with and without what is kept."""
     took, heads, scores = search(texts, y, "memory")
-    took_without, heads_without, scores_without = search(texts, y, None)
+    took_without, _, scores_without = search(texts, y, None)
     return {
+        "what": "times as fast",
         "texts": len(texts),
         "search, s": took,
-        "heads' own fits, s": heads,
-        "search without cache, s": took_without,
-        "heads' own fits without cache, s": heads_without,
-        "times as fast": took_without / took,
-        "goal, at least": LEAST_SPEED_UP,
+        "heads, s": heads,
+        "beside": "the same without a cache",
+        "beside, s": took_without,
+        "value": took_without / took,
+        "goal": f">= {LEAST_SPEED_UP}",
         "largest difference of scores": float(np.abs(scores - scores_without).max()),
     }
 
 
-def describe_machine():
-    cpu = platform.processor()
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            (line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line),
-            cpu,
-        )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "skspin": skspin.__version__,
-    }
-
-
-def show(title, figures):
-    print(f"\n{title}", flush=True)
-    for name, value in figures.items():
-        values = value if isinstance(value, list) else [value]
-        print(f"  {name:42} {' '.join(f'{v:10.4g}' for v in values)}")
+def show(row):
+    print(
+        f"{row['texts']:5,} texts: search {row['search, s']:.1f} s, heads' own fits "
+        f"{row['heads, s']:.1f} s, {row['beside']} {row['beside, s']:.1f} s; {row['what']} "
+        f"{row['value']:.2f} (goal {row['goal']})",
+        flush=True,
+    )
 
 
 def main():
@@ -164,16 +140,15 @@ def main():
     n_without = options.texts_without_cache
     if n_without is None:
         n_without = QUICK_WITHOUT_CACHE if options.quick else N_WITHOUT_CACHE
-    machine = describe_machine()
     texts, y = read(options.data, n_texts)
     extraction(texts[:64])  # loads the model
-    figures = {"overhead": measure_overhead(texts, y)}
-    show(f"{len(SPARSITIES)} sparsities x {N_FOLDS} folds and a refit", figures["overhead"])
+    rows = [measure_overhead(texts, y)]
+    show(rows[-1])
     if n_without:
-        figures["speed-up"] = measure_speed_up(texts[:n_without], y[:n_without])
-        show("The same search on fewer texts, with and without a cache", figures["speed-up"])
+        rows.append(measure_speed_up(texts[:n_without], y[:n_without]))
+        show(rows[-1])
     if options.json:
-        options.json.write_text(json.dumps({"measured_on": machine, **figures}, indent=1))
+        write_record(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,6 @@ fit of liblinear per layer, whose columns are standardised before its time begin
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 import warnings
 from importlib.util import find_spec
@@ -30,15 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy
 import sklearn
+from record import write_record
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.fixes import parse_version
 
-import skspin
 from skspin import LLMActivationTransformer, SalientNeuronSelector
 from skspin._probes import solve_probes
 from skspin.datasets import demo_model
@@ -252,17 +248,7 @@ def main():
             print(line, flush=True)
             rows.append(row)
     if arguments.json:
-        machine = {
-            "platform": platform.platform(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-            "scikit-learn": sklearn.__version__,
-            "skspin": skspin.__version__,
-        }
-        arguments.json.write_text(json.dumps({"measured_on": machine, "rows": rows}, indent=2))
+        write_record(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,13 @@ smaller, so that other texts and other padding are beside each text.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import sklearn
-import torch
-import transformers
+from record import write_record
 
-import skspin
 from skspin import make_spin_pipeline, prune
 from skspin.datasets import demo_model
 
@@ -120,14 +114,7 @@ def main():
     ]
     print_table(rows)
     if options.json:
-        machine = {
-            "platform": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "versions": {m.__name__: m.__version__ for m in (skspin, sklearn, torch, transformers)},
-        }
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        write_record(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,18 @@ BENCHMARKS = {
             "allowed, MB": "{allowed_mb}",
         },
     ),
-    "grid_search": Benchmark({}),
+    "grid_search": Benchmark(
+        {
+            "what": "{what}",
+            "texts": "{texts:,}",
+            "search, s": "{search, s:.1f}",
+            "the heads' fits, s": "{heads, s:.1f}",
+            "beside": "{beside}",
+            "its seconds": "{beside, s:.1f}",
+            "measured": "{value:.2f}",
+            "goal": "{goal}",
+        },
+    ),
     "probes": Benchmark(
         {
             "workload": "{workload}",
