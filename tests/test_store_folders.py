@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from skspin import LLMActivationTransformer
+from skspin._frozen_model import FrozenModel
 from skspin._keep import Keep
 from skspin._layout import Segment
 from skspin._store import open_store
@@ -27,13 +28,13 @@ def transformer(cache):
 def n_computed(monkeypatch):
     """Count the texts that go through the model."""
     computed = []
-    extract = LLMActivationTransformer._extract
+    extract = FrozenModel.extract
 
-    def counting(self, source, dtype, truncation, texts, segments):
+    def counting(self, texts, segments, truncation):
         computed.extend(texts)
-        return extract(self, source, dtype, truncation, texts, segments)
+        return extract(self, texts, segments, truncation)
 
-    monkeypatch.setattr(LLMActivationTransformer, "_extract", counting)
+    monkeypatch.setattr(FrozenModel, "extract", counting)
     return lambda: len(computed)
 
 
