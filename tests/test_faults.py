@@ -60,6 +60,15 @@ def run_python(code, *, seconds=60, **environment):
     )
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell starts in the background ignores Ctrl-C, and Python with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_what_was_computed_and_the_model_usable(tiny, tmp_path):
     model, n_texts = tiny["model"], []
 
