@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from skspin._extraction.device import as_devices, resolve_device, resolve_dtype
+from skspin._device import as_devices, resolve_device, resolve_dtype
 from skspin._extraction.fingerprint import fingerprint
 from skspin._extraction.source import Source
 from skspin._layout import Segment

@@ -12,8 +12,8 @@ from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from skspin._device import usable_device
 from skspin._diagram import diagram_block
-from skspin._extraction.device import usable_device
 from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layer_sizes import find_layers

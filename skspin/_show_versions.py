@@ -69,7 +69,7 @@ def _packages() -> dict[str, str]:
 def _devices() -> dict[str, str]:
     import torch
 
-    from skspin._extraction.device import resolve_device, resolve_dtype
+    from skspin._device import resolve_device, resolve_dtype
 
     chosen = resolve_device(None)
     names = {

@@ -29,13 +29,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from skspin._device import multiplies_bfloat16, resolve_device, resolve_dtype
 from skspin._extraction.backbone import (
     forget_models,
     load_backbone,
     read_anatomy,
     resolve_placement,
 )
-from skspin._extraction.device import multiplies_bfloat16, resolve_device, resolve_dtype
 from skspin._extraction.fingerprint import fingerprint
 from skspin._extraction.source import Source, _ask
 from skspin.datasets import demo_model
@@ -152,7 +152,7 @@ def test_the_fingerprint_needs_no_torch(folder, cache):
     code = f"""
 import sys
 from skspin._extraction.fingerprint import fingerprint
-from skspin._extraction.device import resolve_device, resolve_dtype
+from skspin._device import resolve_device, resolve_dtype
 from skspin._extraction.source import Source
 fingerprint(Source({str(folder)!r}))
 fingerprint(Source("org/tiny", model_kwargs={cache!r}))

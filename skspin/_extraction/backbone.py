@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from skspin._device import resolve_device, resolve_dtype, usable_device
 from skspin._extraction.anatomy import Anatomy, find_anatomy
-from skspin._extraction.device import resolve_device, resolve_dtype, usable_device
 from skspin._extraction.fingerprint import fingerprint
 from skspin._extraction.loading import load_model, load_skeleton, load_tokenizer
 from skspin._extraction.neighbours import leave, warn_of_neighbours

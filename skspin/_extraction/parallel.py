@@ -20,9 +20,9 @@ from joblib import Parallel, delayed, effective_n_jobs
 from joblib.parallel import get_active_backend
 from tqdm.auto import tqdm
 
+from skspin._device import as_devices
 from skspin._extraction.backbone import Backbone, Source, load_backbone
 from skspin._extraction.batching import extract
-from skspin._extraction.device import as_devices
 from skspin._layout import Segment
 
 # A worker that is done early takes another shard, and one that dies loses no more than one.

@@ -30,7 +30,7 @@ from record import write_record
 from transformers import AutoModel, AutoTokenizer
 
 from skspin import LLMActivationTransformer
-from skspin._extraction.device import multiplies_bfloat16
+from skspin._device import multiplies_bfloat16
 from skspin.datasets import demo_model
 
 N_TEXTS = {"sst2": 2000, "imdb_5k": 150}

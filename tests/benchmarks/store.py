@@ -97,7 +97,7 @@ def fill_as_transformer(folder, data):
 
 
 def measure_transformer(folder, data):
-    import skspin._extraction.device
+    import skspin._device
     import skspin._extraction.fingerprint  # noqa: F401
 
     texts = real_texts(data)
