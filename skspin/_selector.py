@@ -236,6 +236,11 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
             rows = np.flatnonzero(sample_weight)  # a text that weighs nothing is no text
+            if not rows.size:  # scikit-learn says so itself from 1.8 on
+                raise ValueError(
+                    "sample_weight is 0 for every text, but must hold at least one non-zero number."
+                    " Leave it out to weigh all texts alike."
+                )
             y, sample_weight = y[rows], sample_weight[rows]
         targets = encode_targets(y, sample_weight, self.class_weight)
         probes = self._fit_probes(X, y, rows, targets, layers)

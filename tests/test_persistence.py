@@ -178,12 +178,12 @@ def test_the_list_of_trusted_types_is_complete_and_no_longer_than_needed(savable
 @pytest.mark.parametrize(
     ("head", "more"),
     [
-        (LinearSVC(), 0),
-        (RidgeClassifier(), 0),
-        (SGDClassifier(random_state=0), 0),
-        (OneVsRestClassifier(LogisticRegression()), 0),
-        (HistGradientBoostingClassifier(max_iter=2), 1),
-        (MLPClassifier((2,), max_iter=300, tol=0.1), 1),
+        (LinearSVC(), False),
+        (RidgeClassifier(), False),
+        (SGDClassifier(random_state=0), False),
+        (OneVsRestClassifier(LogisticRegression()), False),
+        (HistGradientBoostingClassifier(max_iter=2), True),
+        (MLPClassifier((2,), max_iter=300, tol=0.1), True),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -191,7 +191,8 @@ def test_some_heads_need_types_of_scikit_learn_to_be_trusted_too(head, more, fol
     pipeline = prune(fitted(folder, head=head))
     saved = skops.io.dumps(pipeline)
     beyond = set(skops.io.get_untrusted_types(data=saved)).difference(TRUSTED_TYPES)
-    assert len(beyond) == more and all(name.startswith("sklearn.") for name in beyond)
+    # How many depends on the versions of skops and scikit-learn.
+    assert bool(beyond) == more and all(name.startswith("sklearn.") for name in beyond)
     loaded = skops.io.loads(saved, trusted=[*TRUSTED_TYPES, *beyond])
     np.testing.assert_array_equal(loaded.predict(TEXTS), pipeline.predict(TEXTS))
 

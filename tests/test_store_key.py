@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from sklearn.base import clone
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
@@ -121,13 +122,18 @@ def test_what_decides_a_number_is_in_the_key(folder, store, read, change):
     np.testing.assert_array_equal(found, activations(folder, None, **params))
 
 
+EXTRA_TOKENS = (  # renamed in transformers 5
+    "additional_special_tokens" if transformers.__version__ < "5" else "extra_special_tokens"
+)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"cls_token": "[SEP]"},
         {"do_lower_case": False},
         {"truncation_side": "left"},
-        {"extra_special_tokens": ["waste"]},
+        {EXTRA_TOKENS: ["waste"]},
     ],
     ids=str,
 )
