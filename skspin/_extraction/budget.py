@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from skspin._extraction.backbone import Backbone
+from skspin._free_memory import return_free_memory
 
 # Bytes of a batch's widest activation. On a CPU this keeps it in a shared cache, and below the size
 # from which glibc asks the kernel for fresh pages at each allocation (32 MiB): speed is flat from
@@ -82,6 +83,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(device: Any) -> None:
-    """Give cached blocks back, so that pieces of them can serve a smaller batch."""
+    """Give back what is free but in pieces that do not fit the next batch."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "cpu":
+        return_free_memory()

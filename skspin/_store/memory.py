@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from skspin._digest import text_digest, text_digests
+from skspin._free_memory import return_free_memory
 from skspin._keep import Keep
 from skspin._layout import Segment
 from skspin._store.base import Store, StoreInfo, as_bytes
@@ -33,12 +33,6 @@ def machine_memory() -> int:
         with suppress(OSError, ValueError):  # ValueError: the file says "max"
             sizes.append(int(Path(path).read_text()))
     return min(sizes, default=_ASSUMED_MEMORY)
-
-
-def _return_free_memory() -> None:
-    """Have glibc hand freed rows back to the system; left alone, it keeps most of them."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class MemoryStore(Store):
@@ -129,7 +123,7 @@ class MemoryStore(Store):
         self._keep.clear(self._owner)
         self._parts.clear()
         self._cards.clear()
-        _return_free_memory()
+        return_free_memory()
 
     @property
     def limit(self) -> int:
