@@ -24,7 +24,7 @@ def make_spin_pipeline(
     The steps of SPIN [1]_ are ``activations`` (:class:`LLMActivationTransformer`), ``select``
     (:class:`SalientNeuronSelector`), ``scale`` (:class:`~sklearn.preprocessing.StandardScaler`) and
     ``classify``. The defaults lie between what validation parts chose on two data sets (SST-2:
-    sparsity 0.05 and a head of ``C=0.0003``; TREC-6: 0.2 and 0.03); both are worth a search.
+    sparsity 0 and a head of ``C=0.003``; TREC-6: 0.2 and 0.03); both are worth a search.
 
     Parameters
     ----------
