@@ -9,6 +9,8 @@ import numpy as np
 
 from skspin._threads import Threads
 
+_CONVERTED = 2**20  # values converted at a time, however wide rows are: 8 MiB of float64
+
 
 class Columns:
     """The matrix ``Z = (X - mean) / scale``, without ever holding it.
@@ -120,6 +122,8 @@ class Columns:
 
     def _blocks(self, stretch: slice, n_rows: int | None = None) -> Iterator[tuple[slice, Any]]:
         n_rows = n_rows or self._arrays.rows or len(self._X)
+        if self._arrays.converts:
+            n_rows = min(n_rows, max(1, _CONVERTED // self._X.shape[1]))
         for start in range(stretch.start, stretch.stop, n_rows):
             rows = slice(start, min(start + n_rows, stretch.stop))
             yield rows, self._arrays.cast(self._X[rows])
@@ -133,7 +137,8 @@ class _HostArrays:
 
     def __init__(self, dtype: str) -> None:
         self._dtype = np.dtype(dtype)
-        self.rows = None if dtype == "float32" else self.gram_rows
+        self.converts = dtype != "float32"
+        self.rows = self.gram_rows if self.converts else None
 
     def hold(self, X: np.ndarray) -> np.ndarray:
         return X
@@ -159,6 +164,7 @@ class _TorchArrays:
     """What torch calls them."""
 
     rows = None
+    converts = False  # all is held in the arithmetic of the products
     gram_rows = 65_536
 
     def __init__(self, dtype: str, device: str) -> None:
