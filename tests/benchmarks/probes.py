@@ -231,7 +231,10 @@ def main():
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     warnings.simplefilter("ignore", FutureWarning)
-    solvers = [s for s in arguments.solvers if s not in ("skglm", "celer") or find_spec(s)]
+    missing = [s for s in arguments.solvers if s in ("skglm", "celer") and not find_spec(s)]
+    solvers = [s for s in arguments.solvers if s not in missing]
+    if missing:
+        print(f"Not installed, and left out: {', '.join(missing)}")
     rows = []
     print(f"{'workload':34} {'solver':10} {'seconds':>9} {'/ skspin':>9} {'excess':>9}  solved")
     for workload in [*WORKLOADS, *SELECTIONS]:
