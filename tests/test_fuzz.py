@@ -130,11 +130,12 @@ CONTAINERS = {
     "polars frame": lambda texts: pl.DataFrame({"text": texts}),
     "arrow": pa.array,
     "arrow large": lambda texts: pa.array(texts, pa.large_string()),
-    "arrow view": lambda texts: pa.array(texts, pa.string_view()),
     "arrow dictionary": lambda texts: pa.array(texts).dictionary_encode(),
     "arrow chunks": lambda texts: pa.chunked_array([texts[:1], texts[1:]], pa.string()),
     "arrow table": lambda texts: pa.table({"text": texts}),
 }
+if hasattr(pa, "string_view"):  # from pyarrow 16 on
+    CONTAINERS["arrow view"] = lambda texts: pa.array(texts, pa.string_view())
 NO_TEXTS = [None, np.nan, pd.NA, pd.NaT, 7, 1.5, True, b"bytes", ["a"], ("a",), {"a": 1}, object()]
 NO_CONTAINERS = [
     "one text",

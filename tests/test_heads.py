@@ -15,7 +15,7 @@ from skspin import explain_tokens, make_spin_pipeline, prune
 from skspin.datasets import demo_model
 
 HEADS = [
-    LinearSVC(C=0.001),
+    LinearSVC(C=0.001, random_state=0),
     RidgeClassifier(alpha=1000),
     SGDClassifier(alpha=0.1, random_state=0),
     HistGradientBoostingClassifier(max_iter=20, random_state=0),

@@ -178,7 +178,7 @@ def test_the_list_of_trusted_types_is_complete_and_no_longer_than_needed(savable
 @pytest.mark.parametrize(
     ("head", "more"),
     [
-        (LinearSVC(), False),
+        (LinearSVC(random_state=0), False),
         (RidgeClassifier(), False),
         (SGDClassifier(random_state=0), False),
         (OneVsRestClassifier(LogisticRegression()), False),
