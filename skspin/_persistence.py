@@ -18,7 +18,7 @@ TRUSTED_TYPES = [
     "skspin._layout.Segment",
     "skspin._prune.KeptColumns",
     "skspin._selector.SalientNeuronSelector",
-    "skspin._transformer.DetachedModel",
+    "skspin._shared_model.DetachedModel",
     "skspin._transformer.LLMActivationTransformer",
 ]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
 from functools import partial
 from numbers import Integral
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._diagram import diagram_block, layout_facts, model_name
@@ -21,8 +20,9 @@ from skspin._frozen_model import FrozenModel, Truncation
 from skspin._layout import ActivationArray
 from skspin._model_shape import SITES
 from skspin._output import fill_file
-from skspin._persistence import VersionedState, shallow_copy
+from skspin._persistence import shallow_copy
 from skspin._recall import recall_or_compute
+from skspin._shared_model import DetachedModel, SharedModel
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
 from skspin._store import open_store
 from skspin._text_tokens import TextTokens
@@ -30,28 +30,9 @@ from skspin._texts import open_texts
 
 _POOLINGS = ("mean", "max", "first", "last")
 _STACKS = ("encoder", "decoder")
-# Objects of the user's own that hold a model's weights or belong to them: shared, never copied.
-_SHARED = ("model", "tokenizer")
 
 
-class DetachedModel:
-    """What a pickle keeps of a model that was passed in memory: its name, and no weights.
-
-    Parameters
-    ----------
-    name : str
-        The model's class.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __repr__(self) -> str:
-        """Say what is missing."""
-        return f"<{self.name} left out of the pickle>"
-
-
-class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
+class LLMActivationTransformer(TransformerMixin, SharedModel):
     """Turn texts into the inner activations of a frozen language model.
 
     Each text goes once through the model. Hidden states, feed-forward neurons and attention heads
@@ -371,35 +352,6 @@ class LLMActivationTransformer(TransformerMixin, VersionedState, BaseEstimator):
             raise ValueError(
                 f"prompt={self.prompt!r} has no place for the text. Write {{text}} where it goes."
             )
-
-    def __sklearn_clone__(self):
-        """Clone as scikit-learn does, but share the model and tokenizer instead of copying them."""
-        shared = {name: getattr(self, name) for name in _SHARED}
-        others = {k: v for k, v in self.get_params(deep=False).items() if k not in _SHARED}
-        bare = type(self)(**others)
-        twin = BaseEstimator.__sklearn_clone__(bare)
-        for state in ("_metadata_request", "_sklearn_output_config"):
-            if hasattr(self, state):
-                setattr(twin, state, clone(getattr(self, state), safe=False))
-        return twin.set_params(**shared)
-
-    def __copy__(self):
-        """Copy what is held as it is; a copy's state would be a pickle's, without the model."""
-        return shallow_copy(self)
-
-    def __deepcopy__(self, memo):
-        """Share the model and tokenizer, as clones do."""
-        memo.update({id(shared := getattr(self, name)): shared for name in _SHARED})
-        twin = shallow_copy(self)
-        vars(twin).update(deepcopy(vars(self), memo))
-        return twin
-
-    def __getstate__(self):
-        """Leave a model in memory out of the pickle."""
-        state = super().__getstate__()
-        if not isinstance(self.model, str | os.PathLike | DetachedModel):
-            state = {**state, "model": DetachedModel(type(self.model).__name__)}
-        return state
 
     def _sk_visual_block_(self):
         facts = layout_facts(self.layout_) if hasattr(self, "layout_") else []

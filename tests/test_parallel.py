@@ -16,7 +16,8 @@ from sklearn.model_selection import GridSearchCV
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from skspin import LLMActivationTransformer, make_spin_pipeline
-from skspin._extraction.parallel import Work, compute_shard, cut_into_shards, extract_in_parallel
+from skspin._extraction.parallel import Work, compute_shard, extract_in_parallel
+from skspin._extraction.sharding import cut_into_shards
 from skspin._extraction.source import Source
 from skspin._frozen_model import FrozenModel
 from skspin.datasets import demo_model

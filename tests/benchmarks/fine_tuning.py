@@ -63,7 +63,7 @@ def train(model, texts, y, n_classes, learning_rate):
         return min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    labels = torch.as_tensor(y)
+    labels = torch.tensor(y)
     for _ in range(EPOCHS):
         for rows, batch in batches.of(rng.permutation(len(texts))):
             loss = torch.nn.functional.cross_entropy(classifier(batch), labels[rows])
