@@ -1,5 +1,6 @@
 """What may happen to a folder: other processes, sudden ends, damage, and disks that refuse."""
 
+import errno
 import inspect
 import os
 import shutil
@@ -18,6 +19,7 @@ from skspin._layout import Segment
 from skspin._store import open_store
 from skspin._store.disk import DiskStore
 from skspin._store.memory import MemoryStore
+from skspin._store.shelves import Shelves
 
 SEGMENTS = [Segment(None, layer, "hidden", "mean", 16) for layer in range(3)]
 TEXTS = [f"text {i}" for i in range(40)]
@@ -361,6 +363,41 @@ def test_a_damaged_card_is_missing(tmp_path):
 
 
 # Folders
+
+
+def test_a_card_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    cards = tmp_path / "skspin-1" / "cards"
+
+    def refuse(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.warns(UserWarning, match="No space left"):
+            store.put_card("a", 1)
+    assert not list(cards.iterdir())
+    assert store.get_card("a") == 1  # from memory
+
+
+def test_rows_whose_shelf_is_removed_under_the_writer_are_computed_again(tmp_path, monkeypatch):
+    store = DiskStore(str(tmp_path), MemoryStore(Keep(0)))  # with nothing in memory
+    write(store, TEXTS[:10])
+    make_room = Shelves._make_room
+
+    def and_another_process_removes_it(self, n_bytes, limit, shelf):
+        places = make_room(self, n_bytes, limit, shelf)
+        for path in (tmp_path / "skspin-1" / "shelves").iterdir():
+            path.unlink()
+        return places
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelves, "_make_room", and_another_process_removes_it)
+        write(store, TEXTS[10:20])
+    assert not read(store, TEXTS[:20]).any()
+    write(store, TEXTS[:20])
+    assert read(store, TEXTS[:20]).all()
+    assert read(DiskStore(str(tmp_path), MemoryStore(Keep(0))), TEXTS[:20]).all()
 
 
 def test_the_folder_is_readable_by_its_owner_alone(tmp_path):
