@@ -230,12 +230,14 @@ store = as_new_process(folder)
 for round in range(150):
     texts = [f"{round} {k}" for k in range(20)]
     try:
-        signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.004)
-        for text in texts:
-            write(store, [text])
+        try:
+            signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.004)
+            for text in texts:
+                write(store, [text])
+        finally:  # inside the outer try: the alarm may go off while it is being stopped
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
         n_interrupts += 1
-    signal.setitimer(signal.ITIMER_REAL, 0)
     read(store, texts)
     write(store, texts)
     assert read(store, texts).all() and read(as_new_process(folder), texts).all()
