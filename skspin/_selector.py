@@ -6,11 +6,9 @@ import warnings
 from numbers import Integral, Real
 
 import numpy as np
-from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from skspin._device import usable_device
 from skspin._diagram import diagram_block
@@ -18,17 +16,14 @@ from skspin._kept_probes import recall_or_fit_layer_probe
 from skspin._layer_probe import LayerProbe, ProbeSettings, fit_layer_probe
 from skspin._layer_sizes import find_layers
 from skspin._layout import LayerColumns, layout_of
-from skspin._persistence import VersionedState, pack_sparse, shallow_copy, unpack_sparse
+from skspin._neuron_selection import NeuronSelection
 from skspin._progress import follow_layers
 from skspin._salience import CRITERIA, SALIENCES
 from skspin._sklearn import CallbackSupportMixin, Interval, StrOptions, _fit_context
 from skspin._targets import Targets, encode_targets, validation_rows
 
-# One weight per neuron of the model, and under an L1 penalty nearly all of them zero.
-_MOSTLY_ZERO = ("coef_", "salience_")
 
-
-class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState, BaseEstimator):
+class SalientNeuronSelector(CallbackSupportMixin, NeuronSelection):
     """Select the neurons that sparse linear probes rely on, layer by layer.
 
     One L1-regularised logistic regression, the probe, is fitted to each layer's activations. A
@@ -294,44 +289,6 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
             raise ValueError(f"C={self.C!r} must be a positive number or a sequence of them.")
         return tuple(sorted({float(C) for C in values}))
 
-    def _select(self) -> None:
-        self.salience_ = SALIENCES[self.salience](self.coef_)
-        self.support_ = self._support_at(self.sparsity)
-        if not self.support_.any():
-            warnings.warn(
-                f"No probe puts weight on any column at C={self.C!r}, so the first column is all "
-                "that is selected. Try a larger C.",
-                UserWarning,
-                stacklevel=4,
-            )
-            self.support_[self.layer_columns_[0].start] = True
-        self.n_selected_ = np.array(
-            [self.support_[columns].sum() for columns in self.layer_columns_]
-        )
-        self.sparsity_ = float(1 - self.support_.mean())
-
-    def _support_at(self, sparsity: float) -> np.ndarray:
-        """Select at another sparsity from the same probes; nothing is fitted again."""
-        keep = CRITERIA[self.criterion]
-        support = np.zeros(self.salience_.shape, dtype=bool)
-        for columns in self.layer_columns_:
-            support[columns] = keep(self.salience_[columns], sparsity)
-        return support
-
-    def _restrict_to(self, columns: np.ndarray) -> SalientNeuronSelector:
-        """Copy this selector for an input that has only some columns, all of which it selects."""
-        narrowed = shallow_copy(self)
-        for name in ("salience_", "support_", "coef_", "feature_names_in_"):
-            if hasattr(self, name):
-                setattr(narrowed, name, getattr(self, name)[..., columns])
-        ends = np.cumsum([0, *columns])
-        narrowed.layer_columns_ = [
-            slice(int(ends[layer.start]), int(ends[layer.stop])) for layer in self.layer_columns_
-        ]
-        narrowed.n_selected_ = np.array([columns[layer].sum() for layer in self.layer_columns_])
-        narrowed.n_features_in_ = int(columns.sum())
-        return narrowed
-
     def _warn_of_gaps(self) -> None:
         behind = [
             f"{name} ({gap:.1e})"
@@ -345,26 +302,6 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
                 ConvergenceWarning,
                 stacklevel=4,
             )
-
-    def _get_support_mask(self) -> np.ndarray:
-        check_is_fitted(self, "support_")
-        return self.support_
-
-    def _transform(self, X):
-        """Take the selected columns, in a seventh of the time that indexing with a mask needs."""
-        if not isinstance(X, np.ndarray):
-            return super()._transform(X)
-        return X.take(self.get_support(indices=True), axis=1)
-
-    def __getstate__(self):
-        """Write of the probes' weights only those that are not zero."""
-        state = super().__getstate__()
-        return state | {name: pack_sparse(state[name]) for name in _MOSTLY_ZERO if name in state}
-
-    def __setstate__(self, state):
-        """Read the probes' weights back into arrays."""
-        arrays = {name: unpack_sparse(**state[name]) for name in _MOSTLY_ZERO if name in state}
-        super().__setstate__(state | arrays)
 
     def _sk_visual_block_(self):
         facts = [f"sparsity {self.sparsity}"]

@@ -31,7 +31,7 @@ class DetachedModel:
         return f"<{self.name} left out of the pickle>"
 
 
-class SharedModel(VersionedState, BaseEstimator):
+class ModelSharingEstimator(VersionedState, BaseEstimator):
     """An estimator whose parameters ``model`` and ``tokenizer`` may be objects of the user's."""
 
     model: Any

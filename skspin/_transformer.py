@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from skspin._column_choice import POOLINGS, STACKS, choose_columns
 from skspin._diagram import diagram_block, layout_facts, model_name
 from skspin._digest import text_digest
 from skspin._extraction.source import Source
@@ -22,17 +23,14 @@ from skspin._model_shape import SITES
 from skspin._output import fill_file
 from skspin._persistence import shallow_copy
 from skspin._recall import recall_or_compute
-from skspin._shared_model import DetachedModel, SharedModel
+from skspin._shared_model import DetachedModel, ModelSharingEstimator
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
 from skspin._store import open_store
 from skspin._text_tokens import TextTokens
 from skspin._texts import open_texts
 
-_POOLINGS = ("mean", "max", "first", "last")
-_STACKS = ("encoder", "decoder")
 
-
-class LLMActivationTransformer(TransformerMixin, SharedModel):
+class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     """Turn texts into the inner activations of a frozen language model.
 
     Each text goes once through the model. Hidden states, feed-forward neurons and attention heads
@@ -138,8 +136,8 @@ class LLMActivationTransformer(TransformerMixin, SharedModel):
         "revision": [str, None],
         "site": [StrOptions(set(SITES)), tuple, list],
         "layers": [Integral, "array-like", None],
-        "pooling": [StrOptions(set(_POOLINGS)), tuple, list],
-        "stack": [StrOptions(set(_STACKS)), tuple, list],
+        "pooling": [StrOptions(set(POOLINGS)), tuple, list],
+        "stack": [StrOptions(set(STACKS)), tuple, list],
         "prompt": [str, None],
         "max_length": [Interval(Integral, 1, None, closed="left")],
         "device": [str, list, tuple, None],
@@ -224,11 +222,8 @@ class LLMActivationTransformer(TransformerMixin, SharedModel):
         self._check_prompt()
         model = self._frozen_model()
         shape = model.shape
-        self.layout_ = shape.layout(
-            stacks=_choice("stack", self.stack, _STACKS),
-            sites=_choice("site", self.site, SITES),
-            layers=_as_layers(self.layers),
-            poolings=_choice("pooling", self.pooling, _POOLINGS),
+        self.layout_ = choose_columns(
+            shape, stack=self.stack, site=self.site, layers=self.layers, pooling=self.pooling
         )
         self.n_layers_ = shape.n_layers
         self.model_fingerprint_ = model.fingerprint
@@ -372,20 +367,3 @@ def _digested(chunks: Iterable[list[str]], identity: Any) -> Iterator[list[str]]
         for text in texts:
             identity.update(text_digest(text))
         yield texts
-
-
-def _choice(name: str, value: str | Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
-    """Turn one choice or several into a tuple, in the order of ``allowed``."""
-    chosen = (value,) if isinstance(value, str) else tuple(value)
-    if not chosen or any(option not in allowed for option in chosen):
-        raise ValueError(f"{name}={value!r} must be one of {list(allowed)} or a tuple of them.")
-    return tuple(option for option in allowed if option in chosen)
-
-
-def _as_layers(layers: Any) -> int | list[int] | None:
-    if layers is None or isinstance(layers, Integral):
-        return layers if layers is None else int(layers)
-    chosen = list(layers)
-    if not chosen or not all(isinstance(layer, Integral) for layer in chosen):
-        raise ValueError(f"layers={layers!r} must be None, an int or a sequence of ints.")
-    return [int(layer) for layer in chosen]

@@ -364,9 +364,6 @@ def test_a_damaged_card_is_missing(tmp_path):
             assert as_new_process(tmp_path).get_card("shape") is None
 
 
-# Folders
-
-
 def test_a_card_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
     store = open_store(tmp_path)
     cards = tmp_path / "skspin-1" / "cards"
@@ -380,6 +377,9 @@ def test_a_card_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
             store.put_card("a", 1)
     assert not list(cards.iterdir())
     assert store.get_card("a") == 1  # from memory
+
+
+# Folders
 
 
 def test_rows_whose_shelf_is_removed_under_the_writer_are_computed_again(tmp_path, monkeypatch):
