@@ -41,11 +41,6 @@ def tiny_model(seed):
     return BertModel(config).eval()
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(demo_model())
-
-
 @pytest.fixture
 def folder(tmp_path, tokenizer):
     tiny_model(0).save_pretrained(tmp_path)

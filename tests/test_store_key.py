@@ -23,11 +23,6 @@ TEXTS = ["A fine film.", "A waste of two hours and of a good cast.", "Quite so."
 COMMITS = ("0" * 40, "1" * 40)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(demo_model())
-
-
 def bert(seed=0, **settings):
     torch.manual_seed(seed)
     config = {

@@ -64,6 +64,18 @@ BENCHMARKS = {
             "imdb_5k": ["--sets", "imdb_5k", *FROZEN],
         },
     ),
+    "number_format": Benchmark(
+        {
+            "data set": "{set}",
+            "texts": "{texts:,}",
+            "float32": "{float32:.4f}",
+            "bfloat16": "{bfloat16:.4f}",
+            "points": "{points:+.2f}",
+            "only float32 is right": "{only float32}",
+            "only bfloat16 is right": "{only bfloat16}",
+            "cosine, least layer": "{cosine:.5f}",
+        },
+    ),
     "fit_time": Benchmark(
         {
             "data set": "{set}",

@@ -1,0 +1,85 @@
+"""What bfloat16 changes beside float32: predictions on thousands of texts, and how far rows turn.
+
+    python tests/benchmarks/number_format.py --data FOLDER [--sets sst2 trec6] [--quick]
+        [--json FILE]
+
+FOLDER holds NAME.csv.gz with the columns text, label and split. A test split of some hundred texts
+is too small to tell the two formats apart, so the pipeline with its defaults is cross-validated in
+both, in five folds, on all texts that are not for testing. Nothing is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from record import write_record
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from splits import load_splits
+
+from skspin import make_spin_pipeline, open_store
+from skspin.datasets import demo_model
+
+FORMATS = ("float32", "bfloat16")
+QUICK_TEXTS = 200
+LINE = (
+    "{set}, {texts:,} texts: {float32:.4f} in float32, {bfloat16:.4f} in bfloat16; right in one "
+    "only: {only float32} and {only bfloat16}; cosine, least layer: {cosine:.5f}"
+)
+
+
+def predict(splits, number_format):
+    """Cross-validate the pipeline's defaults; give predictions, and the activations by layer."""
+    open_store("memory").clear()  # the other format's rows take the room of these
+    spin = make_spin_pipeline(demo_model(), dtype=number_format)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    predicted = cross_val_predict(spin, splits.texts, splits.y, cv=folds)
+    transformer = spin["activations"].fit(splits.texts)
+    X = np.asarray(transformer.transform(splits.texts))
+    return predicted, [X[:, layer.columns] for layer in transformer.layout_.layers()]
+
+
+def least_cosine(layers, others):
+    """Average cosine between the two formats' rows of a text, in the layer where it is least."""
+    cosines = []
+    for one, other in zip(layers, others, strict=True):
+        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)  # (n_texts,)
+        cosines.append(float(np.mean((one * other).sum(axis=1) / lengths)))
+    return min(cosines)
+
+
+def measure(splits):
+    """Compare the formats on one set."""
+    (single, layers), (half, others) = (predict(splits, name) for name in FORMATS)
+    right, right_in_half = single == splits.y, half == splits.y
+    return {
+        "set": splits.name,
+        "texts": len(splits.y),
+        "float32": float(right.mean()),
+        "bfloat16": float(right_in_half.mean()),
+        "points": 100 * float(right_in_half.mean() - right.mean()),
+        "only float32": int((right & ~right_in_half).sum()),
+        "only bfloat16": int((right_in_half & ~right).sum()),
+        "cosine": least_cosine(layers, others),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", default=["sst2", "trec6"], help="names of files")
+    parser.add_argument("--quick", action="store_true", help="few texts")
+    parser.add_argument("--json", type=Path, help="where to write rows and machine")
+    options = parser.parse_args()
+    rows = []
+    for name in options.sets:
+        splits = load_splits(options.data, name, QUICK_TEXTS if options.quick else None)
+        rows.append(measure(splits))
+        print(LINE.format(**rows[-1]), flush=True)
+        if options.json:
+            write_record(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What tests of a forward pass ask for, and what they compare it with."""
+
+from __future__ import annotations
+
+import torch
+
+from skspin._layout import Segment
+
+BY_HAND = {
+    "mean": lambda tokens: tokens.mean(0),
+    "max": lambda tokens: tokens.amax(0),
+    "first": lambda tokens: tokens[0],
+    "last": lambda tokens: tokens[-1],
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def segments_of(anatomy, sites=("hidden",), poolings=("mean",), layers=None):
+    return [
+        Segment(stack.name, layer, site, pooling, tap.width)
+        for stack in anatomy.stacks.values()
+        for (layer, site), tap in sorted(stack.taps.items())
+        if site in sites and (layers is None or layer in layers)
+        for pooling in poolings
+    ]
+
+
+def alone(model, batch, row):
+    """Run one text without padding, as transformers documents it."""
+    real = batch["attention_mask"][row].bool()
+    ids = batch["input_ids"][row][real][None]
+    inputs = {"input_ids": ids, "output_hidden_states": True}
+    if model.config.is_encoder_decoder:
+        start = torch.full((1, 1), model.config.decoder_start_token_id)
+        inputs["decoder_input_ids"] = torch.cat([start, ids[:, :-1]], 1)
+        inputs["use_cache"] = False
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def columns(segments):
+    start = 0
+    for segment in segments:
+        yield segment, slice(start, start + segment.n_columns)
+        start += segment.n_columns
