@@ -1,6 +1,6 @@
 """What bfloat16 changes beside float32: predictions on thousands of texts, and how far rows turn.
 
-    python tests/benchmarks/number_format.py --data FOLDER [--sets sst2 trec6] [--quick]
+    python tests/benchmarks/number_format.py --data FOLDER [--sets sst2 ...] [--quick]
         [--json FILE]
 
 FOLDER holds NAME.csv.gz with the columns text, label and split. A test split of some hundred texts
@@ -22,6 +22,7 @@ from skspin import make_spin_pipeline, open_store
 from skspin.datasets import demo_model
 
 FORMATS = ("float32", "bfloat16")
+SETS = ["sst2", "trec6", "imdb_5k"]
 QUICK_TEXTS = 200
 LINE = (
     "{set}, {texts:,} texts: {float32:.4f} in float32, {bfloat16:.4f} in bfloat16; right in one "
@@ -68,7 +69,7 @@ def measure(splits):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=["sst2", "trec6"], help="names of files")
+    parser.add_argument("--sets", nargs="+", default=SETS, help="names of files")
     parser.add_argument("--quick", action="store_true", help="few texts")
     parser.add_argument("--json", type=Path, help="where to write rows and machine")
     options = parser.parse_args()

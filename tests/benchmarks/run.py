@@ -75,6 +75,7 @@ BENCHMARKS = {
             "only bfloat16 is right": "{only bfloat16}",
             "cosine, least layer": "{cosine:.5f}",
         },
+        {name: ["--sets", name] for name in ("sst2", "trec6", "imdb_5k")},
     ),
     "fit_time": Benchmark(
         {
