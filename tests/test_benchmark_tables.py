@@ -56,3 +56,16 @@ def test_a_machine_is_described_once_for_all_parts_measured_on_it(as_page):
     assert "torch 2.13" in page
     other = {"machine": MACHINE | {"threads": 2}, "rows": [{"set": "b"}]}
     assert as_page("accuracy", [*parts, other], {}).count("Measured on a processor") == 2
+
+
+def test_an_overview_puts_each_figure_where_its_line_and_column_meet(as_page):
+    rows = [
+        {"set": "a", "method": "one", "test": 0.9},
+        {"set": "b", "method": "one", "test": 0.8},
+        {"set": "b", "method": "two", "test": 0.7},
+    ]
+    overview = ("On test texts", "method", "set", "{test:.1f}")
+    page = as_page("accuracy", [{"machine": MACHINE, "rows": rows}], {}, overview)
+    first, _ = page.split(".. list-table::")[1:]
+    assert first.startswith(" On test texts\n")
+    assert cells(first) == [["method", "a", "b"], ["one", "0.9", "0.8"], ["two", "", "0.7"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def as_page(name, records, columns):
+def as_page(name, records, columns, overview=None):
     """Write a table, with what it was measured on.
 
     Parameters
@@ -14,6 +14,9 @@ def as_page(name, records, columns):
         ``rows`` and ``machine`` of each of its parts.
     columns : dict of str
         A title and a format for each column; empty for the rows' own names and values.
+    overview : tuple of str, length 4, default=None
+        The caption of a smaller table that comes first, the row's key that it goes down by, the one
+        that it goes across by, and the format of its cells.
     """
     rows = [row for record in records for row in record["rows"]]
     columns = columns or {
@@ -23,15 +26,28 @@ def as_page(name, records, columns):
         ".. This file is written by a command; what is changed here by hand is lost:",
         f"   python tests/benchmarks/run.py --data FOLDER --only {name}",
         "",
-        ".. list-table::",
-        "   :header-rows: 1",
-        "",
-        *table_row(columns),
+        *(overview_table(rows, *overview) if overview else []),
+        *table_head(columns),
     ]
     for row in rows:
         lines += table_row(cell(row, template) for template in columns.values())
     sentences = dict.fromkeys(describe(record["machine"]) for record in records)  # each one once
     return "\n".join([*lines, "", *sentences]) + "\n"
+
+
+def overview_table(rows, caption, down, across, template):
+    """Write one figure of each row where its column and its line meet."""
+    columns = list(dict.fromkeys(row[across] for row in rows))
+    lines = table_head([down, *columns], caption)
+    for name in dict.fromkeys(row[down] for row in rows):
+        figures = {row[across]: cell(row, template) for row in rows if row[down] == name}
+        lines += table_row([name, *(figures.get(column, "") for column in columns)])
+    return [*lines, ""]
+
+
+def table_head(titles, caption=""):
+    """Begin a list-table."""
+    return [f".. list-table:: {caption}".rstrip(), "   :header-rows: 1", "", *table_row(titles)]
 
 
 def table_row(cells):
