@@ -5,16 +5,17 @@ from skspin._display import (
     SparsityPathDisplay,
     TokenContributionDisplay,
 )
-from skspin._explain import explain_tokens
-from skspin._frozen_model import ModelMismatchError
-from skspin._neurons import explain_neurons
-from skspin._persistence import TRUSTED_TYPES
+from skspin._explain.neurons import explain_neurons
+from skspin._explain.tokens import explain_tokens
+from skspin._model.frozen import ModelMismatchError
+from skspin._pickling import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline
 from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
 from skspin._show_versions import show_versions
 from skspin._store import open_store
 from skspin._transformer import LLMActivationTransformer
+from skspin._version import __version__
 
 __all__ = [
     "LLMActivationTransformer",
@@ -24,6 +25,7 @@ __all__ = [
     "SparsityPathDisplay",
     "TRUSTED_TYPES",
     "TokenContributionDisplay",
+    "__version__",
     "explain_neurons",
     "explain_tokens",
     "make_spin_pipeline",
@@ -31,4 +33,3 @@ __all__ = [
     "prune",
     "show_versions",
 ]
-__version__ = "0.1.0.dev0"

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from skspin._layout import Layout
-from skspin._model_shape import SITES, ModelShape
+from skspin._model.shape import SITES, ModelShape
 
 POOLINGS = ("mean", "max", "first", "last")
 STACKS = ("encoder", "decoder")

@@ -9,8 +9,8 @@ from sklearn.base import BaseEstimator
 from sklearn.feature_selection import SelectorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from skspin._persistence import VersionedState, pack_sparse, shallow_copy, unpack_sparse
-from skspin._salience import CRITERIA, SALIENCES
+from skspin._pickling import VersionedState, pack_sparse, shallow_copy, unpack_sparse
+from skspin._probes.salience import CRITERIA, SALIENCES
 
 # One weight per neuron of the model, and under an L1 penalty nearly all of them zero.
 _MOSTLY_ZERO = ("coef_", "salience_")

@@ -27,8 +27,8 @@ from sklearn.preprocessing import (
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._diagram import model_name
-from skspin._linear import linear_parts, weights_of
-from skspin._persistence import shallow_copy
+from skspin._explain.linear import linear_parts, weights_of
+from skspin._pickling import shallow_copy
 from skspin._selector import SalientNeuronSelector
 from skspin._sklearn import LinearClassifierMixin, _safe_indexing
 from skspin._steps import activation_steps

@@ -8,7 +8,7 @@ from typing import Any
 
 from sklearn.base import BaseEstimator, clone
 
-from skspin._persistence import VersionedState, shallow_copy
+from skspin._pickling import VersionedState, shallow_copy
 
 # Objects of the user's own that hold a model's weights or belong to them: shared, never copied.
 _SHARED = ("model", "tokenizer")

@@ -7,6 +7,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from skspin._version import __version__
+
 _PACKAGES = (
     "scikit-learn",
     "torch",
@@ -55,8 +57,6 @@ def _system() -> dict[str, str]:
 
 def _packages() -> dict[str, str]:
     """Read versions without importing what they are of."""
-    from skspin import __version__  # here, because skspin itself imports this
-
     found = {"skspin": __version__}
     for name in _PACKAGES:
         try:
@@ -69,7 +69,7 @@ def _packages() -> dict[str, str]:
 def _devices() -> dict[str, str]:
     import torch
 
-    from skspin._device import resolve_device, resolve_dtype
+    from skspin._model.device import resolve_device, resolve_dtype
 
     chosen = resolve_device(None)
     names = {

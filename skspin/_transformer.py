@@ -15,17 +15,17 @@ from sklearn.utils.validation import check_is_fitted
 
 from skspin._column_choice import POOLINGS, STACKS, choose_columns
 from skspin._diagram import diagram_block, layout_facts, model_name
-from skspin._digest import text_digest
-from skspin._extraction.source import Source
-from skspin._frozen_model import FrozenModel, Truncation
 from skspin._layout import ActivationArray
-from skspin._model_shape import SITES
-from skspin._output import fill_file
-from skspin._persistence import shallow_copy
-from skspin._recall import recall_or_compute
+from skspin._model.frozen import FrozenModel, Truncation
+from skspin._model.shape import SITES
+from skspin._model.source import Source
+from skspin._pickling import shallow_copy
 from skspin._shared_model import DetachedModel, ModelSharingEstimator
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
 from skspin._store import open_store
+from skspin._store.digest import text_digest
+from skspin._store.output import fill_file
+from skspin._store.recall import recall_or_compute
 from skspin._text_tokens import TextTokens
 from skspin._texts import open_texts
 

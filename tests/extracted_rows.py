@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from skspin._extraction.backbone import load_backbone
-from skspin._extraction.batching import extract
-from skspin._extraction.source import Source
 from skspin._layout import Segment
+from skspin._model.batches import extract
+from skspin._model.registry import load_backbone
+from skspin._model.source import Source
 
 SIZES = {
     "vocab_size": 30522,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from skspin._keep import Keep
 from skspin._layout import Segment
 from skspin._store.disk import DiskStore
+from skspin._store.keep import Keep
 from skspin._store.memory import MemoryStore
 
 SEGMENTS = [Segment(None, layer, "hidden", "mean", 16) for layer in range(3)]
@@ -46,7 +46,7 @@ from skspin._layout import Segment
 from skspin._store import open_store
 from skspin._store.disk import DiskStore
 from skspin._store.memory import MemoryStore
-from skspin._keep import Keep
+from skspin._store.keep import Keep
 
 SEGMENTS = [Segment(None, layer, "hidden", "mean", 16) for layer in range(3)]
 """

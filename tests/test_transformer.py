@@ -156,7 +156,7 @@ def test_nothing_is_printed(capfd):
 
 
 def test_the_same_weights_serve_all_instances():
-    from skspin._extraction.backbone import load_backbone
+    from skspin._model.registry import load_backbone
 
     one, other = transformer(layers=1), clone(transformer(layers=2))
     one.fit_transform(TEXTS), other.fit_transform(TEXTS)

@@ -10,10 +10,11 @@ import os
 
 import numpy as np
 
-from skspin._keep import Keep
 from skspin._store.base import NoStore, Store, StoreInfo
 from skspin._store.disk import DiskStore
-from skspin._store.memory import MemoryStore, machine_memory
+from skspin._store.keep import Keep
+from skspin._store.memory import MemoryStore
+from skspin._system import machine_memory
 
 __all__ = ["Store", "StoreInfo", "open_store"]
 

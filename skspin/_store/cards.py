@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from skspin._digest import text_digest
+from skspin._store.digest import text_digest
 
 
 class Cards:

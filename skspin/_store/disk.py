@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from skspin._digest import text_digests
 from skspin._layout import Segment
 from skspin._store.base import Store, StoreInfo, as_bytes
 from skspin._store.cards import Cards
+from skspin._store.digest import text_digests
 from skspin._store.memory import MemoryStore
 from skspin._store.part import Part
 from skspin._store.request import Request

@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from skspin._digest import text_digest, text_digests
-from skspin._free_memory import return_free_memory
-from skspin._keep import Keep
 from skspin._layout import Segment
 from skspin._store.base import Store, StoreInfo, as_bytes
+from skspin._store.digest import text_digest, text_digests
+from skspin._store.keep import Keep
 from skspin._store.part import Part
 from skspin._store.request import Request
-
-_ASSUMED_MEMORY = 8 * 1024**3  # where the system does not tell
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def machine_memory() -> int:
-    """Count the bytes of memory that this machine, or the container we are in, has."""
-    sizes = []
-    with suppress(AttributeError, ValueError, OSError):
-        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for path in _CGROUP_LIMITS:
-        with suppress(OSError, ValueError):  # ValueError: the file says "max"
-            sizes.append(int(Path(path).read_text()))
-    return min(sizes, default=_ASSUMED_MEMORY)
+from skspin._system import return_free_memory
 
 
 class MemoryStore(Store):

@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from skspin._digest import text_digest
 from skspin._layout import Segment
+from skspin._store.digest import text_digest
 
 
 @dataclass(frozen=True)

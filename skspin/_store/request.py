@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from skspin._digest import text_digests
 from skspin._layout import Layout, Segment
+from skspin._store.digest import text_digests
 from skspin._store.part import Part
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from skspin._fork import renew_in_child
+from skspin._store.fork import renew_in_child
 from skspin._store.part import Part
 from skspin._store.places import Place, new_name, note_use, places_in
 from skspin._store.request import Overlap, Request

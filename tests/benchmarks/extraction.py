@@ -30,7 +30,7 @@ from record import write_record
 from transformers import AutoModel, AutoTokenizer
 
 from skspin import LLMActivationTransformer
-from skspin._device import multiplies_bfloat16
+from skspin._model.device import multiplies_bfloat16
 from skspin.datasets import demo_model
 
 N_TEXTS = {"sst2": 2000, "imdb_5k": 150}
@@ -218,8 +218,8 @@ def measure(name, texts, n_rounds):
 
 def padding(name, texts):
     """Share of the tokens in the model's batches that are padding."""
-    from skspin._extraction.backbone import load_backbone
-    from skspin._extraction.source import Source
+    from skspin._model.registry import load_backbone
+    from skspin._model.source import Source
 
     n_tokens = {"all": 0, "real": 0}
 

@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
 from skspin import make_spin_pipeline, open_store
-from skspin._kept_probes import forget_probes
+from skspin._probes.kept import forget_probes
 from skspin.datasets import demo_model
 
 SPARSITIES = np.linspace(0, 0.9, 10).tolist()

@@ -22,9 +22,9 @@ from statistics import median
 import numpy as np
 from record import write_record
 
-from skspin._digest import array_digest
 from skspin._layout import Segment
 from skspin._store import open_store
+from skspin._store.digest import array_digest
 
 TEXTS = [f"a text that is about as long as a sentence of a film review, {i}" for i in range(9613)]
 SEGMENTS = [Segment(None, layer, "hidden", "mean", 384) for layer in range(7)]
@@ -97,8 +97,8 @@ def fill_as_transformer(folder, data):
 
 
 def measure_transformer(folder, data):
-    import skspin._device
-    import skspin._extraction.fingerprint  # noqa: F401
+    import skspin._model.device
+    import skspin._model.fingerprint  # noqa: F401
 
     texts = real_texts(data)
     fitted = transformer(folder / "real")

@@ -1,0 +1,1 @@
+"""A fitted pipeline, understood: tokens, neurons, linear form, HTML."""

@@ -1,0 +1,203 @@
+"""Pipelines explained token by token: the result, and what can be done with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+
+from skspin._explain.html import page_to_html, swatch, text_to_html
+from skspin._text_tokens import TextTokens
+
+_MOST_SHOWN = 20  # texts in a notebook
+
+
+class TopToken(NamedTuple):
+    """A token's (or word's) contributions to a class, over a corpus."""
+
+    token: str
+    total: float
+    n_occurrences: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenExplanation:
+    """What each token adds to each class's decision value; :func:`explain_tokens` makes it.
+
+    In a notebook it shows the texts with coloured tokens.
+
+    Parameters
+    ----------
+    tokens : list of TextTokens of length n_texts
+        The tokens, special tokens included, and where in their text they are.
+    contributions : list of ndarray of shape (n_tokens, n_decision_values)
+        What each token adds to each decision value.
+    intercept : ndarray of shape (n_decision_values,)
+        What no token adds.
+    classes : ndarray of shape (n_classes,)
+        The classifier's classes. Two classes share one decision value, which is in favour of the
+        second.
+
+    Examples
+    --------
+    See :func:`explain_tokens`.
+    """
+
+    tokens: list[TextTokens]
+    contributions: list[np.ndarray]
+    intercept: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def decision_values(self) -> np.ndarray:
+        """The sums, of shape (n_texts, n_decision_values)."""
+        return np.stack([part.sum(axis=0) for part in self.contributions]) + self.intercept
+
+    def __repr__(self) -> str:
+        """Say what is explained."""
+        return f"<TokenExplanation of {len(self)} texts for the classes {self.classes.tolist()}>"
+
+    def __len__(self) -> int:
+        """Count the texts."""
+        return len(self.tokens)
+
+    def __getitem__(self, texts) -> TokenExplanation:
+        """Choose one text by its number, or several by a slice."""
+        chosen = texts if isinstance(texts, slice) else slice(texts, texts + 1 or None)
+        return replace(self, tokens=self.tokens[chosen], contributions=self.contributions[chosen])
+
+    def merge_words(self) -> TokenExplanation:
+        """Add up the tokens of each word.
+
+        Words are runs of letters and digits; other marks are words of their own.
+
+        Returns
+        -------
+        explanation : TokenExplanation
+            The same explanation, with words for tokens.
+        """
+        words = [part.words() for part in self.tokens]
+        return replace(
+            self,
+            tokens=[part.merge(groups) for part, groups in zip(self.tokens, words, strict=True)],
+            contributions=[
+                np.add.reduceat(part, np.flatnonzero(np.diff(groups, prepend=-1)))
+                for part, groups in zip(self.contributions, words, strict=True)
+            ],
+        )
+
+    def predicted_classes(self) -> np.ndarray:
+        """Say which class has the largest decision value, for each text; of shape (n_texts,)."""
+        values = self.decision_values
+        best = (values[:, 0] > 0).astype(int) if self._two_sided else values.argmax(axis=1)
+        return self.classes[best]
+
+    def for_class(self, label) -> list[np.ndarray]:
+        """Look up the contributions in favour of one class.
+
+        Parameters
+        ----------
+        label : class label
+            One of ``classes``.
+
+        Returns
+        -------
+        list of ndarray of shape (n_tokens,)
+            One array per text.
+        """
+        column, sign = self._column(label)
+        return [sign * part[:, column] for part in self.contributions]
+
+    def intercept_for_class(self, label) -> float:
+        """Look up what no token adds to one class."""
+        column, sign = self._column(label)
+        return float(sign * self.intercept[column])
+
+    @property
+    def _two_sided(self) -> bool:
+        return len(self.intercept) == 1 and len(self.classes) == 2
+
+    def _column(self, label) -> tuple[int, int]:
+        """Find a class's decision value, and whether it is the class's or against it."""
+        places = np.flatnonzero(self.classes == label)
+        if not len(places):
+            raise ValueError(f"{label!r} is not among the classes {self.classes.tolist()}.")
+        if self._two_sided:
+            return 0, 1 if places[0] == 1 else -1
+        return int(places[0]), 1
+
+    def top_tokens(self, label, n: int = 10) -> list[TopToken]:
+        """List the tokens that add most to one class over all texts.
+
+        Parameters
+        ----------
+        label : class label
+            One of ``classes``.
+        n : int, default=10
+            How many.
+
+        Returns
+        -------
+        list of TopToken
+            With ``token`` (as it is written in the texts, without spaces around it), ``total`` (its
+            contributions' sum) and ``n_occurrences``, largest total first. Special
+            tokens and the prompt are left out.
+        """
+        totals: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        for part, values in zip(self.tokens, self.for_class(label), strict=True):
+            for token, value, in_text in zip(part.surfaces(), values, part.in_text, strict=True):
+                if in_text:
+                    totals[token] += value
+                    counts[token] += 1
+        return [
+            TopToken(token, float(total), counts[token]) for token, total in totals.most_common(n)
+        ]
+
+    def to_frame(self):
+        """Tabulate every contribution.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per text, token and decision value, with the columns ``text`` (its number),
+            ``token``, ``start`` and ``end`` (characters; both 0 for special tokens), ``class`` and
+            ``contribution``.
+        """
+        import pandas as pd
+
+        classes = self.classes[-len(self.intercept) :]  # of two classes the second
+        frames = [
+            pd.DataFrame(
+                {
+                    "text": number,
+                    "token": np.repeat(part.surfaces(), len(classes)),
+                    "start": np.repeat(part.starts, len(classes)),
+                    "end": np.repeat(part.ends, len(classes)),
+                    "class": np.tile(classes, len(part.tokens)),
+                    "contribution": values.ravel(),
+                }
+            )
+            for number, (part, values) in enumerate(
+                zip(self.tokens, self.contributions, strict=True)
+            )
+        ]
+        return pd.concat(frames, ignore_index=True)
+
+    def _repr_html_(self) -> str:
+        entries = []
+        for number, label in enumerate(self.predicted_classes()[:_MOST_SHOWN]):
+            # With two classes always the second, so that colours mean the same for every text.
+            label = self.classes[1] if self._two_sided else label
+            values = self[number].for_class(label)[0]
+            total = values.sum() + self.intercept_for_class(label)
+            heading = f"for <b>{escape(str(label))}</b>: {total:+.3g}"
+            entries.append((heading, text_to_html(self.tokens[number], values)))
+        legend = (
+            f"Tokens speak {swatch(1, 'for')} or {swatch(-1, 'against')} a class; with the "
+            "intercept they add up to its decision value."
+        )
+        return page_to_html(legend, entries, max(0, len(self) - _MOST_SHOWN))

@@ -1,0 +1,178 @@
+"""Where single neurons are most active, so that a person can name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heappush, heapreplace
+from html import escape
+
+import numpy as np
+from sklearn.utils.validation import check_is_fitted
+
+from skspin._explain.html import page_to_html, token_to_html
+from skspin._steps import activation_steps
+from skspin._texts import open_texts
+from skspin._transformer import LLMActivationTransformer
+
+
+@dataclass(frozen=True)
+class NeuronHit:
+    """A token at which a neuron is active.
+
+    Parameters
+    ----------
+    text : int
+        Number of the text.
+    token : str
+        As the text writes it.
+    start, end : int
+        Its characters, the end not included.
+    activation : float
+        The neuron's value.
+    """
+
+    text: int
+    token: str
+    start: int
+    end: int
+    activation: float
+
+
+@dataclass(frozen=True, repr=False)
+class NeuronExplanation:
+    """The tokens that activate some neurons most; :func:`explain_neurons` makes it.
+
+    In a notebook it shows the tokens in their texts.
+
+    Parameters
+    ----------
+    hits : dict of str to list of NeuronHit
+        For each neuron's name its tokens, the largest activation first; one token per text.
+    texts : list of str
+        The texts searched.
+    """
+
+    hits: dict[str, list[NeuronHit]]
+    texts: list[str]
+
+    def __repr__(self) -> str:
+        """Say what was looked at."""
+        return f"<NeuronExplanation of {list(self.hits)} in {len(self.texts)} texts>"
+
+    def to_frame(self):
+        """Tabulate every hit.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per neuron and hit, with the columns ``neuron``, ``text`` (its number),
+            ``token``, ``start`` and ``end`` (characters) and ``activation``.
+        """
+        import pandas as pd
+
+        rows = [{"neuron": name, **vars(hit)} for name, hits in self.hits.items() for hit in hits]
+        columns = ["neuron", "text", "token", "start", "end", "activation"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _repr_html_(self) -> str:
+        entries = []
+        for name, hits in self.hits.items():
+            most = max((abs(hit.activation) for hit in hits), default=0.0) or 1.0
+            lines = [
+                token_to_html(self.texts[hit.text], hit.start, hit.end, hit.activation, unit=most)
+                for hit in hits
+            ]
+            entries.append((f"<b>{escape(name)}</b>", "".join(lines)))
+        return page_to_html("The tokens at which each neuron is most active.", entries)
+
+
+def explain_neurons(estimator, texts, neurons, *, n_top=10):
+    """Find the tokens that activate neurons most, so that a person can name them.
+
+    Parameters
+    ----------
+    estimator : Pipeline or LLMActivationTransformer
+        Fitted, with one activation transformer; the classifier may be any.
+    texts : list, tuple, array, Series or one-column frame of str
+        Where to look. The texts go through the model, as activations of tokens are not stored; what
+        is kept of them in memory does not grow with their number.
+    neurons : str or list of str
+        Names of columns that the transformer gives, such as ``"layer3_mlp_max_412"``; those that a
+        pipeline selected are in ``pipeline[:2].get_feature_names_out()``.
+    n_top : int, default=10
+        How many tokens to find for each neuron, from as many different texts.
+
+    Returns
+    -------
+    explanation : NeuronExplanation
+        The tokens of each neuron, in the order asked for. Special tokens and the prompt's are left
+        out.
+
+    Raises
+    ------
+    ValueError
+        If a name is not among the transformer's columns, there is not one transformer, or the
+        tokenizer does not tell where in the text its tokens are.
+    NotFittedError
+        If the estimator is not fitted.
+
+    Examples
+    --------
+    >>> from skspin import LLMActivationTransformer, explain_neurons
+    >>> from skspin.datasets import demo_model
+    >>> texts = ["Two cats and a dog.", "The weather was fine.", "A cat sat on the mat."]
+    >>> transformer = LLMActivationTransformer(demo_model(), site="mlp", layers=4).fit(texts)
+    >>> explanation = explain_neurons(transformer, texts, "layer4_mlp_mean_17", n_top=2)
+    >>> [len(hits) for hits in explanation.hits.values()]
+    [2]
+    """
+    check_is_fitted(estimator)
+    transformer = _only_transformer(estimator)
+    names = [neurons] if isinstance(neurons, str) else list(neurons)
+    support = _find_columns(transformer, names)
+    transformer = transformer._restrict_to(support)
+    best: list[list[tuple[float, int, NeuronHit]]] = [[] for _ in range(support.sum())]
+    texts = [text for chunk in open_texts(texts).read() for text in chunk]
+    number_of = {text: number for number, text in reversed(list(enumerate(texts)))}
+    for text, tokens, activations in transformer._read_tokens(list(number_of)):
+        inside = np.flatnonzero(tokens.in_text)
+        if not len(inside):
+            continue
+        number, surfaces = number_of[text], tokens.surfaces()
+        for heap, values in zip(best, activations[inside].T, strict=True):
+            value, place = float(values.max()), inside[values.argmax()]
+            if len(heap) == n_top and (value, -number) < heap[0][:2]:
+                continue
+            start, end = int(tokens.starts[place]), int(tokens.ends[place])
+            hit = NeuronHit(number, surfaces[place], start, end, value)
+            push = heapreplace if len(heap) == n_top else heappush
+            push(heap, (value, -number, hit))  # of equal values the earlier text
+    found = dict(
+        zip(
+            transformer.get_feature_names_out(),
+            ([hit for *_, hit in sorted(heap, key=lambda row: row[:2])[::-1]] for heap in best),
+            strict=True,
+        )
+    )
+    return NeuronExplanation({name: found[name] for name in names}, texts)
+
+
+def _only_transformer(estimator) -> LLMActivationTransformer:
+    transformers = list(activation_steps(estimator))
+    if len(transformers) != 1:
+        raise ValueError(
+            f"{type(estimator).__name__} has {len(transformers)} steps that are an "
+            "LLMActivationTransformer, but one is needed. Pass the one that is meant."
+        )
+    return transformers[0]
+
+
+def _find_columns(transformer: LLMActivationTransformer, names: list[str]) -> np.ndarray:
+    columns = transformer.get_feature_names_out()
+    unknown = set(names).difference(columns)
+    if unknown or not names:
+        raise ValueError(
+            f"neurons={sorted(unknown)} are not among the transformer's {len(columns)} columns, "
+            f"{columns[0]} to {columns[-1]}. See get_feature_names_out()."
+        )
+    return np.isin(columns.astype(str), names)

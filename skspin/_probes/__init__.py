@@ -1,0 +1,1 @@
+"""Activations and labels in, salient neurons out."""

@@ -1,0 +1,44 @@
+"""What the interpreter and the machine are asked for: warnings at the caller's line, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+# Frames of these packages stand between a user's line and the code that warns.
+_IN_BETWEEN = {"skspin", "sklearn", "joblib", "contextlib"}
+_ASSUMED_MEMORY = 8 * 1024**3  # bytes, where the system does not tell
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
+    """Warn at the nearest line that is neither skspin's nor scikit-learn's."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _package(frame.f_globals) in _IN_BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _package(module: dict) -> str:
+    return str(module.get("__name__")).partition(".")[0]
+
+
+def machine_memory() -> int:
+    """Count the bytes of memory that this machine, or the container around it, has."""
+    sizes = []
+    with suppress(AttributeError, ValueError, OSError):
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in _CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # ValueError: the file says "max"
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes, default=_ASSUMED_MEMORY)
+
+
+def return_free_memory() -> None:
+    """Have glibc hand freed memory back to the system; other C libraries do so by themselves."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,253 @@
+"""What the pictures say, read back from what matplotlib was told to draw."""
+
+import builtins
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import loguniform
+from sklearn.compose import ColumnTransformer
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
+from sklearn.pipeline import Pipeline
+
+from skspin import (
+    LayerSalienceDisplay,
+    SalientNeuronSelector,
+    SparsityPathDisplay,
+    TokenContributionDisplay,
+)
+from skspin._explain.explanation import TokenExplanation
+from skspin._text_tokens import TextTokens
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SPARSITY = [0.8, 0.2, 0.5]
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 60))
+    return X, (X[:, 25] + X[:, 41] + 0.5 * rng.normal(size=200) > 0).astype(int)
+
+
+@pytest.fixture(scope="module")
+def selector(data):
+    return SalientNeuronSelector(layer_sizes=20, C=0.3).fit(*data)
+
+
+def spin(**params):
+    select = SalientNeuronSelector(layer_sizes=20, C=0.3)
+    return Pipeline([("select", select), ("classify", LogisticRegression())]).set_params(**params)
+
+
+@pytest.fixture(scope="module")
+def search(data):
+    grid = {"select__sparsity": SPARSITY, "classify__C": [1e-6, 1.0]}
+    return GridSearchCV(spin(), grid, scoring="accuracy").fit(*data)
+
+
+def test_layers_are_drawn_with_their_scores_and_counts(selector):
+    display = LayerSalienceDisplay.from_estimator(selector)
+    (line,) = display.line_
+    assert line.get_xdata().tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(line.get_ydata(), selector.layer_scores_)
+    heights = [bar.get_height() for bar in display.count_ax_.patches]
+    assert heights == selector.n_selected_.tolist()
+    assert display.ax_.get_ylabel() and display.count_ax_.get_ylabel()
+    assert display.count_ax_.get_xlabel() == "layer"
+    assert display.ax_.get_legend() is None  # one curve needs no name
+
+
+def test_sites_and_stacks_are_told_apart_by_more_than_colour():
+    names = [
+        f"{stack}_layer{i}_{site}"
+        for stack in ("encoder", "decoder")
+        for i in (1, 2)
+        for site in ("hidden", "mlp")
+    ]
+    display = LayerSalienceDisplay(
+        layer_names=names, layer_scores=np.linspace(0.5, 0.9, 8), n_selected=np.arange(1, 9)
+    ).plot()
+    labels = [text.get_text() for text in display.ax_.get_legend().get_texts()]
+    assert labels == ["encoder, hidden", "encoder, mlp", "decoder, hidden", "decoder, mlp"]
+    looks = {(line.get_color(), line.get_marker()) for line in display.line_}
+    assert len(looks) == 4 and len({line.get_linestyle() for line in display.line_}) == 2
+    tops = {bar.get_x(): bar.get_y() + bar.get_height() for bar in display.count_ax_.patches}
+    assert sorted(tops.values()) == [1 + 2 + 5 + 6, 3 + 4 + 7 + 8]  # stacked, none hidden
+
+
+def test_a_path_shows_the_folds_of_the_search(search):
+    display = SparsityPathDisplay.from_search(search)
+    assert display.sparsity.tolist() == sorted(SPARSITY)
+    best_C = search.best_params_["classify__C"]
+    for k, sparsity in enumerate(display.sparsity):
+        params = {"classify__C": best_C, "select__sparsity": sparsity}
+        row = search.cv_results_["params"].index(params)
+        assert display.score_mean[k] == search.cv_results_["mean_test_score"][row]
+        assert display.score_std[k] == search.cv_results_["std_test_score"][row]
+    assert display.best_sparsity == search.best_params_["select__sparsity"]
+    assert display.ax_.get_ylabel() == "accuracy"
+    assert display.count_ax_.get_xlabel() == "sparsity"
+
+
+def test_neurons_kept_are_those_of_a_fit_at_that_sparsity(search, data):
+    display = SparsityPathDisplay.from_search(search)
+    for sparsity, count in zip(display.sparsity, display.n_neurons, strict=True):
+        assert count == spin(select__sparsity=sparsity).fit(*data)["select"].n_selected_.sum()
+
+
+def test_a_selector_inside_a_column_transformer_is_counted(data):
+    X, y = data
+    parts = ColumnTransformer([("all", spin()[:1], slice(0, 60))])
+    model = Pipeline([("parts", parts), ("classify", LogisticRegression())])
+    grid = {"parts__all__select__sparsity": SPARSITY}
+    display = SparsityPathDisplay.from_search(GridSearchCV(model, grid, cv=2).fit(X, y))
+    fitted = model.set_params(parts__all__select__sparsity=0.5).fit(X, y)
+    selector = fitted["parts"].named_transformers_["all"]["select"]
+    assert display.n_neurons[1] == selector.n_selected_.sum()
+
+
+def test_of_a_random_search_the_best_candidate_of_each_sparsity_is_drawn(data):
+    distributions = {"select__sparsity": SPARSITY, "classify__C": loguniform(1e-6, 1)}
+    search = RandomizedSearchCV(spin(), distributions, n_iter=9, random_state=0).fit(*data)
+    display = SparsityPathDisplay.from_search(search)
+    frame = pd.DataFrame(search.cv_results_)
+    best = frame.groupby("param_select__sparsity").mean_test_score.max()
+    assert display.sparsity.tolist() == best.index.tolist() and len(best) > 1
+    np.testing.assert_array_equal(display.score_mean, best)
+    assert display.score_mean[display.sparsity == display.best_sparsity] == search.best_score_
+
+
+def test_a_path_is_found_among_parameters_that_are_arrays(data):
+    sizes = [[20, 20, 20], np.array([30, 30]), np.array([15] * 4)]
+    grid = {"select__layer_sizes": sizes, "select__sparsity": SPARSITY}
+    search = GridSearchCV(spin(), grid, cv=2).fit(*data)
+    assert SparsityPathDisplay.from_search(search).sparsity.tolist() == sorted(SPARSITY)
+
+
+def test_one_layer_has_one_whole_number_for_a_tick(data):
+    selector = SalientNeuronSelector(layer_sizes=None, C=0.3).fit(*data)
+    display = LayerSalienceDisplay.from_estimator(selector)
+    low, high = display.count_ax_.get_xlim()
+    assert [tick for tick in display.count_ax_.get_xticks() if low <= tick <= high] == [0]
+
+
+def test_without_a_refit_there_is_one_panel(data):
+    search = GridSearchCV(spin(), {"select__sparsity": SPARSITY}, refit=False).fit(*data)
+    display = SparsityPathDisplay.from_search(search)
+    assert display.n_neurons is None and display.count_ax_ is None
+    assert display.ax_.get_xlabel() == "sparsity"
+
+
+def test_of_several_scores_one_is_drawn(data):
+    grid = {"select__sparsity": SPARSITY}
+    scores = ["accuracy", "roc_auc"]
+    search = GridSearchCV(spin(), grid, scoring=scores, refit="roc_auc").fit(*data)
+    assert SparsityPathDisplay.from_search(search).ax_.get_ylabel() == "roc_auc"
+    accuracy = SparsityPathDisplay.from_search(search, metric="accuracy")
+    np.testing.assert_allclose(
+        np.sort(accuracy.score_mean), np.sort(search.cv_results_["mean_test_accuracy"])
+    )
+    with pytest.raises(ValueError, match="metric='f1' is not among.*'accuracy', 'roc_auc'"):
+        SparsityPathDisplay.from_search(search, metric="f1")
+
+
+def test_a_search_over_something_else_is_refused(data):
+    search = GridSearchCV(spin(), {"classify__C": [0.1, 1.0]}).fit(*data)
+    with pytest.raises(ValueError, match=r"tried \['classify__C'\].*one selector"):
+        SparsityPathDisplay.from_search(search)
+
+
+def explained(tokens, values, classes=(0, 1)):
+    """Explain a text of given tokens, as if a model had."""
+    text = " ".join(tokens)
+    ends = np.cumsum([len(token) + 1 for token in tokens]) - 1
+    starts = ends - [len(token) for token in tokens]
+    located = TextTokens(text, np.arange(len(tokens)), list(tokens), starts, ends)
+    return TokenExplanation(
+        [located], [np.array(values)[:, None]], np.array([0.5]), np.array(classes)
+    )
+
+
+def test_tokens_are_drawn_in_reading_order_with_their_contributions():
+    explanation = explained(["costs", "$5", "or", "$6"], [0.5, -0.25, 0.0, 1.0])
+    display = TokenContributionDisplay.from_explanation(explanation)
+    assert [bar.get_width() for bar in display.bars_] == [0.5, -0.25, 0.0, 1.0]
+    labels = [label.get_text() for label in display.ax_.get_yticklabels()]
+    assert labels == ["costs", r"\$5", "or", r"\$6"]
+    bottom, top = display.ax_.get_ylim()
+    assert bottom > top  # the first token is on top
+    assert display.ax_.get_xlabel() == "contribution to the decision value for 1"
+    assert "+1.75 = tokens +1.25, intercept +0.50" in display.ax_.get_title(loc="left")
+    display.figure_.draw_without_rendering()
+
+
+def test_a_long_word_leaves_room_for_the_bars():
+    display = TokenContributionDisplay.from_explanation(explained(["x" * 99, "y"], [1.0, 2.0]))
+    labels = [label.get_text() for label in display.ax_.get_yticklabels()]
+    assert labels == ["x" * 27 + "…", "y"]
+    assert display.tokens[0] == "x" * 99
+    display.figure_.draw_without_rendering()
+    assert display.ax_.get_position().width > 0.5
+
+
+def test_the_other_class_is_the_picture_turned_around():
+    explanation = explained(["a", "b"], [0.5, -0.25])
+    display = TokenContributionDisplay.from_explanation(explanation, label=0)
+    assert [bar.get_width() for bar in display.bars_] == [-0.5, 0.25]
+    assert display.intercept == -0.5
+
+
+def test_of_a_long_text_the_largest_contributions_are_drawn():
+    values = np.arange(50.0)
+    display = TokenContributionDisplay.from_explanation(explained(["w"] * 50, values))
+    assert [bar.get_width() for bar in display.bars_] == values[10:].tolist()
+    assert "10 small ones not shown" in display.ax_.get_title(loc="left")
+    axes = plt.figure().add_axes((0, 0, 1, 1))
+    assert display.plot(ax=axes).ax_ is axes
+
+
+def test_given_axes_are_used(selector, search):
+    figure, (left, right) = plt.subplots(1, 2)
+    path = SparsityPathDisplay.from_search(search, ax=left)
+    layers = LayerSalienceDisplay.from_estimator(selector, ax=right)
+    assert path.ax_ is left and layers.ax_ is right
+    assert path.figure_ is layers.figure_ is figure
+    assert len(plt.get_fignums()) == 1
+
+
+def test_axes_without_a_place_in_a_grid_are_refused(selector):
+    ax = plt.figure().add_axes((0, 0, 1, 1))
+    with pytest.raises(ValueError, match=r"plt.subplots\(\)"):
+        LayerSalienceDisplay.from_estimator(selector, ax=ax)
+
+
+def test_what_is_not_fitted_is_refused():
+    with pytest.raises(NotFittedError):
+        LayerSalienceDisplay.from_estimator(SalientNeuronSelector())
+    with pytest.raises(NotFittedError):
+        SparsityPathDisplay.from_search(GridSearchCV(spin(), {"select__sparsity": SPARSITY}))
+
+
+def test_missing_matplotlib_comes_with_its_fix(selector, monkeypatch):
+    real = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ImportError, match=r'pip install "skspin\[plot\]"'):
+        LayerSalienceDisplay.from_estimator(selector)

@@ -1,0 +1,212 @@
+"""What is saved is small, holds no model, and runs only with the model it was fitted with."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skops.io
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import InconsistentVersionWarning
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.svm import LinearSVC
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+import skspin
+from skspin import (
+    TRUSTED_TYPES,
+    LLMActivationTransformer,
+    ModelMismatchError,
+    SalientNeuronSelector,
+    make_spin_pipeline,
+    prune,
+)
+from skspin._prune import KeptColumns
+from skspin.datasets import demo_model
+
+TEXTS = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
+LABELS = [1, 1, 1, 0, 0, 0] * 2
+
+
+def tiny_model(seed):
+    torch.manual_seed(seed)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    return BertModel(config).eval()
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    tiny_model(0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def fitted(model, **params):
+    pipeline = make_spin_pipeline(model, **params).set_params(select__C=10, select__tol=0.01)
+    return pipeline.fit(TEXTS, LABELS)
+
+
+def reload(estimator):
+    return pickle.loads(pickle.dumps(estimator))
+
+
+def test_a_pickle_gives_the_same_predictions(folder):
+    pipeline = fitted(folder)
+    loaded = reload(pipeline)
+    np.testing.assert_array_equal(
+        loaded.decision_function(TEXTS), pipeline.decision_function(TEXTS)
+    )
+    for name in ("coef_", "salience_", "support_", "n_selected_"):
+        np.testing.assert_array_equal(
+            getattr(loaded["select"], name), getattr(pipeline["select"], name)
+        )
+    assert loaded["activations"].layout_ == pipeline["activations"].layout_
+
+
+def test_a_pickle_of_many_classes_is_small():
+    pipeline = make_spin_pipeline(demo_model()).set_params(select__C=0.3, select__tol=0.05)
+    pipeline.fit(TEXTS, list("abcdef") * 2)
+    saved = len(pickle.dumps(pipeline))
+    assert saved < pipeline["select"].coef_.nbytes / 2  # nearly all of it zero
+    assert saved < 2_000_000
+
+
+def test_a_pickle_opens_without_torch_and_without_a_device(folder):
+    saved = pickle.dumps(fitted(folder))
+    code = (
+        "import pickle, sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "pickle.load(sys.stdin.buffer)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], input=saved, check=True)
+
+
+def test_other_weights_are_refused(folder):
+    loaded = reload(fitted(folder))
+    known = loaded["activations"].model_fingerprint_
+    loaded.predict(TEXTS)
+    tiny_model(1).save_pretrained(folder)
+    with pytest.raises(ModelMismatchError, match="Give it the model.*or fit again") as refusal:
+        loaded.predict(TEXTS)
+    assert str(refusal.value).count("folder:") == 2 and known in str(refusal.value)
+
+
+def test_another_tokenizer_is_refused(folder, tokenizer):
+    loaded = reload(fitted(folder))
+    other = tokenizer.train_new_from_iterator(TEXTS, vocab_size=200)
+    other.save_pretrained(folder)
+    with pytest.raises(ModelMismatchError):
+        loaded.predict(TEXTS)
+
+
+def test_a_model_in_memory_stays_out_and_comes_back_by_hand(tokenizer):
+    model = tiny_model(0)
+    pipeline = fitted(model, tokenizer=tokenizer)
+    expected = pipeline.decision_function(TEXTS)
+    loaded = reload(pipeline)
+    with pytest.raises(ValueError, match=r"set_params\(model=...\)"):
+        loaded.predict(TEXTS)
+    with pytest.raises(ModelMismatchError):
+        loaded.set_params(activations__model=tiny_model(1)).predict(TEXTS)
+    loaded.set_params(activations__model=tiny_model(0))
+    np.testing.assert_allclose(loaded.decision_function(TEXTS), expected, rtol=1e-5)
+
+
+def test_a_copy_shares_the_model_in_memory(tokenizer):
+    model = tiny_model(0)
+    pipeline = fitted(model, tokenizer=tokenizer)
+    expected = pipeline.decision_function(TEXTS)
+    for copied in (copy.copy(pipeline), copy.deepcopy(pipeline)):
+        assert copied["activations"].model is model
+        np.testing.assert_array_equal(copied.decision_function(TEXTS), expected)
+    for twin in (copy.copy(pipeline["activations"]), copy.deepcopy(pipeline["activations"])):
+        assert twin is not pipeline["activations"]
+        assert twin.model is model and twin.tokenizer is tokenizer
+    twin.set_params(site="hidden", layers=[1]).fit(TEXTS)
+    np.testing.assert_array_equal(pipeline.decision_function(TEXTS), expected)
+
+
+def test_a_refusal_names_a_model_in_memory_and_does_not_write_it_out(tokenizer):
+    pipeline = fitted(tiny_model(0), tokenizer=tokenizer)
+    known = pipeline["activations"].model_fingerprint_
+    with pytest.raises(ModelMismatchError, match="model='BertModel'") as refusal:
+        pipeline.set_params(activations__model=tiny_model(1)).predict(TEXTS)
+    assert known in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+@pytest.fixture(scope="module")
+def savable(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(0).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
+    in_memory = LLMActivationTransformer(tiny_model(0), tokenizer=str(folder)).fit(TEXTS)
+    kept = KeptColumns.of(np.array([True, False]))  # pruning puts it behind a step
+    return [fitted(folder), prune(fitted(str(folder))), in_memory, kept]
+
+
+def test_skops_loads_what_it_saved(savable):
+    for estimator in savable[:2]:
+        loaded = skops.io.loads(skops.io.dumps(estimator), trusted=TRUSTED_TYPES)
+        np.testing.assert_array_equal(
+            loaded.decision_function(TEXTS), estimator.decision_function(TEXTS)
+        )
+
+
+def test_the_list_of_trusted_types_is_complete_and_no_longer_than_needed(savable):
+    found = {"pathlib.PosixPath", "pathlib.WindowsPath"}  # one of them on each system
+    for estimator in savable:
+        found.update(skops.io.get_untrusted_types(data=skops.io.dumps(estimator)))
+    assert sorted(found) == TRUSTED_TYPES
+
+
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [
+        (LinearSVC(random_state=0), False),
+        (RidgeClassifier(), False),
+        (SGDClassifier(random_state=0), False),
+        (OneVsRestClassifier(LogisticRegression()), False),
+        (HistGradientBoostingClassifier(max_iter=2), True),
+        (MLPClassifier((2,), max_iter=300, tol=0.1), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_some_heads_need_types_of_scikit_learn_to_be_trusted_too(head, more, folder):
+    pipeline = prune(fitted(folder, head=head))
+    saved = skops.io.dumps(pipeline)
+    beyond = set(skops.io.get_untrusted_types(data=saved)).difference(TRUSTED_TYPES)
+    # How many depends on the versions of skops and scikit-learn.
+    assert bool(beyond) == more and all(name.startswith("sklearn.") for name in beyond)
+    loaded = skops.io.loads(saved, trusted=[*TRUSTED_TYPES, *beyond])
+    np.testing.assert_array_equal(loaded.predict(TEXTS), pipeline.predict(TEXTS))
+
+
+@pytest.mark.parametrize("version", ["0.0.1", None])
+def test_a_pickle_of_another_version_warns(version, monkeypatch):
+    selector = SalientNeuronSelector()
+    if version is None:  # from before versions were written
+        state = selector.__getstate__()
+        del state["_skspin_version"]
+        with pytest.warns(InconsistentVersionWarning, match="unknown of skspin"):
+            selector.__setstate__(state)
+        return
+    with monkeypatch.context() as past:
+        past.setattr("skspin._pickling.__version__", version)
+        saved = pickle.dumps([selector, LLMActivationTransformer()])
+    expected = f"from version 0.0.1 of skspin when using version {skspin.__version__} of skspin"
+    with pytest.warns(InconsistentVersionWarning, match=expected) as warned:
+        pickle.loads(saved)
+    assert len(warned) == 2
+    assert not hasattr(reload(selector), "_skspin_version")  # and the same version is silent
+    assert isinstance(reload(LogisticRegression()), LogisticRegression)

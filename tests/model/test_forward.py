@@ -1,0 +1,259 @@
+"""One forward pass: every layer, site and pooling, as transformers itself returns them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from forward_pass import BY_HAND, CLOSE, alone, columns, segments_of
+from tiny_models import MAMBA, MIXTURES, TINY, tiny_batch
+
+from skspin._layout import Segment
+from skspin._model.anatomy import find_anatomy
+from skspin._model.forward import pooled_forward
+
+
+def states_of(output, stack):
+    prefix = "" if stack is None else f"{stack}_"
+    states = [state[0] for state in output[f"{prefix}hidden_states"]]
+    # transformers 4 leaves ModernBERT's final norm out of the last of them.
+    last = "encoder_last_hidden_state" if stack == "encoder" else "last_hidden_state"
+    if transformers.__version__ < "5":
+        states[-1] = output[last][0]
+    torch.testing.assert_close(states[-1], output[last][0])
+    return states
+
+
+@contextmanager
+def inputs_of(model, paths):
+    """Keep what goes into some linear modules, with plain PyTorch."""
+    kept = {}
+    handles = []
+    for key, path in paths.items():
+        module = model.get_submodule(path)
+
+        def keep(module, args, key=key):
+            kept[key] = args[0].reshape(-1, args[0].shape[-1])
+
+        handles.append(module.register_forward_pre_hook(keep))
+    yield kept
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("name", [*TINY, *MIXTURES, "mamba"])
+def test_hidden_states_equal_those_that_the_model_returns(name, padding_side):
+    model = {**TINY, **MIXTURES, "mamba": MAMBA}[name].build()
+    anatomy = find_anatomy(model)
+    batch = tiny_batch(padding_side)
+    segments = segments_of(anatomy, poolings=BY_HAND)
+    X = pooled_forward(model, anatomy, batch, segments)
+    assert X.dtype == torch.float32 and len(X) == len(batch["input_ids"])
+    for row in range(len(X)):
+        output = alone(model, batch, row)
+        states = {stack: states_of(output, stack) for stack in anatomy.stacks}
+        for stack in states:
+            assert len(states[stack]) == len(anatomy.stacks[stack].blocks) + 1
+        for segment, where in columns(segments):
+            expected = BY_HAND[segment.pooling](states[segment.stack][segment.layer])
+            torch.testing.assert_close(X[row, where], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("site", ["mlp", "attention"])
+@pytest.mark.parametrize(
+    "name", [name for name, tiny in TINY.items() if tiny.mlp] + ["mixtral", "qwen3-moe"]
+)
+def test_neurons_are_what_goes_into_the_named_linear_module(name, site):
+    tiny = {**TINY, **MIXTURES}[name]
+    if getattr(tiny, site) is None:
+        pytest.skip("the architecture has no such module")
+    model = tiny.build()
+    anatomy = find_anatomy(model)
+    batch = tiny_batch("left")
+    segments = segments_of(anatomy, [site], BY_HAND)
+    assert {segment.layer for segment in segments} == set(range(1, anatomy.n_layers + 1))
+    X = pooled_forward(model, anatomy, batch, segments)
+    paths = {(s.stack, s.layer): tiny.path(s.stack, site, s.layer) for s in segments}
+    for row, real in enumerate(batch["attention_mask"].sum(1)):
+        with inputs_of(model, paths) as kept:
+            alone(model, batch, row)
+        for segment, where in columns(segments):
+            tokens = kept[segment.stack, segment.layer][:real]  # Longformer's has more
+            assert tokens.shape[1] == segment.width
+            torch.testing.assert_close(X[row, where], BY_HAND[segment.pooling](tokens), **CLOSE)
+
+
+def test_attention_of_xlnet_is_what_its_parameter_is_multiplied_with(monkeypatch):
+    model = TINY["xlnet"].build()
+    anatomy = find_anatomy(model)
+    batch = tiny_batch()
+    segments = segments_of(anatomy, ["attention"], ["mean", "last"])
+    X = pooled_forward(model, anatomy, batch, segments)
+    heads = []
+    for block in model.layer:
+        core = block.rel_attn.rel_attn_core
+
+        def record(*args, core=core, **kwargs):
+            vectors = core(*args, **kwargs)  # (n_tokens, 1, n_heads, head_width)
+            heads.append(vectors[:, 0].flatten(1))
+            return vectors
+
+        monkeypatch.setattr(block.rel_attn, "rel_attn_core", record)
+    for row in range(len(X)):
+        heads.clear()
+        alone(model, batch, row)
+        for segment, where in columns(segments):
+            expected = BY_HAND[segment.pooling](heads[segment.layer - 1])
+            torch.testing.assert_close(X[row, where], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("site", ["mlp", "attention"])
+def test_a_shared_block_has_neurons_at_each_of_its_turns(site):
+    model = TINY["albert"].build()
+    anatomy = find_anatomy(model)
+    batch = tiny_batch()
+    segments = segments_of(anatomy, [site], ["max"])
+    assert [segment.layer for segment in segments] == [1, 2, 3, 4]
+    X = pooled_forward(model, anatomy, batch, segments)
+    calls = []
+    for group in model.encoder.albert_layer_groups:
+        block = group.albert_layers[0]
+        module = block.ffn_output if site == "mlp" else block.attention.dense
+        module.register_forward_pre_hook(lambda _, args: calls.append(args[0][0]))
+    for row in range(len(X)):
+        calls.clear()
+        alone(model, batch, row)
+        torch.testing.assert_close(X[row], torch.cat([t.amax(0) for t in calls]), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_the_order_of_texts_and_their_company_change_nothing(name):
+    model = TINY[name].build()
+    anatomy = find_anatomy(model)
+    segments = segments_of(anatomy, ("hidden", "mlp", "attention"), BY_HAND)
+    batch = tiny_batch()
+    X = pooled_forward(model, anatomy, batch, segments)
+    order = torch.tensor([4, 2, 0, 3, 1])
+    shuffled = {key: values[order] for key, values in batch.items()}
+    torch.testing.assert_close(pooled_forward(model, anatomy, shuffled, segments), X[order])
+    pair = {key: values[1:3] for key, values in batch.items()}
+    torch.testing.assert_close(pooled_forward(model, anatomy, pair, segments), X[1:3])
+
+
+def test_neurons_choose_columns():
+    model = TINY["llama"].build()
+    anatomy = find_anatomy(model)
+    whole = Segment(None, 2, "mlp", "max", 40)
+    some = Segment(None, 2, "mlp", "max", 40, neurons=(0, 7, 39))
+    X = pooled_forward(model, anatomy, tiny_batch(), [whole])
+    assert torch.equal(pooled_forward(model, anatomy, tiny_batch(), [some]), X[:, [0, 7, 39]])
+
+
+def test_columns_come_in_the_order_asked_for():
+    model = TINY["bert"].build()
+    anatomy = find_anatomy(model)
+    segments = segments_of(anatomy, ("hidden", "mlp"), ("mean", "max"))
+    X = pooled_forward(model, anatomy, tiny_batch(), segments)
+    backwards = pooled_forward(model, anatomy, tiny_batch(), segments[::-1])
+    parts = [X[:, where] for _, where in columns(segments)]
+    torch.testing.assert_close(backwards, torch.cat(parts[::-1], dim=1))
+
+
+def test_two_models_in_one_encoder_decoder():
+    bert = TINY["bert"].config(is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig(
+        encoder=TINY["bert"].config().to_dict(),
+        decoder=bert.to_dict(),
+        decoder_start_token_id=1,
+    )
+    model = transformers.EncoderDecoderModel(config).eval()
+    anatomy = find_anatomy(model)
+    batch = tiny_batch("left")
+    segments = segments_of(anatomy)
+    X = pooled_forward(model, anatomy, batch, segments)
+    output = alone(model, batch, 1)
+    for segment, where in columns(segments):
+        expected = output[f"{segment.stack}_hidden_states"][segment.layer][0].mean(0)
+        torch.testing.assert_close(X[1, where], expected, **CLOSE)
+
+
+def test_a_bfloat16_model_is_pooled_in_float32():
+    model = TINY["llama"].build()
+    anatomy = find_anatomy(model)
+    segments = segments_of(anatomy, ("hidden", "mlp", "attention"), BY_HAND)
+    X = pooled_forward(model, anatomy, tiny_batch(), segments)
+    half = pooled_forward(model.bfloat16(), anatomy, tiny_batch(), segments)
+    assert half.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(X, half).min() > 0.999
+
+
+# PEFT asks transformers for what transformers is about to rename.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize("site", ["hidden", "mlp"])
+def test_an_adapter_is_in_effect(site):
+    peft = pytest.importorskip("peft")
+    plain = TINY["gpt2"].build("LMHeadModel")
+    anatomy = find_anatomy(plain)
+    segments = segments_of(anatomy, [site])
+    X = pooled_forward(plain, anatomy, tiny_batch(), segments)
+    config = peft.LoraConfig(
+        target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(plain, config)
+    anatomy = find_anatomy(adapted)
+    adapted_X = pooled_forward(adapted, anatomy, tiny_batch(), segments)
+    assert not torch.allclose(adapted_X, X, atol=1e-3)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(pooled_forward(adapted, anatomy, tiny_batch(), segments), X)
+
+
+def test_weights_may_be_elsewhere_until_they_are_needed():
+    accelerate = pytest.importorskip("accelerate")
+    model = TINY["llama"].build()
+    anatomy = find_anatomy(model)
+    segments = segments_of(anatomy, ("hidden", "mlp", "attention"))
+    X = pooled_forward(model, anatomy, tiny_batch(), segments)
+    model = accelerate.cpu_offload(model, execution_device="cpu")
+    anatomy = find_anatomy(model)
+    for wanted in (segments, segments[:3]):
+        early = pooled_forward(model, anatomy, tiny_batch(), wanted)
+        torch.testing.assert_close(early, X[:, : early.shape[1]])
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_way_attention_is_computed_changes_nothing(implementation):
+    model = TINY["llama"].build()
+    anatomy = find_anatomy(model)
+    segments = segments_of(anatomy, ("hidden", "attention"), BY_HAND)
+    X = pooled_forward(model, anatomy, tiny_batch("left"), segments)
+    model.set_attn_implementation(implementation)
+    again = pooled_forward(model, anatomy, tiny_batch(), segments)
+    torch.testing.assert_close(again, X, **CLOSE)
+
+
+def test_a_decoder_starts_with_the_token_that_generation_starts_with():
+    model = TINY["t5"].build()
+    anatomy = find_anatomy(model)
+    wanted = [Segment("decoder", 0, "hidden", "first", 24)]
+    X = pooled_forward(model, anatomy, tiny_batch("left"), wanted)
+    torch.testing.assert_close(X[0], model.shared.weight[model.config.decoder_start_token_id])
+    model.config.decoder_start_token_id = model.config.bos_token_id = None
+    X = pooled_forward(model, anatomy, tiny_batch(), wanted)
+    torch.testing.assert_close(X[0], model.shared.weight[model.config.pad_token_id])
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="decoder_start_token_id"):
+        pooled_forward(model, anatomy, tiny_batch(), wanted)
+
+
+def test_a_decoder_sees_as_many_tokens_as_the_text_has():
+    model = TINY["t5"].build()
+    anatomy = find_anatomy(model)
+    batch = tiny_batch("left")
+    wanted = [Segment("decoder", 0, "hidden", "last", 24)]
+    X = pooled_forward(model, anatomy, batch, wanted)
+    # The last of them is the text's last but one: its last is only there to be told.
+    torch.testing.assert_close(X[0], model.shared.weight[batch["input_ids"][0, -2]])

@@ -1,0 +1,305 @@
+"""What decides a number decides what is recalled, and nothing else does: field by field."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from sklearn.base import clone
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
+
+from skspin import LLMActivationTransformer, open_store
+from skspin._model.registry import forget_models
+from skspin._model.source import _ask
+from skspin.datasets import demo_model
+
+# The warning that texts were cut off is not what these are about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*truncated:UserWarning")
+
+TEXTS = ["A fine film.", "A waste of two hours and of a good cast.", "Quite so."]
+COMMITS = ("0" * 40, "1" * 40)
+
+
+def bert(seed=0, **settings):
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": 30522,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+    }
+    return BertModel(BertConfig(**config | settings)).eval()
+
+
+def save(folder, *parts):
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    return save(tmp_path / "model", bert(), tokenizer)
+
+
+@pytest.fixture
+def store(tmp_path):
+    yield tmp_path / "store"
+    forget_models()
+
+
+@pytest.fixture
+def read():
+    """Count the texts that any model in this process reads."""
+    lengths = []
+
+    def count(module, args):
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings > 1000:
+            lengths.append(len(args[0]))
+
+    handle = register_module_forward_pre_hook(count)
+    yield lambda: sum(lengths)
+    handle.remove()
+
+
+def activations(model, store, texts=TEXTS, **params):
+    params = {"cache": store, "dtype": "float32", **params}
+    return LLMActivationTransformer(model, **params).fit_transform(texts)
+
+
+# In the key: each of these lets the model read the texts again
+
+
+def write_other_weights(folder, params):
+    save(folder, bert(seed=1))
+
+
+def write_other_settings(folder, params):
+    bert(layer_norm_eps=0.1).config.save_pretrained(folder)
+
+
+def write_other_tokenizer(folder, params):
+    other = AutoTokenizer.from_pretrained(demo_model())
+    other.add_tokens(["waste"])
+    other.save_pretrained(folder)
+
+
+def set_params(**others):
+    return lambda folder, params: params.update(others)
+
+
+DECIDES = {
+    "weights": write_other_weights,
+    "configuration": write_other_settings,
+    "tokenizer": write_other_tokenizer,
+    "prompt": set_params(prompt="Review: {text}"),
+    "max_length": set_params(max_length=100),
+    "dtype": set_params(dtype="bfloat16"),
+    "site": set_params(site="mlp"),
+    "pooling": set_params(pooling="max"),
+    "trust_remote_code": set_params(trust_remote_code=True),
+    "model_kwargs": set_params(model_kwargs={"hidden_act": "relu"}),
+}
+
+
+@pytest.mark.parametrize("change", DECIDES.values(), ids=DECIDES)
+def test_what_decides_a_number_is_in_the_key(folder, store, read, change):
+    params = {}
+    activations(folder, store)
+    assert read() == len(TEXTS)
+    change(folder, params)
+    found = activations(folder, store, **params)
+    assert read() == 2 * len(TEXTS)
+    np.testing.assert_array_equal(found, activations(folder, None, **params))
+
+
+EXTRA_TOKENS = (  # renamed in transformers 5
+    "additional_special_tokens" if transformers.__version__ < "5" else "extra_special_tokens"
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cls_token": "[SEP]"},
+        {"do_lower_case": False},
+        {"truncation_side": "left"},
+        {EXTRA_TOKENS: ["waste"]},
+    ],
+    ids=str,
+)
+def test_how_a_tokenizer_is_set_is_in_the_key(folder, store, read, settings):
+    for n, own in enumerate(({}, settings, settings)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+        found = activations(folder, store, tokenizer=tokenizer, max_length=8)
+        assert read() == len(TEXTS) * min(n + 1, 2)
+    np.testing.assert_array_equal(
+        found, activations(folder, None, tokenizer=tokenizer, max_length=8)
+    )
+
+
+def test_the_text_is_in_the_key_to_the_last_blank(folder, store, read):
+    for n, text in enumerate(["a film", "a film ", "A film", "a  film", "a fil\u0301m"]):
+        activations(folder, store, [text])
+        assert read() == n + 1
+
+
+def test_the_layer_is_in_the_key(folder, store, read):
+    activations(folder, store, layers=[0, 1])
+    activations(folder, store, layers=[1, 2])
+    assert read() == 2 * len(TEXTS)
+
+
+def test_the_stack_is_in_the_key(tmp_path, tokenizer, store, read):
+    sizes = {"vocab_size": 30522, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_heads": 2}
+    torch.manual_seed(0)
+    model = T5Model(T5Config(num_layers=2, decoder_start_token_id=0, **sizes)).eval()
+    folder = save(tmp_path / "t5", model, tokenizer)
+    rows = {}
+    for stack in ("encoder", "decoder"):
+        before = read()
+        rows[stack] = activations(folder, store, stack=stack)
+        assert read() > before
+    before = read()
+    both = activations(folder, store, stack=("encoder", "decoder"))
+    assert read() == before
+    np.testing.assert_array_equal(both, np.hstack([rows["encoder"], rows["decoder"]]))
+
+
+def test_the_commit_of_a_hub_model_is_in_the_key(tmp_path, tokenizer, store, read):
+    repository = tmp_path / "hub" / "models--org--tiny"
+    for seed, commit in enumerate(COMMITS):
+        save(repository / "snapshots" / commit, bert(seed=seed), tokenizer)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMITS[0])
+    _ask.cache_clear()
+    hub = {"model_kwargs": {"cache_dir": str(tmp_path / "hub")}}
+    rows = [activations("org/tiny", store, revision=c, **hub) for c in (None, *COMMITS)]
+    _ask.cache_clear()
+    assert read() == 2 * len(TEXTS)  # the branch is at the first commit
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[1], rows[2])
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.mul_(2)
+
+
+def change_its_settings(model):
+    model.config.layer_norm_eps = 0.1
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_its_settings])
+def test_what_a_model_in_memory_holds_is_in_the_key(tokenizer, store, read, change):
+    model = bert()
+    activations(model, store, tokenizer=tokenizer, dtype="auto")
+    change(model)
+    activations(model, store, tokenizer=tokenizer, dtype="auto")
+    assert read() == 2 * len(TEXTS)
+
+
+# Not in the key: with each of these the model reads nothing more
+
+
+def copy_folder(folder, params):
+    folder.rename(folder.parent / "another name")
+    params["model"] = folder.parent / "another name"
+
+
+def add_a_note(folder, params):
+    (folder / "README.md").write_text("Trained in one afternoon.")
+
+
+DECIDES_NOTHING = {
+    "the folder's path": copy_folder,
+    "a file that is not the model's": add_a_note,
+    "batch_tokens": set_params(batch_tokens=1),
+    "device": set_params(device="cpu"),
+    "devices": set_params(device=["cpu", "cpu"]),
+    "n_jobs": set_params(n_jobs=2),
+    "verbose": set_params(verbose=1),
+    "how attention is computed": set_params(model_kwargs={"attn_implementation": "eager"}),
+    "the format's other name": set_params(dtype="auto"),
+}
+
+
+@pytest.mark.parametrize("change", DECIDES_NOTHING.values(), ids=DECIDES_NOTHING)
+def test_what_decides_no_number_is_not_in_the_key(folder, store, read, change, monkeypatch):
+    monkeypatch.setattr("skspin._model.device.multiplies_bfloat16", lambda device: False)
+    params = {"model": folder}
+    expected = activations(folder, store)
+    change(folder, params)
+    found = activations(store=store, **params)
+    assert read() == len(TEXTS)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_order_repetition_company_instance_and_clone_are_not_in_the_key(folder, store, read):
+    transformer = LLMActivationTransformer(folder, cache=store, dtype="float32").fit(TEXTS)
+    expected = transformer.transform(TEXTS)
+    order = [2, 0, 0, 1, 2]
+    for other in (transformer, clone(transformer).fit(TEXTS[:1]), copy.deepcopy(transformer)):
+        np.testing.assert_array_equal(other.transform([TEXTS[i] for i in order]), expected[order])
+    assert read() == len(TEXTS)
+
+
+def test_the_padding_side_is_not_in_the_key(folder, store, read, tokenizer):
+    for padding_side in ("left", "right"):
+        other = copy.deepcopy(tokenizer)
+        other.padding_side = padding_side
+        activations(folder, store, tokenizer=other)
+    assert read() == len(TEXTS)
+
+
+def test_which_object_holds_the_same_weights_is_not_in_the_key(tokenizer, store, read):
+    model = bert()
+    for twin in (model, copy.deepcopy(model), bert()):
+        twin.train(twin is not model)  # runs in evaluation mode in any case
+        activations(twin, store, tokenizer=copy.deepcopy(tokenizer), dtype="auto")
+    assert read() == len(TEXTS)
+
+
+def test_the_folder_of_the_store_may_be_written_in_any_way(folder, store, read, monkeypatch):
+    activations(folder, store)
+    (store.parent / "link").symlink_to(store)
+    monkeypatch.chdir(store.parent)
+    for name in (str(store), "store", "./store/", "link", store.parent / "x" / ".." / "store"):
+        activations(folder, name)
+        assert open_store(name).info().entries == 3 * len(TEXTS)
+    assert read() == len(TEXTS)
+
+
+def test_layers_and_sites_are_recalled_from_a_call_for_more(folder, store, read):
+    more = activations(folder, store, site=("hidden", "mlp"), pooling=("mean", "max"))
+    fewer = activations(folder, store, layers=[1], site="hidden", pooling="max")
+    assert read() == len(TEXTS)
+    names = LLMActivationTransformer(folder, site=("hidden", "mlp"), pooling=("mean", "max"))
+    names = names.fit(TEXTS).get_feature_names_out().tolist()
+    at = [names.index(f"layer1_hidden_max_{i}") for i in range(8)]
+    np.testing.assert_array_equal(fewer, more[:, at])
+
+
+def test_another_pooling_reads_once_more_and_keeps_both(folder, store, read):
+    activations(folder, store, pooling="mean")
+    activations(folder, store, pooling="max")
+    assert read() == 2 * len(TEXTS)
+    activations(folder, store, pooling=("mean", "max"))
+    assert read() == 2 * len(TEXTS)
+
+
+def test_only_the_texts_and_layers_that_are_missing_are_read(folder, store, read):
+    activations(folder, store, TEXTS[:2])
+    activations(folder, store, TEXTS)
+    assert read() == len(TEXTS)
+
+
+def test_a_copy_of_the_store_serves_elsewhere(folder, store, read, tmp_path):
+    activations(folder, store)
+    shutil.copytree(store, tmp_path / "elsewhere")
+    activations(folder, tmp_path / "elsewhere")
+    assert read() == len(TEXTS)
