@@ -16,6 +16,11 @@ from typing import Any
 
 import numpy as np
 
+# Every name that a segment may have; all other tables of them are keyed by these.
+SITES = ("hidden", "mlp", "attention")
+POOLINGS = ("mean", "max", "first", "last")
+STACKS = ("encoder", "decoder")
+
 _NAME = re.compile(
     r"(?:(?P<stack>encoder|decoder)_)?layer(?P<layer>\d+)_(?P<site>[a-z]+)_(?P<pooling>[a-z]+)"
     r"_(?P<neuron>\d+)"

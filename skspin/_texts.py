@@ -1,10 +1,10 @@
-"""What people pass as texts, turned into a list of str or refused with the position at fault."""
+"""Texts as people pass them, and the tokens that a text became."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,28 +16,14 @@ _ALLOWED = (
     "a list, tuple, 1-D array, pandas, polars or pyarrow Series of str, a one-column frame, or "
     "another container with a length, such as a column of a datasets.Dataset"
 )
+# Letters, digits and underscores, with apostrophes inside; any other mark is a word of its own.
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def open_texts(X: Any) -> TextChunks:
-    """Open a container of texts, to be read a chunk at a time.
+    """Open a container of texts, to be read a chunk at a time as plain str; refuse what is none.
 
-    Parameters
-    ----------
-    X : list, tuple, array of shape (n_texts,) or (n_texts, 1), Series or one-column frame of str
-        The texts; or another container of them that has a length.
-
-    Returns
-    -------
-    TextChunks
-        The same texts in the same order, as plain str.
-
-    Raises
-    ------
-    TypeError
-        If ``X`` is a single text, or no container whose order and length are known.
-    ValueError
-        If ``X`` has no text or several columns, or one of its texts is missing or no str. Texts of
-        a container that is not in memory are looked at when they are read.
+    Texts of a container that is not in memory are looked at when they are read.
     """
     if isinstance(X, str | bytes):
         raise TypeError(
@@ -50,24 +36,17 @@ def open_texts(X: Any) -> TextChunks:
         raise ValueError("X holds no text (0 samples), but at least one is needed.")
     in_memory = _as_list(X)
     if in_memory is not None:
-        return TextChunks(n_texts, partial(iter, [_check(in_memory, 0)]))
-    return TextChunks(n_texts, partial(_read, X, n_texts))
+        return TextChunks(n_texts, None, _check(in_memory, 0))
+    return TextChunks(n_texts, X)
 
 
 @dataclass(frozen=True)
 class TextChunks:
-    """Texts in order, in lists: one of all texts if they are in memory, else as they are read.
-
-    Parameters
-    ----------
-    n_texts : int
-        How many there are.
-    read : callable
-        Starts reading at the first text.
-    """
+    """Texts in order, in lists: one of all texts if they are in memory, else as they are read."""
 
     n_texts: int
-    read: Callable[[], Iterator[list[str]]]
+    container: Any  # not in memory; None where `texts` has them all
+    texts: list[str] | None = None
 
     def __len__(self) -> int:
         """Count the texts."""
@@ -75,7 +54,11 @@ class TextChunks:
 
     def __iter__(self) -> Iterator[list[str]]:
         """Read the texts from the first on."""
-        return self.read()
+        return _read(self.container, self.n_texts) if self.texts is None else iter([self.texts])
+
+    def to_list(self) -> list[str]:
+        """Read all texts into memory."""
+        return [text for chunk in self for text in chunk]
 
 
 def _check(texts: list[Any], start: int) -> list[str]:
@@ -176,3 +159,54 @@ def _advice(text: Any) -> str:
     if missing or (isinstance(text, float) and text != text):
         return 'Drop or fill missing texts, e.g. X.fillna("").'
     return "Convert it first, e.g. with str(text)."
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """What a text became for the language model.
+
+    Parameters
+    ----------
+    text : str
+        The text, without the prompt around it.
+    tokens : list of str of length n_tokens
+        As the tokenizer writes them, special tokens and the prompt's tokens included.
+    starts, ends : ndarray of shape (n_tokens,), int
+        Characters of ``text`` that each token stands for, the end not included; 0 and 0 for a
+        token that is not in the text.
+    """
+
+    text: str
+    tokens: list[str]
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def in_text(self) -> np.ndarray:
+        """True for tokens of the text itself, False for special tokens and the prompt's."""
+        return self.ends > self.starts  # (n_tokens,)
+
+    def surfaces(self) -> list[str]:
+        """Write tokens as the text does; those that are not in it as the tokenizer does."""
+        return [
+            self.text[start:end].strip() if end > start else token
+            for token, start, end in zip(self.tokens, self.starts, self.ends, strict=True)
+        ]
+
+    def words(self) -> np.ndarray:
+        """Give the number of each token's word, (n_tokens,) int, ascending from 0.
+
+        A token belongs to the word in which it ends; one that is not in the text is a word by itself.
+        """
+        begins = [match.start() for match in _WORD.finditer(self.text)]
+        # A token may take the space before its word with it, so its end says where it belongs.
+        word = np.searchsorted(begins, self.ends, side="left")  # (n_tokens,)
+        same = (word[1:] == word[:-1]) & self.in_text[1:] & self.in_text[:-1]
+        return np.cumsum(np.concatenate([[False], ~same]))
+
+    def merge(self, groups: np.ndarray) -> TextTokens:
+        """Join the tokens that share a number of ``groups``, (n_tokens,) int, ascending."""
+        first = np.flatnonzero(np.diff(groups, prepend=-1))  # (n_groups,)
+        ends = np.maximum.reduceat(self.ends, first)
+        names = [self.tokens[i] for i in first]
+        return TextTokens(self.text, names, self.starts[first], ends)

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from skspin._column_choice import POOLINGS, STACKS, choose_columns
 from skspin._diagram import diagram_block, layout_facts, model_name
-from skspin._layout import ActivationArray
-from skspin._model.frozen import FrozenModel, Truncation
-from skspin._model.shape import SITES
-from skspin._model.source import Source
+from skspin._layout import POOLINGS, SITES, STACKS, ActivationArray
+from skspin._model import Recipe, Source, extract, fingerprint, model_shape, token_activations
 from skspin._pickling import shallow_copy
 from skspin._shared_model import DetachedModel, ModelSharingEstimator
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
-from skspin._store import open_store
-from skspin._store.digest import text_digest
-from skspin._store.output import fill_file
-from skspin._store.recall import recall_or_compute
-from skspin._text_tokens import TextTokens
-from skspin._texts import open_texts
+from skspin._store import Output, Store, open_output, open_store
+from skspin._system import warn
+from skspin._texts import TextChunks, TextTokens, open_texts
 
 
 class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
@@ -219,15 +210,19 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             or site asked for.
         """
         open_texts(X)
-        self._check_prompt()
-        model = self._frozen_model()
-        shape = model.shape
-        self.layout_ = choose_columns(
-            shape, stack=self.stack, site=self.site, layers=self.layers, pooling=self.pooling
+        if self.prompt is not None and "{text}" not in self.prompt:
+            raise ValueError(
+                f"prompt={self.prompt!r} has no place for the text. Write {{text}} where it goes."
+            )
+        store = open_store(self.cache)
+        recipe = self._recipe(store)
+        shape = model_shape(recipe.source, recipe.fingerprint, store)
+        self.layout_ = shape.layout(
+            stack=self.stack, site=self.site, layers=self.layers, pooling=self.pooling
         )
         self.n_layers_ = shape.n_layers
-        self.model_fingerprint_ = model.fingerprint
-        self.revision_ = model.source.commit
+        self.model_fingerprint_ = recipe.fingerprint
+        self.revision_ = recipe.source.commit
         return self
 
     def transform(self, X):
@@ -263,31 +258,13 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         """
         check_is_fitted(self, "layout_")
         texts = open_texts(X)
-        model = self._frozen_model()
-        model.refuse_unless(self.model_fingerprint_)
-        truncation = Truncation(self.max_length)
-        identity = hashlib.blake2b(f"{model.context}{self.layout_}".encode(), digest_size=16)
-        # Only a file is named by its texts.
-        chunks = texts if self.output_folder is None else _digested(texts, identity)
-
-        def fill(out: np.ndarray) -> None:
-            recall_or_compute(
-                chunks,
-                self.layout_,
-                out,
-                context=model.context,
-                store=model.store,
-                extract=partial(model.extract, truncation=truncation),
-                model=model.name,
-            )
-
+        store = open_store(self.cache)
+        recipe = self._recipe(store)
+        recipe.check_fingerprint(self.model_fingerprint_)
         shape = (len(texts), self.layout_.n_columns)
-        if self.output_folder is None:
-            fill(values := np.empty(shape, dtype=np.float32))
-        else:
-            values = fill_file(self.output_folder, shape, fill, name=identity.hexdigest)
-        truncation.warn()
-        return ActivationArray(values, self.layout_)
+        with open_output(self.output_folder, shape, f"{recipe.key}{self.layout_}") as output:
+            self._fill(output, texts, recipe, store)
+        return ActivationArray(output.matrix, self.layout_)
 
     def get_feature_names_out(self, input_features=None):
         """Name the columns, e.g. ``layer3_hidden_mean_412``.
@@ -305,30 +282,50 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         check_is_fitted(self, "layout_")
         return self.layout_.feature_names()
 
-    def _frozen_model(self) -> FrozenModel:
-        """Name the model for the backbone registry, which owns the weights."""
+    def _recipe(self, store: Store) -> Recipe:
+        """Gather what decides the numbers, and how they are computed."""
         if isinstance(self.model, DetachedModel):
             raise ValueError(
                 f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
                 "Pass it again with set_params(model=...), or fit with a folder or hub id."
             )
-        return FrozenModel(
-            Source(
-                self.model,
-                tokenizer=self.tokenizer,
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-                model_kwargs=self.model_kwargs,
-            ),
-            open_store(self.cache),
-            device=self.device,
-            dtype=self.dtype,
+        source = Source(
+            self.model,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            model_kwargs=self.model_kwargs,
+        )
+        return Recipe(
+            source,
+            fingerprint(source, store),
             prompt=self.prompt,
             max_length=self.max_length,
+            device=self.device,
+            dtype=self.dtype,
             batch_tokens=self.batch_tokens,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
         )
+
+    def _fill(self, output: Output, texts: TextChunks, recipe: Recipe, store: Store) -> None:
+        """Take rows from the store, and compute and store those that it lacks."""
+        start = n_computed = n_truncated = 0
+        for chunk in texts:
+            output.note(chunk)
+            rows = output.matrix[start : start + len(chunk)]
+            start += len(chunk)
+            name = recipe.model_name
+            for missing in store.look_up(recipe.key, chunk, self.layout_, rows, model=name):
+                n_computed += len(missing.texts)
+                for found in extract(recipe, missing.texts, missing.layout):
+                    missing.add(found.positions, found.values)
+                    n_truncated += found.n_truncated
+        if n_truncated:
+            warn(
+                f"{n_truncated} of {n_computed} texts are longer than max_length={self.max_length} "
+                "tokens, or than the model has positions, and were truncated."
+            )
 
     def _restrict_to(self, columns: np.ndarray) -> LLMActivationTransformer:
         """Copy this transformer, the model shared, to one that gives only some of its columns."""
@@ -337,16 +334,10 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return narrowed
 
     def _read_tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-        """Compute activations (n_tokens, n_columns) at each token of each distinct text."""
-        model = self._frozen_model()
-        model.refuse_unless(self.model_fingerprint_)
-        return model.read_tokens(texts, self.layout_.segments)
-
-    def _check_prompt(self) -> None:
-        if self.prompt is not None and "{text}" not in self.prompt:
-            raise ValueError(
-                f"prompt={self.prompt!r} has no place for the text. Write {{text}} where it goes."
-            )
+        """Compute activations (n_tokens, n_columns) at each token of distinct texts."""
+        recipe = self._recipe(open_store(self.cache))
+        recipe.check_fingerprint(self.model_fingerprint_)
+        return token_activations(recipe, texts, self.layout_)
 
     def _sk_visual_block_(self):
         facts = layout_facts(self.layout_) if hasattr(self, "layout_") else []
@@ -359,11 +350,3 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False
         return tags
-
-
-def _digested(chunks: Iterable[list[str]], identity: Any) -> Iterator[list[str]]:
-    """Pass texts on, and update a digest with them."""
-    for texts in chunks:
-        for text in texts:
-            identity.update(text_digest(text))
-        yield texts

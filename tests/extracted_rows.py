@@ -1,4 +1,4 @@
-"""Rows that a tiny model gives, and how else to come by them."""
+"""Rows that a tiny model gives through the model's front door, and how else to come by them."""
 
 from contextlib import contextmanager
 
@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from skspin._layout import Segment
-from skspin._model.batches import extract
-from skspin._model.registry import load_backbone
-from skspin._model.source import Source
+from skspin._layout import Layout, Segment
+from skspin._model import Recipe, Source, extract, fingerprint
 
 SIZES = {
     "vocab_size": 30522,
@@ -18,37 +16,46 @@ SIZES = {
     "num_attention_heads": 2,
     "intermediate_size": 12,
 }
-TEXTS = ["a fine film", "", "two hours of my life", "a fine film", "no " * 30, "well, well"]
+TEXTS = ["a fine film", "", "two hours of my life", "so it goes", "no " * 30, "well, well"]
 
 
-def load_tiny(tokenizer, **settings):
+def tiny(**settings):
     torch.manual_seed(0)
-    model = BertModel(BertConfig(**{**SIZES, **settings})).eval()
-    return load_backbone(Source(model, tokenizer=tokenizer))
+    return BertModel(BertConfig(**{**SIZES, **settings})).eval()
 
 
-def segments(n_layers=2, width=8, poolings=("mean", "last")):
-    return [
-        Segment(None, layer, "hidden", pooling, width)
-        for layer in range(n_layers + 1)
-        for pooling in poolings
-    ]
+def recipe_of(model, tokenizer, **options):
+    source = Source(model, tokenizer=tokenizer)
+    return Recipe(source, fingerprint(source), **options)
 
 
-def rows_of(backbone, texts, wanted=None, **options):
-    wanted = segments() if wanted is None else wanted
-    rows = np.full((len(texts), sum(s.n_columns for s in wanted)), np.nan, dtype=np.float32)
-    for positions, values in extract(backbone, texts, wanted, **options):
-        assert np.isnan(rows[positions]).all(), "a text came twice"
-        assert values.dtype == np.float32
-        rows[positions] = values
+def layout_of(n_layers=2, width=8, poolings=("mean", "last"), stack=None):
+    return Layout(
+        tuple(
+            Segment(stack, layer, "hidden", pooling, width)
+            for layer in range(n_layers + 1)
+            for pooling in poolings
+        )
+    )
+
+
+def rows_of(recipe, texts, layout=None, told=None):
+    """Extract rows (n_texts, n_columns); ``told`` gets all that comes beside them."""
+    layout = layout_of() if layout is None else layout
+    rows = np.full((len(texts), layout.n_columns), np.nan, dtype=np.float32)
+    for found in extract(recipe, texts, layout):
+        assert np.isnan(rows[found.positions]).all(), "a text came twice"
+        assert found.values.dtype == np.float32
+        rows[found.positions] = found.values
+        if told is not None:
+            told.append(found)
     return rows
 
 
-def expected_row(model, ids):
+def expected_row(model, ids, **inputs):
     """The oracle: one text alone, pooled by hand from transformers' own hidden states."""
     with torch.no_grad():
-        states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        states = model(torch.tensor([ids]), output_hidden_states=True, **inputs).hidden_states
     return torch.cat([part for h in states for part in (h[0].mean(0), h[0, -1])]).numpy()
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from skspin._explain.html import page_to_html, swatch, text_to_html
-from skspin._text_tokens import TextTokens
+from skspin._texts import TextTokens
 
 _MOST_SHOWN = 20  # texts in a notebook
 

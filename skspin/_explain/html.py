@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from skspin._text_tokens import TextTokens
+from skspin._texts import TextTokens
 
 # Okabe and Ito's sky blue and vermilion, half transparent: whatever ground the page has, its own
 # text colour stays legible over them.

@@ -132,7 +132,7 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     support = _find_columns(transformer, names)
     transformer = transformer._restrict_to(support)
     best: list[list[tuple[float, int, NeuronHit]]] = [[] for _ in range(support.sum())]
-    texts = [text for chunk in open_texts(texts).read() for text in chunk]
+    texts = open_texts(texts).to_list()
     number_of = {text: number for number, text in reversed(list(enumerate(texts)))}
     for text, tokens, activations in transformer._read_tokens(list(number_of)):
         inside = np.flatnonzero(tokens.in_text)

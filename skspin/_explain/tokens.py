@@ -13,8 +13,7 @@ from skspin._explain.explanation import TokenExplanation
 from skspin._explain.linear import LinearForm
 from skspin._layout import Layout
 from skspin._steps import flatten
-from skspin._text_tokens import TextTokens
-from skspin._texts import open_texts
+from skspin._texts import TextTokens, open_texts
 from skspin._transformer import LLMActivationTransformer
 
 
@@ -81,7 +80,7 @@ def explain_tokens(pipeline, texts):
     used[0] |= not used.any()  # something has to be read for the tokens to be known
     transformer = transformer._restrict_to(used)
     shares = _Shares(transformer.layout_, form.weights[:, used].T, form.offsets[:, used].T)
-    texts = [text for chunk in open_texts(texts).read() for text in chunk]
+    texts = open_texts(texts).to_list()
     distinct = list(dict.fromkeys(texts))
     pooled = dict(zip(distinct, np.asarray(transformer.transform(distinct)), strict=True))
     tokens: dict[str, TextTokens] = {}

@@ -1,31 +1,36 @@
-"""Texts in, pooled activations out: each distinct text once, in batches of similar length."""
+"""Texts in batches of similar length, under a budget of tokens.
+
+Texts are tokenized in the background, sorted by length within windows, and run the longest first,
+so that memory falls short at once or not at all. A batch that does not fit into memory is halved,
+and the model remembers.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skspin._layout import Segment
-from skspin._model.budget import TokenBudget, is_out_of_memory, release_memory
+from skspin._layout import Layout
 from skspin._model.forward import pooled_forward
 from skspin._model.positions import most_tokens
+from skspin._model.recipe import Recipe, Rows
 from skspin._model.registry import Backbone
-from skspin._model.tokens import TextEncoder
+from skspin._model.tokens import TextEncoder, TokenInputs
+from skspin._system import return_free_memory
 
 # Texts are sorted by length within as many tokens as fill this many batches; fewer leave more
 # padding (SST-2: 11.6% with 8 batches, 3.6% with 32, 2.2% with 64 and more).
 _WINDOW_BATCHES = 128
 # Tokenized at once: bounds what tokenizing takes in memory, whatever the texts' length.
 _CHUNK_TEXTS = 1024
+_CHUNK_CHARACTERS = 1 << 21
 # Batches after which a CPU's freed memory is given back. No two batches are of one shape, so pieces
 # of the heap that one leaves do not fit the next: without this, 25,000 texts of SST-2
 # take 770 MB beyond their array instead of 470.
@@ -33,134 +38,105 @@ _TRIM_BATCHES = 8
 # Batches that a GPU is given ahead of the one whose results are fetched.
 _AHEAD = 2
 
+# Bytes of a batch's widest activation. On a CPU this keeps it in a shared cache, and below the size
+# from which glibc asks the kernel for fresh pages at each allocation (32 MiB): speed is flat from
+# an eighth of this on, and falls beyond it. A GPU only has to be kept busy.
+_WIDEST_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
+_OTHER_DEVICE_BYTES = 64 << 20
+# Starting a batch costs about as much as this share of a full one.
+_START_SHARE = 1 / 128
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
 
 def extract(
-    backbone: Backbone,
-    texts: Sequence[str],
-    segments: Sequence[Segment],
-    *,
-    prompt: str | None = None,
-    max_length: int = 512,
-    batch_tokens: int | str = "auto",
-    verbose: int = 0,
-    on_truncated: Callable[[np.ndarray], None] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Run texts through a model and read their pooled activations.
-
-    Texts are tokenized in the background, sorted by length and run in batches; what has been
-    yielded is final, so a caller who is interrupted can keep it. When a batch does not fit into
-    memory, it is halved, and the model remembers.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        A model that is ready to run.
-    texts : sequence of str
-        Equal texts go through the model once.
-    segments : sequence of Segment
-        What to read, in the order of the columns.
-    prompt : str or None, default=None
-        Template; ``{text}`` is where a text goes.
-    max_length : int, default=512
-        Tokens that are kept of a text, special tokens and prompt included; never more than the
-        model has positions for (512 for BERT).
-    batch_tokens : int or "auto", default="auto"
-        Tokens in a batch, padding included; see `TokenBudget`. It does not change the results.
-    verbose : int, default=0
-        1 shows a progress bar.
-    on_truncated : callable or None, default=None
-        Gets the positions of texts that were truncated, instead of a warning that counts them.
-
-    Yields
-    ------
-    positions : ndarray of shape (k,), int
-        Places in ``texts``. Each place comes once.
-    activations : ndarray of shape (k, n_columns), float32
-        Their rows.
-
-    Raises
-    ------
-    ValueError
-        If an activation is not finite, or ``max_length`` leaves no room for text.
-    MemoryError
-        If a single text does not fit into memory.
-    """
-    max_length = most_tokens(backbone.model, max_length)
-    encoder = TextEncoder(backbone.tokenizer, prompt, max_length)
-    budget = TokenBudget(backbone, batch_tokens)
-    distinct = _Distinct(texts)
-    truncated: list[np.ndarray] = []
-    with _Progress(len(texts), verbose) as progress:
-        for window in _ahead(_windows(distinct.texts, encoder, budget)):
-            truncated.append(distinct.positions(window.places[window.truncated]))
-            for rows, activations in _run(backbone, window.ids, segments, budget):
-                _check_finite(activations, segments, backbone.dtype)
-                places = window.places[rows]
-                positions = distinct.positions(places)
-                progress.add(len(positions), sum(len(window.ids[row]) for row in rows))
-                yield positions, distinct.repeat(activations, places)
-    cut = np.concatenate([np.empty(0, dtype=np.intp), *truncated])
-    if len(cut):
-        (on_truncated or partial(_warn_truncated, len(texts), max_length))(cut)
-
-
-def _warn_truncated(n_texts: int, max_length: int, positions: np.ndarray) -> None:
-    warnings.warn(
-        f"{len(positions)} of {n_texts} texts have more than max_length={max_length} tokens and "
-        "were truncated.",
-        UserWarning,
-        stacklevel=3,
+    backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout
+) -> Iterator[Rows]:
+    """Run texts through a loaded model and read their pooled activations."""
+    encoder = TextEncoder(
+        backbone.tokenizer, recipe.prompt, most_tokens(backbone.model, recipe.max_length)
     )
+    budget = TokenBudget(backbone, recipe.batch_tokens)
+    for window in _ahead(_windows(texts, encoder, budget)):
+        for batch, values in _run(backbone, window.inputs, layout, budget):
+            _check_finite(values, layout, backbone.dtype)
+            n_tokens = sum(len(window.inputs[row]["input_ids"]) for row in batch)
+            n_truncated = int(window.truncated[batch].sum())
+            yield Rows(window.start + batch, values, n_tokens, n_truncated)
 
 
-class _Distinct:
-    """Texts without repetition, and where each of them is."""
+class TokenBudget:
+    """The tokens that a batch may have, padding included.
 
-    def __init__(self, texts: Sequence[str]):
-        index: dict[str, int] = {}
-        of_text = np.array([index.setdefault(text, len(index)) for text in texts], dtype=np.intp)
-        self.texts = list(index)
-        self.counts = np.bincount(of_text, minlength=len(index))  # (n_distinct,)
-        self._order = np.argsort(of_text, kind="stable")  # (n_texts,)
-        self._ends = np.cumsum(self.counts)  # (n_distinct,)
+    "auto" follows the device and the model's width: on a CPU, in float32, 4,096 tokens for a
+    feed-forward width of 1,536.
+    """
 
-    def repeat(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Give each position of some distinct texts its row; most often there is one of each."""
-        counts = self.counts[places]
-        return rows if len(rows) == counts.sum() else np.repeat(rows, counts, axis=0)
+    def __init__(self, backbone: Backbone, batch_tokens: int | str = "auto"):
+        self._room = backbone.room
+        auto = isinstance(batch_tokens, str)
+        self._wanted = _good_size(backbone) if auto else int(batch_tokens)
+        # Where padding leaks into real tokens, a pass takes texts of one length only.
+        self._start_share = 0.0 if backbone.anatomy.mixes_padding else _START_SHARE
 
-    def positions(self, places: np.ndarray) -> np.ndarray:
-        """List where some distinct texts are, one after another."""
-        starts = self._ends[places] - self.counts[places]
-        pairs = zip(starts, self._ends[places], strict=True)
-        none = np.empty(0, dtype=np.intp)
-        return np.concatenate([none, *(self._order[start:end] for start, end in pairs)])
+    @property
+    def tokens(self) -> int:
+        """Tokens in a batch at most, unless one text alone has more."""
+        return min(self._wanted, self._room.tokens or self._wanted)
+
+    def n_texts(self, lengths: np.ndarray) -> int:
+        """Say how many of the next texts, whose lengths descend, make a batch: at least one.
+
+        The batch ends where its padding would cost more than starting another.
+        """
+        widest = int(lengths[0])
+        fitting = lengths[: max(1, self.tokens // widest)]
+        padding = np.cumsum(widest - fitting)
+        return int(np.searchsorted(padding, self.tokens * self._start_share, side="right"))
+
+    def halve(self, n_tokens: int) -> None:
+        """Remember that a batch of ``n_tokens``, of several texts, was too large."""
+        self._room.tokens = min(self.tokens, n_tokens // 2)
+
+
+def _good_size(backbone: Backbone) -> int:
+    taps = [tap for stack in backbone.anatomy.stacks.values() for tap in stack.taps.values()]
+    n_bytes = max(tap.width for tap in taps) * getattr(torch, backbone.dtype).itemsize
+    return _WIDEST_BYTES.get(backbone.device.type, _OTHER_DEVICE_BYTES) // n_bytes
 
 
 @dataclass
 class _Window:
     """Tokenized texts that are sorted together."""
 
-    places: np.ndarray  # (n,) which of the distinct texts
-    ids: list[np.ndarray]
-    truncated: np.ndarray  # (n,) bool
+    start: int  # the place of the first among all texts
+    inputs: list[TokenInputs]
+    truncated: np.ndarray  # (n_texts,), bool
 
 
 def _windows(texts: Sequence[str], encoder: TextEncoder, budget: TokenBudget) -> Iterator[_Window]:
-    """Tokenize texts in chunks, and gather them until there are enough to sort."""
-    places: list[int] = []
-    ids: list[np.ndarray] = []
+    """Tokenize texts chunk by chunk, and gather them until there are enough to sort."""
+    start = end = n_tokens = 0
+    inputs: list[TokenInputs] = []
     truncated: list[np.ndarray] = []
-    for start in range(0, len(texts), _CHUNK_TEXTS):
-        chunk = texts[start : start + _CHUNK_TEXTS]
-        new_ids, cut = encoder.encode(chunk)
-        places += range(start, start + len(chunk))
-        ids += new_ids
+    for chunk in _chunks(texts):
+        found, cut = encoder.encode(chunk)
+        inputs += found
         truncated.append(cut)
-        full = sum(map(len, ids)) >= _WINDOW_BATCHES * budget.tokens
-        if full or start + len(chunk) == len(texts):
-            yield _Window(np.array(places), ids, np.concatenate(truncated))
-            places, ids, truncated = [], [], []
+        end += len(chunk)
+        n_tokens += sum(len(row["input_ids"]) for row in found)
+        if n_tokens >= _WINDOW_BATCHES * budget.tokens or end == len(texts):
+            yield _Window(start, inputs, np.concatenate(truncated))
+            start, n_tokens, inputs, truncated = end, 0, [], []
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut texts where they are many or long."""
+    start = n_characters = 0
+    for end, text in enumerate(texts, start=1):
+        n_characters += len(text)
+        if end - start == _CHUNK_TEXTS or n_characters > _CHUNK_CHARACTERS or end == len(texts):
+            yield texts[start:end]
+            start, n_characters = end, 0
 
 
 def _ahead(windows: Iterator[_Window]) -> Iterator[_Window]:
@@ -173,60 +149,78 @@ def _ahead(windows: Iterator[_Window]) -> Iterator[_Window]:
 
 
 def _run(
-    backbone: Backbone, ids: list[np.ndarray], segments: Sequence[Segment], budget: TokenBudget
+    backbone: Backbone, inputs: list[TokenInputs], layout: Layout, budget: TokenBudget
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Run one window, longest texts first, so that memory falls short at once or not at all."""
-    lengths = np.array([len(row) for row in ids])
+    """Run one window; give each batch's rows of the window and their activations."""
+    lengths = np.array([len(row["input_ids"]) for row in inputs])
     order = np.argsort(-lengths, kind="stable")
     ahead = _AHEAD if backbone.device.type == "cuda" else 0
     running: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
     start = n_batches = 0
     while start < len(order):
-        rows = order[start : start + budget.n_texts(lengths[order[start:]])]
-        result = _try_batch(backbone, [ids[row] for row in rows], segments)
+        batch = order[start : start + budget.n_texts(lengths[order[start:]])]
+        result = _try_batch(backbone, [inputs[row] for row in batch], layout)
         if result is None:
-            release_memory(backbone.device)
-            budget.halve(len(rows) * int(lengths[rows[0]]))
+            _release_memory(backbone.device)
+            budget.halve(len(batch) * int(lengths[batch[0]]))
             continue
-        start += len(rows)
+        start += len(batch)
         n_batches += 1
         if backbone.device.type == "cpu" and n_batches % _TRIM_BATCHES == 0:
-            release_memory(backbone.device)
-        running.append((rows, result))
+            _release_memory(backbone.device)
+        running.append((batch, result))
         if len(running) > ahead:
             done, result = running.popleft()
             yield done, result()
-    for rows, result in running:
-        yield rows, result()
+    for batch, result in running:
+        yield batch, result()
 
 
 def _try_batch(
-    backbone: Backbone, ids: list[np.ndarray], segments: Sequence[Segment]
+    backbone: Backbone, inputs: list[TokenInputs], layout: Layout
 ) -> Callable[[], np.ndarray] | None:
     """Start a batch; None if it did not fit into memory (whose frames are gone by then)."""
     try:
-        inputs = _pad(ids, backbone.device)
-        return _to_host(pooled_forward(backbone.model, backbone.anatomy, inputs, segments))
+        padded = _pad(inputs, backbone.device)
+        return _to_host(pooled_forward(backbone.model, backbone.anatomy, padded, layout.segments))
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
-        if len(ids) == 1:
+        if len(inputs) == 1:
             raise MemoryError(
-                f"One text of {len(ids[0])} tokens does not fit into the memory of "
+                f"One text of {len(inputs[0]['input_ids'])} tokens does not fit into the memory of "
                 f"{backbone.device}. Use a smaller max_length, another dtype or another device."
             ) from error
         return None
 
 
-def _pad(ids: list[np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """Put texts into a rectangle, the longest first, padded on the right."""
-    # Padding is never attended, so any id serves, and a tokenizer without one is as good.
-    tokens = np.zeros((len(ids), len(ids[0])), dtype=np.int64)  # (n_texts, n_tokens)
-    mask = np.zeros_like(tokens)  # (n_texts, n_tokens)
-    for i, row in enumerate(ids):
-        tokens[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return {"input_ids": _to_device(tokens, device), "attention_mask": _to_device(mask, device)}
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory was short, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # On a CPU and on Apple's GPUs, torch has no class for it.
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _OUT_OF_MEMORY)
+
+
+def _release_memory(device: torch.device) -> None:
+    """Give back what is free but in pieces that do not fit the next batch."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "cpu":
+        return_free_memory()
+
+
+def _pad(inputs: list[TokenInputs], device: torch.device) -> dict[str, Tensor]:
+    """Put texts into rectangles (n_texts, n_tokens), the longest first, padded on the right."""
+    lengths = np.array([len(row["input_ids"]) for row in inputs])
+    mask = np.arange(lengths[0]) < lengths[:, None]  # (n_texts, n_tokens)
+    padded = {"attention_mask": mask.astype(np.int64)}
+    for name in inputs[0]:
+        # Padding is never attended, so any id serves, and a tokenizer without one is as good.
+        values = np.zeros(mask.shape, dtype=np.int64)
+        values[mask] = np.concatenate([row[name] for row in inputs])
+        padded[name] = values
+    return {name: _to_device(values, device) for name, values in padded.items()}
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -237,14 +231,12 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _to_host(pooled: Tensor) -> Callable[[], np.ndarray]:
-    """Start copying a result; the function that is returned waits for it.
-
-    On CUDA the copy has a stream of its own, so that the next batch runs meanwhile.
-    """
+    """Start copying a result; the function that is returned waits for it."""
     if pooled.device.type != "cuda":
         array = pooled.cpu().numpy()
         return lambda: array
-    stream = torch.cuda.Stream(pooled.device)
+    # A stream of its own lets the next batch run meanwhile.
+    stream: Any = torch.cuda.Stream(pooled.device)
     stream.wait_stream(torch.cuda.current_stream(pooled.device))
     host = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
     with torch.cuda.stream(stream):
@@ -259,14 +251,14 @@ def _to_host(pooled: Tensor) -> Callable[[], np.ndarray]:
     return wait
 
 
-def _check_finite(activations: np.ndarray, segments: Sequence[Segment], dtype: str) -> None:
+def _check_finite(activations: np.ndarray, layout: Layout, dtype: str) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         # A sum is finite only if all its terms are, and takes a fraction of the time.
         if np.isfinite(activations.sum()) or np.isfinite(activations).all():
             return
-    ends = np.cumsum([segment.n_columns for segment in segments])
     column = int(np.flatnonzero(~np.isfinite(activations).all(axis=0))[0])
-    segment = segments[int(np.searchsorted(ends, column, side="right"))]
+    ends = [columns.stop for columns in layout.slices]
+    segment = layout.segments[int(np.searchsorted(ends, column, side="right"))]
     remedy = (
         "The weights or the model are at fault."
         if dtype == "float32"
@@ -276,27 +268,3 @@ def _check_finite(activations: np.ndarray, segments: Sequence[Segment], dtype: s
         f"Activations of layer {segment.layer} at site {segment.site!r} are not finite in "
         f"dtype={dtype!r}. {remedy}"
     )
-
-
-class _Progress:
-    """A bar of texts, with the rate of tokens; nothing at all when it is not wanted."""
-
-    def __init__(self, n_texts: int, verbose: int):
-        from tqdm.auto import tqdm
-
-        self._bar: Any = tqdm(total=n_texts, unit=" texts", disable=not verbose)
-        self._n_tokens = 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def add(self, n_texts: int, n_tokens: int) -> None:
-        """Count texts that are done."""
-        self._n_tokens += n_tokens
-        if not self._bar.disable:
-            rate = self._n_tokens / max(self._bar.format_dict["elapsed"], 1e-9)
-            self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        self._bar.update(n_texts)

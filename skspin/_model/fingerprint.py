@@ -56,10 +56,10 @@ _known_files: dict[str, str] = {}
 class Cards(Protocol):
     """Where digests of files are remembered beyond this process, e.g. a store."""
 
-    def get_card(self, name: str) -> Any:
+    def get_metadata(self, name: str) -> Any:
         """Return the document of this name, or None."""
 
-    def put_card(self, name: str, document: Any) -> None:
+    def put_metadata(self, name: str, document: Any) -> None:
         """Keep a document under a name."""
 
 
@@ -141,13 +141,13 @@ def digest_file(path: Path, cards: Cards | None) -> str:
     # The time of change, unlike that of modification, can not be set back.
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
     key = json.dumps(["file", real, stat.st_ino, stat.st_size, *times])
-    card = None if cards is None else cards.get_card(key)
+    card = None if cards is None else cards.get_metadata(key)
     digest = card or _known_files.get(key) or _read_digest(real)
     # A second write to a file this young could leave the same times: look again next time.
     if time.time_ns() - max(times) > _YOUNG_NS:
         _known_files[key] = digest
         if cards is not None and card is None:
-            cards.put_card(key, digest)
+            cards.put_metadata(key, digest)
     return digest
 
 

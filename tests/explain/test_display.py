@@ -20,7 +20,7 @@ from skspin import (
     TokenContributionDisplay,
 )
 from skspin._explain.explanation import TokenExplanation
-from skspin._text_tokens import TextTokens
+from skspin._texts import TextTokens
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -15,7 +15,6 @@ from sklearn.utils import gen_batches
 import skspin._texts
 from skspin import LLMActivationTransformer, SalientNeuronSelector
 from skspin._layout import Layout, Segment, layout_of
-from skspin._model.frozen import FrozenModel
 from skspin._store import open_store
 from skspin._store.recall import recall_or_compute
 from skspin._texts import open_texts
@@ -155,7 +154,7 @@ def test_a_file_that_could_not_be_filled_is_removed_and_filled_from_the_store_la
         transformer(**params).fit_transform(Miscounted(2))
     assert list((tmp_path / "out").iterdir()) == []
     resumed = transformer(**params).fit(TEXTS)
-    monkeypatch.setattr(FrozenModel, "extract", none_is_missing)
+    monkeypatch.setattr("skspin._transformer.extract", none_is_missing)
     assert resumed.transform(list(Corpus(2))).shape == (2, 768)
 
 
@@ -168,11 +167,10 @@ def test_a_disk_without_room_for_the_output_is_an_error_before_anything_is_compu
     code = """
         import pathlib, resource, sys
         from skspin import LLMActivationTransformer
-        from skspin._model.frozen import FrozenModel
-        from skspin.datasets import demo_model
+                from skspin.datasets import demo_model
         transformer = LLMActivationTransformer(demo_model(), output_folder="out", cache=None)
         transformer.fit(["a"])
-        del FrozenModel.extract
+        del skspin._transformer.extract
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
             transformer.transform([str(i) for i in range(1000)])

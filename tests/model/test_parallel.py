@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import joblib
 import numpy as np
@@ -15,11 +16,9 @@ from joblib.externals.loky import get_reusable_executor
 from sklearn.model_selection import GridSearchCV
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from skspin import LLMActivationTransformer, make_spin_pipeline
-from skspin._model.frozen import FrozenModel
-from skspin._model.parallel import Work, compute_shard, extract_in_parallel
-from skspin._model.sharding import cut_into_shards
-from skspin._model.source import Source
+from skspin import LLMActivationTransformer, make_spin_pipeline, open_store
+from skspin._model import extract
+from skspin._model.parallel import cut_into_shards
 from skspin.datasets import demo_model
 
 TEXTS = [f"text {i} " + "word " * (i % 40) for i in range(120)] + ["text 7 " + "word " * 7, ""]
@@ -78,7 +77,7 @@ def test_joblibs_configuration_is_followed(folder, expected, where):
         assert_same(transformer(folder).fit_transform(TEXTS), expected)
 
 
-def refuse(*args, **options):
+def refuse(*arguments):
     raise AssertionError("a text went through the model again")
 
 
@@ -87,14 +86,14 @@ def test_workers_need_no_store_and_the_caller_keeps_all_rows(
 ):
     several = transformer(folder, device=["cpu", "cpu"], cache=tmp_path / "store").fit(TEXTS)
     assert_same(several.transform(TEXTS), expected)
-    monkeypatch.setattr(FrozenModel, "extract", refuse)  # nothing is left to compute
+    monkeypatch.setattr("skspin._transformer.extract", refuse)  # nothing is left to compute
     with pytest.raises(AssertionError, match="again"):
         several.transform(["a new one"])
     assert_same(several.transform(TEXTS[::-1]), expected[::-1])
 
 
 def test_texts_cut_off_by_all_workers_are_counted_in_one_warning(folder):
-    with pytest.warns(UserWarning, match="4 of 20 texts") as warned:
+    with pytest.warns(UserWarning, match="3 of 4 texts") as warned:
         transformer(folder, device=["cpu", "cpu"], max_length=10).fit_transform(
             ["fine"] * 16 + ["word " * 11, "word " * 12, "word " * 11, "word " * 99]
         )
@@ -123,25 +122,22 @@ def test_two_counts_of_workers_are_one_too_many(folder):
         transformer(folder, device=[]).fit(TEXTS).transform(TEXTS)
 
 
-def work_on(folder):
-    fitted = transformer(folder).fit(TEXTS)
-    return Work(
-        Source(folder), fitted.model_fingerprint_, "float32", fitted.layout_.segments
-    ), fitted
+def work_on(folder, **params):
+    fitted = transformer(folder, **params).fit(TEXTS)
+    return fitted._recipe(open_store(None)), fitted.layout_
 
 
 def test_a_worker_refuses_other_weights(folder):
-    work, _ = work_on(folder)
-    other = Work(work.source, "folder:of-another-model", work.dtype, work.segments)
-    with pytest.raises(ValueError, match="fingerprint"):
-        compute_shard(other, None, 0, TEXTS)
+    recipe, layout = work_on(folder, n_jobs=2)
+    with pytest.raises(ValueError, match="A worker found model=.*fingerprint"):
+        list(extract(replace(recipe, fingerprint="folder:of-another-model"), TEXTS, layout))
 
 
-def collect(shards, n_columns, after_first=lambda: None):
-    X = np.full((len(TEXTS), n_columns), np.nan, dtype=np.float32)
-    for n_seen, (positions, values) in enumerate(shards):
-        assert np.isnan(X[positions]).all()  # every row once
-        X[positions] = values
+def collect(recipe, layout, after_first):
+    X = np.full((len(TEXTS), layout.n_columns), np.nan, dtype=np.float32)
+    for n_seen, rows in enumerate(extract(recipe, TEXTS, layout)):
+        assert np.isnan(X[rows.positions]).all()  # every row once
+        X[rows.positions] = rows.values
         if n_seen == 0:
             after_first()
     return X
@@ -153,15 +149,13 @@ def kill_a_worker():
 
 
 def test_a_process_that_dies_costs_its_shard_once_more(folder, expected):
-    work, fitted = work_on(folder)
-    shards = extract_in_parallel(work, TEXTS, n_jobs=2, on_truncated=lambda positions: None)
-    assert_same(collect(shards, fitted.layout_.n_columns, kill_a_worker), expected)
+    assert_same(collect(*work_on(folder, n_jobs=2), kill_a_worker), expected)
 
 
 @pytest.mark.filterwarnings("default")  # of dask's own
 def test_a_dask_cluster_survives_the_death_of_a_worker(folder, expected):
     distributed = pytest.importorskip("distributed")
-    work, fitted = work_on(folder)
+    recipe, layout = work_on(folder)
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
@@ -171,8 +165,7 @@ def test_a_dask_cluster_survives_the_death_of_a_worker(folder, expected):
     ):
         assert joblib.effective_n_jobs(None) == 2
         workers = list(client.run(os.getpid).values())
-        shards = extract_in_parallel(work, TEXTS, on_truncated=lambda positions: None)
-        X = collect(shards, fitted.layout_.n_columns, lambda: os.kill(workers[0], signal.SIGKILL))
+        X = collect(recipe, layout, lambda: os.kill(workers[0], signal.SIGKILL))
     assert_same(X, expected)
 
 
@@ -200,13 +193,12 @@ def test_ray_gives_what_one_process_gives_and_survives_the_death_of_a_worker(fol
 
     register_ray()
     ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    work, fitted = work_on(folder)
+    recipe, layout = work_on(folder)
     try:
         with joblib.parallel_config(backend="ray", n_jobs=-1):
             assert joblib.effective_n_jobs(None) == 2
-            assert_same(fitted.transform(TEXTS), expected)
-            shards = extract_in_parallel(work, TEXTS, on_truncated=lambda positions: None)
-            X = collect(shards, fitted.layout_.n_columns, kill_a_ray_worker)
+            assert_same(transformer(folder).fit_transform(TEXTS), expected)
+            X = collect(recipe, layout, kill_a_ray_worker)
     finally:
         ray.shutdown()
     assert_same(X, expected)

@@ -2,11 +2,11 @@
 
 import threading
 import time
-import warnings
 
 import numpy as np
 import pytest
-from extracted_rows import SIZES, TEXTS, expected_row, load_tiny, rows_of
+import torch
+from extracted_rows import SIZES, TEXTS, expected_row, layout_of, recipe_of, rows_of, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
@@ -28,17 +28,23 @@ from transformers import (
     T5EncoderModel,
 )
 
-from skspin._layout import Segment
-from skspin._model.positions import most_tokens
-from skspin._model.registry import load_backbone
-from skspin._model.source import Source
-from skspin._model.tokens import TextEncoder, replace_surrogates
 from skspin.datasets import demo_model
 
+LONG = "one two three four five six seven eight nine"
 
-@pytest.fixture
-def backbone(tokenizer):
-    return load_tiny(tokenizer)
+
+def seen_ids(model, tokenizer, texts, **options):
+    """Read the token ids that go into the model, text by text, in the order of the texts."""
+    seen = {}
+    for text in texts:
+        handle = model.get_input_embeddings().register_forward_pre_hook(
+            lambda module, args, text=text: seen.update({text: args[0][0].tolist()})
+        )
+        try:
+            rows_of(recipe_of(model, tokenizer, **options), [text], layout_of(0))
+        finally:
+            handle.remove()
+    return [seen[text] for text in texts]
 
 
 # Length
@@ -46,39 +52,41 @@ def backbone(tokenizer):
 
 @pytest.mark.parametrize("max_length", [3, 4, 9])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_truncation_is_the_tokenizers_own(tokenizer, max_length, side):
-    other = AutoTokenizer.from_pretrained(demo_model(), truncation_side=side)
-    texts = ["one two three four five six seven eight nine", "one", ""]
-    ids, truncated = TextEncoder(other, max_length=max_length).encode(texts)
-    expected = other(texts, truncation=True, max_length=max_length)["input_ids"]
-    assert [row.tolist() for row in ids] == expected
-    assert truncated.tolist() == [True, False, False]
+def test_truncation_is_the_tokenizers_own(max_length, side):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model(), truncation_side=side)
+    texts = [LONG, "one", "", LONG * 50]
+    expected = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    assert seen_ids(tiny(), tokenizer, texts, max_length=max_length) == expected
 
 
 def test_a_prompt_stays_whole_and_keeps_its_end(tokenizer):
-    encoder = TextEncoder(tokenizer, "review: {text} sentiment:", max_length=9)
-    ids, truncated = encoder.encode(["one two three four five six", "one {text}", "{}"])
-    words = [tokenizer.convert_ids_to_tokens(row) for row in ids]
-    assert words[0] == "[CLS] review : one two three sentiment : [SEP]".split()
-    assert truncated.tolist() == [True, True, False]
-    assert words[1] == "[CLS] review : one { text sentiment : [SEP]".split()
+    ids = seen_ids(
+        tiny(),
+        tokenizer,
+        ["one two three four five six", "one {text}", "{}"],
+        prompt="review: {text} sentiment:",
+        max_length=9,
+    )
+    words = [" ".join(tokenizer.convert_ids_to_tokens(row)) for row in ids]
+    assert words == [
+        "[CLS] review : one two three sentiment : [SEP]",
+        "[CLS] review : one { text sentiment : [SEP]",
+        "[CLS] review : { } sentiment : [SEP]",
+    ]
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tokenizer):
-    encoder = TextEncoder(tokenizer, "review: {text} sentiment:", max_length=6)
+    recipe = recipe_of(tiny(), tokenizer, prompt="review: {text} sentiment:", max_length=6)
     with pytest.raises(ValueError, match="max_length=6 leaves no room for text.*take 6"):
-        encoder.encode(["fine"])
+        rows_of(recipe, ["fine"])
     with pytest.raises(ValueError, match="max_length=2 leaves no room for text.*take 2"):
-        TextEncoder(tokenizer, max_length=2).encode(["fine"])
+        rows_of(recipe_of(tiny(), tokenizer, max_length=2), ["fine"])
 
 
-def test_one_warning_counts_the_texts_that_were_cut(backbone):
-    with pytest.warns(UserWarning, match="3 of 7 texts have more than max_length=6") as warned:
-        rows_of(backbone, [*TEXTS, "no " * 30], max_length=6)
-    assert len(warned) == 1
+def test_texts_that_were_cut_are_counted(tokenizer):
     told = []
-    rows_of(backbone, [*TEXTS, "no " * 30], max_length=6, on_truncated=told.append)
-    np.testing.assert_array_equal(np.sort(np.concatenate(told)), [2, 4, 6])
+    rows_of(recipe_of(tiny(), tokenizer, max_length=6), TEXTS, told=told)
+    assert sum(rows.n_truncated for rows in told) == 2
 
 
 def roberta_like(config, model, **settings):
@@ -86,6 +94,10 @@ def roberta_like(config, model, **settings):
     return model(config(**sizes)).eval()
 
 
+SMALL = {"vocab_size": 300, "max_position_embeddings": 12}
+BART = {f"{half}_{part}": 1 for half in ("encoder", "decoder") for part in ("layers",)} | {
+    f"{half}_attention_heads": 2 for half in ("encoder", "decoder")
+}
 MODELS_WITH_12_POSITIONS = [
     lambda: roberta_like(RobertaConfig, RobertaModel),
     lambda: roberta_like(MPNetConfig, MPNetModel),
@@ -93,48 +105,39 @@ MODELS_WITH_12_POSITIONS = [
     lambda: GPT2Model(GPT2Config(vocab_size=300, n_positions=12, n_embd=8, n_layer=1, n_head=2)),
     lambda: OPTModel(
         OPTConfig(
-            vocab_size=300,
+            **SMALL,
             hidden_size=8,
             num_hidden_layers=1,
             num_attention_heads=2,
             ffn_dim=8,
-            max_position_embeddings=12,
             word_embed_proj_dim=8,
         )
     ),
-    lambda: BartModel(
-        BartConfig(
-            vocab_size=300,
-            d_model=8,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=8,
-            decoder_ffn_dim=8,
-            max_position_embeddings=12,
-        )
-    ),
+    lambda: BartModel(BartConfig(**SMALL, **BART, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8)),
 ]
 
 
 @pytest.mark.parametrize("make", MODELS_WITH_12_POSITIONS)
 def test_no_text_is_longer_than_the_model_has_positions(make):
-    model = make().eval()
-    assert most_tokens(model, 512) == 12 and most_tokens(model, 5) == 5
-    backbone = load_backbone(Source(model, tokenizer=ByT5Tokenizer()))
+    model, told = make().eval(), []
     stack = "encoder" if model.config.is_encoder_decoder else None
-    with pytest.warns(UserWarning, match="1 of 1 texts have more than max_length=12"):
-        rows = rows_of(backbone, ["twenty characters..."], [Segment(stack, 1, "hidden", "mean", 8)])
+    layout = layout_of(1, stack=stack)
+    texts = ["twenty characters...", "four"]
+    rows = rows_of(recipe_of(model, ByT5Tokenizer()), texts, layout, told)
     assert np.isfinite(rows).all()
+    assert [rows.n_tokens for rows in told] == [12 + 5]  # with the end's token
+    assert [rows.n_truncated for rows in told] == [1]
 
 
 def test_relative_positions_have_no_end():
     config = T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    assert most_tokens(T5EncoderModel(config), 10_000) == 10_000
+    told = []
+    recipe = recipe_of(T5EncoderModel(config).eval(), ByT5Tokenizer(), max_length=10_000)
+    rows_of(recipe, ["x" * 2000], layout_of(1), told)
+    assert told[0].n_tokens == 2001 and not told[0].n_truncated
 
 
-# Odd texts and odd tokenizers
+# Unusual texts and tokenizers
 
 
 def words_only(**special):
@@ -155,58 +158,96 @@ def words_only(**special):
     ],
 )
 def test_a_special_token_stands_for_a_text_without_tokens(special, stands_in):
-    backbone = load_tiny(words_only(**special), vocab_size=6)
-    rows = rows_of(backbone, ["", "good", "  "])
-    np.testing.assert_allclose(rows[0], expected_row(backbone.model, [stands_in]), atol=1e-6)
+    model = tiny(vocab_size=6)
+    rows = rows_of(recipe_of(model, words_only(**special)), ["", "good", "  "])
+    np.testing.assert_allclose(rows[0], expected_row(model, [stands_in]), atol=1e-6)
     np.testing.assert_array_equal(rows[2], rows[0])
 
 
 def test_a_tokenizer_with_nothing_to_stand_in_says_so():
     with pytest.raises(ValueError, match="A text has no tokens.*eos_token"):
-        TextEncoder(words_only()).encode([""])
+        rows_of(recipe_of(tiny(vocab_size=6), words_only()), [""])
 
 
 def test_padding_needs_no_padding_token():
     tokenizer = words_only(eos_token="<e>")
     config = GPT2Config(vocab_size=6, n_positions=32, n_embd=8, n_layer=2, n_head=2)
     model = GPT2Model(config).eval()
-    rows = rows_of(load_backbone(Source(model, tokenizer=tokenizer)), ["good", "bad good bad"])
+    rows = rows_of(recipe_of(model, tokenizer), ["good", "bad good bad"])
     np.testing.assert_allclose(rows[0], expected_row(model, [4]), atol=1e-6)
     assert tokenizer.pad_token is None
 
 
-def test_lone_surrogates_count_as_the_replacement_character(backbone):
-    rows = rows_of(backbone, ["a \ud800 b", "a \ufffd b", "\ud83d\ude00", "😀"])
+def with_template(single, types):
+    tokenizer = words_only(eos_token="<e>", bos_token="<b>", pad_token="<p>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<b>", 3), ("<e>", 1)]
+    )
+    tokenizer.model_input_names = ["input_ids", *types, "attention_mask"]
+    return tokenizer
+
+
+@pytest.mark.parametrize("types", [["token_type_ids"], []])
+def test_token_types_of_the_tokenizers_template_reach_the_model(types):
+    model = tiny(vocab_size=6, type_vocab_size=3)
+    tokenizer = with_template("<b>:2 $A:1 <e>:2", types)
+    texts = ["good", "bad good bad", "good bad good bad good good", ""]
+    rows = rows_of(recipe_of(model, tokenizer, max_length=5), texts)
+    for text, row in zip(texts, rows, strict=True):
+        inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=5)
+        ids = inputs.pop("input_ids")[0].tolist()
+        assert set(inputs) == {*types, "attention_mask"}
+        np.testing.assert_allclose(row, expected_row(model, ids, **inputs), atol=1e-5)
+
+
+def test_special_tokens_at_the_end_survive_truncation():
+    tokenizer = with_template("<b> $A <e>", [])
+    ids = seen_ids(tiny(vocab_size=6), tokenizer, ["good bad good bad good"], max_length=4)
+    assert ids == [[3, 4, 5, 1]]
+
+
+def test_lone_surrogates_count_as_the_replacement_character(tokenizer):
+    recipe = recipe_of(tiny(), tokenizer)
+    rows = rows_of(recipe, ["a \ud800 b", "a \ufffd b", "\ud83d\ude00", "😀"])
     np.testing.assert_array_equal(rows[0], rows[1])
     np.testing.assert_array_equal(rows[2], rows[3])
 
 
-def test_texts_without_surrogates_are_left_alone():
+def test_texts_without_surrogates_are_left_alone(tokenizer):
     texts = ["", "a\0b", "naïve 🤷", "\ufffd"]
-    assert replace_surrogates(texts) == texts
+    assert seen_ids(tiny(), tokenizer, texts) == tokenizer(texts)["input_ids"]
 
 
-def test_a_word_of_a_megabyte_takes_seconds_at_most(backbone):
+def test_a_word_of_a_megabyte_takes_seconds_at_most(tokenizer):
     started = time.perf_counter()
-    rows = rows_of(backbone, ["x" * 2**20, "\0", "\0" * 1000])
+    rows = rows_of(recipe_of(tiny(), tokenizer), ["x" * 2**20, "\0", "\0" * 1000])
     assert np.isfinite(rows).all()
     assert time.perf_counter() - started < 20
 
 
-def test_a_tokenizer_is_left_as_it_was(backbone):
-    tokenizer = backbone.tokenizer
+def test_a_long_text_is_tokenized_once():
+    """Hugging Face's own truncation is the measure; the text is of many words."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    text = "a fine film that nobody saw " * 30_000
+    started = time.process_time()
+    tokenizer([text], truncation=True, max_length=512)
+    once = time.process_time() - started
+    started = time.process_time()
+    rows_of(recipe_of(tiny(max_position_embeddings=512), tokenizer), [text], layout_of(0))
+    assert time.process_time() - started < 1.7 * once + 0.3
+
+
+def test_a_tokenizer_is_left_as_it_was(tokenizer):
     tokenizer(["a b c d"], padding="max_length", truncation=True, max_length=3)
     before = tokenizer.backend_tokenizer.to_str()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rows_of(backbone, TEXTS, max_length=5)
+    rows_of(recipe_of(tiny(), tokenizer, max_length=5), TEXTS)
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-def test_threads_may_share_a_tokenizer(backbone):
-    found = []
+def test_threads_may_share_a_tokenizer(tokenizer):
+    recipe, found = recipe_of(tiny(), tokenizer), []
     threads = [
-        threading.Thread(target=lambda: found.append(rows_of(backbone, TEXTS))) for _ in range(4)
+        threading.Thread(target=lambda: found.append(rows_of(recipe, TEXTS))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -218,25 +259,25 @@ def test_threads_may_share_a_tokenizer(backbone):
 
 
 def test_tokenizers_in_python_work_too():
-    tokenizer = ByT5Tokenizer()
+    tokenizer, model = ByT5Tokenizer(), tiny(vocab_size=400)
     assert not tokenizer.is_fast
-    backbone = load_tiny(tokenizer, vocab_size=400)
-    texts = ["", "naïve", "\ud800", "a longer text"]
-    for text, row in zip(replace_surrogates(texts), rows_of(backbone, texts), strict=True):
-        ids = tokenizer(text)["input_ids"]
-        np.testing.assert_allclose(row, expected_row(backbone.model, ids), atol=1e-5)
-    ids, truncated = TextEncoder(tokenizer, max_length=5).encode(["abcdefg", "abc"])
-    assert ids[0].tolist() == tokenizer("abcd")["input_ids"] and truncated.tolist() == [True, False]
-    ids, truncated = TextEncoder(tokenizer, "<{text}>", max_length=6).encode(["abcdefg"])
-    assert ids[0].tolist() == tokenizer("<abc>")["input_ids"] and truncated.tolist() == [True]
+    texts = ["", "naïve", "\ufffd", "a longer text"]
+    assert seen_ids(model, tokenizer, texts) == tokenizer(texts)["input_ids"]
+    assert seen_ids(model, tokenizer, ["abcdefg", "abc"], max_length=5) == [
+        tokenizer("abcd")["input_ids"],
+        tokenizer("abc")["input_ids"],
+    ]
+    cut = seen_ids(model, tokenizer, ["abcdefg"], prompt="<{text}>", max_length=6)
+    assert cut == [tokenizer("<abc>")["input_ids"]]
     with pytest.raises(ValueError, match="no room"):
-        TextEncoder(tokenizer, "<{text}>", max_length=3).encode(["abcdefg"])
+        rows_of(recipe_of(model, tokenizer, prompt="<{text}>", max_length=3), ["abcdefg"])
 
 
-def test_special_tokens_at_the_end_survive_truncation():
-    tokenizer = words_only(eos_token="<e>", bos_token="<b>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<b> $A <e>", special_tokens=[("<b>", 3), ("<e>", 1)]
-    )
-    ids, _ = TextEncoder(tokenizer, max_length=4).encode(["good bad good bad good"])
-    assert ids[0].tolist() == [3, 4, 5, 1]
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_does_not_change_activations(side):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model(), padding_side=side)
+    model = tiny()
+    for text, row in zip(TEXTS, rows_of(recipe_of(model, tokenizer), TEXTS), strict=True):
+        ids = tokenizer(text)["input_ids"]
+        np.testing.assert_allclose(row, expected_row(model, ids), atol=1e-5)
+    assert torch.is_grad_enabled()

@@ -1,0 +1,82 @@
+"""Which numbers a text gets, and how they are computed: one frozen value that travels whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from skspin._model.device import as_devices, resolve_device, resolve_dtype
+from skspin._model.source import Source
+
+
+class ModelMismatchError(ValueError):
+    """The model's weights or its tokenizer are not those that the estimator was fitted with."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, what is done with its texts, and where and how it runs.
+
+    The fields from ``prompt`` on are parameters of `LLMActivationTransformer`.
+    """
+
+    source: Source
+    fingerprint: str
+    prompt: str | None = None
+    max_length: int = 512
+    device: str | Sequence[str] | None = None
+    dtype: str = "auto"
+    batch_tokens: int | str = "auto"
+    n_jobs: int | None = None
+    verbose: int = 0
+
+    @cached_property
+    def number_format(self) -> str:
+        """The format that ``dtype`` means on the device; several devices must agree on it."""
+        if self.source.in_memory and self.dtype == "auto":
+            return str(self.source.model.dtype).removeprefix("torch.")
+        formats = {
+            resolve_dtype(self.dtype, resolve_device(device)) for device in as_devices(self.device)
+        }
+        if len(formats) != 1:
+            raise ValueError(
+                f"device={self.device!r} must name devices with one dtype in common, but "
+                f"dtype={self.dtype!r} means {sorted(formats)} on them. Set dtype='float32'."
+            )
+        return formats.pop()
+
+    @property
+    def key(self) -> str:
+        """Digest of everything but text and column that decides a number."""
+        decisive = [self.fingerprint, self.prompt, int(self.max_length), self.number_format]
+        return xxhash.xxh3_128_hexdigest(json.dumps(decisive).encode())
+
+    @property
+    def model_name(self) -> str:
+        """What people call the model: a hub id, a folder, or a class."""
+        model = self.source.model
+        return type(model).__name__ if self.source.in_memory else str(model)
+
+    def check_fingerprint(self, fitted: str) -> None:
+        """Raise a `ModelMismatchError` unless the model has the fingerprint ``fitted``."""
+        if self.fingerprint != fitted:
+            raise ModelMismatchError(
+                f"model={self.model_name!r} with its tokenizer has the fingerprint "
+                f"{self.fingerprint}, but this transformer was fitted with {fitted}. Give it the "
+                "model it was fitted with (pin `revision` for a hub model), or fit again."
+            )
+
+
+class Rows(NamedTuple):
+    """Some texts' activations, as they come out of the model."""
+
+    positions: np.ndarray  # (n_rows,), int: places among the texts given
+    values: np.ndarray  # (n_rows, n_columns), float32
+    n_tokens: int
+    n_truncated: int
