@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+SITES = ("hidden", "mlp", "attention")
+POOLINGS = ("mean", "max", "first", "last")
+STACKS = ("encoder", "decoder")
 _NAME = re.compile(
     r"(?:(?P<stack>encoder|decoder)_)?layer(?P<layer>\d+)_(?P<site>[a-z]+)_(?P<pooling>[a-z]+)"
     r"_(?P<neuron>\d+)"

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from skspin._layout import Layout, Segment
-
-SITES = ("hidden", "mlp", "attention")
+from skspin._layout import SITES, Layout, Segment
 
 
 @dataclass(frozen=True)

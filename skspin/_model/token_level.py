@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from skspin._layout import Segment
 from skspin._model.budget import TokenBudget
-from skspin._model.forward import keep_neurons, read_forward
+from skspin._model.forward import token_forward
 from skspin._model.positions import most_tokens
 from skspin._model.registry import Backbone
 from skspin._model.tokens import TextEncoder
@@ -72,9 +71,4 @@ def _read(backbone: Backbone, ids: np.ndarray, segments: Sequence[Segment]) -> n
     """Read activations (n_texts, n_tokens, n_columns) of texts of one length."""
     inputs = {"input_ids": torch.from_numpy(ids).to(backbone.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    values = read_forward(backbone.model, backbone.anatomy, inputs, segments, _take)
-    return torch.cat(values, dim=2).cpu().numpy()
-
-
-def _take(activations: Tensor, segment: Segment) -> Tensor:
-    return keep_neurons(activations, segment).float()
+    return token_forward(backbone.model, backbone.anatomy, inputs, segments).cpu().numpy()
