@@ -196,7 +196,7 @@ class TextTokens:
     def words(self) -> np.ndarray:
         """Give the number of each token's word, (n_tokens,) int, ascending from 0.
 
-        A token belongs to the word in which it ends; one that is not in the text is a word by itself.
+        A token belongs to the word in which it ends; one that is not in the text has its own.
         """
         begins = [match.start() for match in _WORD.finditer(self.text)]
         # A token may take the space before its word with it, so its end says where it belongs.

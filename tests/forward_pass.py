@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+from tiny_models import tiny_batch
 
-from skspin._layout import Segment
+from skspin._layout import SITES, Segment
+from skspin._model.anatomy import find_anatomy
+from skspin._model.forward import pooled_forward
 
 BY_HAND = {
     "mean": lambda tokens: tokens.mean(0),
@@ -15,24 +18,31 @@ BY_HAND = {
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def segments_of(anatomy, sites=("hidden",), poolings=("mean",), layers=None):
+def segments_of(model, sites=SITES, poolings=("mean",), layers=None):
     return [
         Segment(stack.name, layer, site, pooling, tap.width)
-        for stack in anatomy.stacks.values()
+        for stack in find_anatomy(model).stacks.values()
         for (layer, site), tap in sorted(stack.taps.items())
         if site in sites and (layers is None or layer in layers)
         for pooling in poolings
     ]
 
 
+def read(model, segments=None, batch=None):
+    """Read a batch's pooled activations, in one forward pass."""
+    segments = segments_of(model) if segments is None else segments
+    batch = tiny_batch() if batch is None else batch
+    return pooled_forward(model, find_anatomy(model), batch, segments)
+
+
 def alone(model, batch, row):
     """Run one text without padding, as transformers documents it."""
     real = batch["attention_mask"][row].bool()
-    ids = batch["input_ids"][row][real][None]
-    inputs = {"input_ids": ids, "output_hidden_states": True}
+    inputs = {n: v[row][real][None] for n, v in batch.items() if n != "attention_mask"}
+    inputs["output_hidden_states"] = True
     if model.config.is_encoder_decoder:
         start = torch.full((1, 1), model.config.decoder_start_token_id)
-        inputs["decoder_input_ids"] = torch.cat([start, ids[:, :-1]], 1)
+        inputs["decoder_input_ids"] = torch.cat([start, inputs["input_ids"][:, :-1]], 1)
         inputs["use_cache"] = False
     with torch.no_grad():
         return model(**inputs)

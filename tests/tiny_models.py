@@ -21,31 +21,16 @@ PAD, START, END = 0, 1, 2
 
 @dataclass(frozen=True)
 class Tiny:
-    """An architecture: how to build it, and where its sites are by its authors' names.
+    """An architecture: how to build it, and where its sites are by its authors' names."""
 
-    Parameters
-    ----------
-    name : str
-        Start of its classes' names, e.g. "Bert" for BertConfig and BertModel.
-    settings : dict
-        What its configuration is made with.
-    mlp, attention : str or None
-        Paths of the linear modules that take the feed-forward neurons and the heads' outputs, with
-        "{}" for the block's number; None where there are none.
-    decoder_mlp, decoder_attention : str or None
-        The same, in the decoder of an encoder-decoder model.
-    """
-
-    name: str
-    settings: dict[str, Any]
+    name: str  # start of its classes' names: "Bert" for BertConfig and BertModel
+    settings: dict[str, Any]  # what its configuration is made with
+    # Paths of the linear modules that take the feed-forward neurons and the heads' outputs, with
+    # "{}" for the block's number; None where there are none. The last two are in a decoder.
     mlp: str | None = None
     attention: str | None = None
     decoder_mlp: str | None = None
     decoder_attention: str | None = None
-
-    @property
-    def stacks(self) -> tuple[str | None, ...]:
-        return (None,) if self.decoder_mlp is None else ("encoder", "decoder")
 
     def path(self, stack: str | None, site: str, layer: int) -> str:
         path = getattr(self, f"decoder_{site}" if stack == "decoder" else site)
@@ -229,6 +214,7 @@ MIXTURES = {
     ),
 }
 MAMBA = Tiny("Mamba", _MAMBA)
+ALL = {**TINY, **MIXTURES, "mamba": MAMBA}
 
 
 def tiny_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
@@ -253,19 +239,13 @@ def tiny_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_batch(padding_side: str = "right") -> dict[str, torch.Tensor]:
-    """Make five texts, the same ones on both sides: one of a single token, two equally long."""
+def tiny_batch() -> dict[str, torch.Tensor]:
+    """Make five texts: one of a single token, two equally long."""
     lengths = [7, 3, 1, 7, 5]
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(4, N_WORDS, (len(lengths), max(lengths)), generator=generator)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    batch = {"input_ids": ids.masked_fill(~real, PAD), "attention_mask": real.long()}
-    if padding_side == "right":
-        return batch
-    return {
-        name: torch.stack([row.roll(-length) for row, length in zip(rows, lengths, strict=True)])
-        for name, rows in batch.items()
-    }
+    return {"input_ids": ids.masked_fill(~real, PAD), "attention_mask": real.long()}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,41 +1,75 @@
-"""Which modules of a stack are its blocks, in the order of the forward pass."""
+"""Which modules of a stack are its blocks, and where in a block its sites are.
+
+Both are told by structure alone: by what modules are called and by their shapes, which are there
+without weights and without a forward pass. The feed-forward neurons are the input of the
+feed-forward part's last linear module (the down-projection), and the heads' outputs that of the
+attention's last one (the output projection).
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from skspin._model.architectures import Oddity
-from skspin._model.sites import linear_shape
+from skspin._model.architectures import Architecture
 
 
-def find_blocks(stack: nn.Module, config: Any, oddity: Oddity) -> list[nn.Module]:
-    """List a stack's blocks; one that takes several turns is there several times.
+@dataclass(frozen=True)
+class Tap:
+    """Where token-level activations can be read: what goes into a module, or comes out of it."""
 
-    Parameters
-    ----------
-    stack : Module
-        What the blocks are in, at any depth.
-    config : PreTrainedConfig
-        Of the stack. Its number of layers only counts where blocks are shared: a model that was cut
-        short in memory has fewer.
-    oddity : Oddity
-        What is special about the architecture.
+    module: nn.Module = field(repr=False)
+    width: int  # neurons
+    parameter: str | None = None  # read what the module multiplies with this parameter of it
+    output: bool = False  # read what the module returns, not what it is given
+    turn: int = 0  # which of the module's calls in a pass: blocks may share a module
+    n_turns: int = 1  # how many calls there are in a pass
 
-    Raises
-    ------
-    ValueError
-        If no list of modules, or more than one, may be the blocks; the message names candidates.
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear module of a block, and the part of the block that it works for."""
+
+    module: nn.Module
+    name: str
+    n_in: int
+    n_out: int
+    role: str | None
+    part: nn.Module
+
+
+# What a part of a block does, by the words in its class or its name. The first that fits counts:
+# "NemotronHMLP" may be called "mixer", and "LinearAttentionMixer" is an attention.
+_ROLES = {
+    "mlp": re.compile(r"mlp|feed_?forward|ffn|^ff", re.I),
+    "attention": re.compile(r"attention|attn|mha|multi_?head", re.I),
+    "mixer": re.compile(r"mixer|mamba|ssm|recurrent|lru|delta|short_?conv|lstm|indexer", re.I),
+}
+# Linear modules beside an attention's output projection that may have its shape.
+_GATE = re.compile(r"gate|^g_proj$")
+# A norm may have a small network of its own, which is not the block's.
+_NORM = re.compile(r"norm$", re.I)
+_EXPERTS = re.compile(r"(^|[._])(experts?|router)($|[._])")
+
+
+def find_blocks(stack: nn.Module, config: Any, architecture: Architecture) -> list[nn.Module]:
+    """List a stack's blocks in the order of the forward pass; one that runs twice is there twice.
+
+    A ValueError names the candidates if no list of modules, or more than one, may be the blocks.
     """
-    if oddity.parallel_lists:
-        parts = [stack.get_submodule(name).children() for name in oddity.parallel_lists]
+    if architecture.parallel_lists:
+        parts = [stack.get_submodule(name).children() for name in architecture.parallel_lists]
         return [nn.ModuleList(block) for block in zip(*parts, strict=True)]
     blocks = _heaviest_list(stack)
-    if oddity.shared_groups:
-        groups = [list(group.get_submodule(oddity.shared_groups).children()) for group in blocks]
+    if architecture.shared_groups:
+        name = architecture.shared_groups
+        groups = [list(group.get_submodule(name).children()) for group in blocks]
+        # Only here does the configuration count: a model cut short in memory has fewer layers.
         n_turns = config.num_hidden_layers
         turns = [groups[turn * len(groups) // n_turns] for turn in range(n_turns)]
         return [block for group in turns for block in group]
@@ -93,3 +127,98 @@ def _inventory(stack: nn.Module) -> str:
 
 def _n_parameters(modules: list[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def find_sites(block: nn.Module, width: int, paths: dict[str, str]) -> dict[str, Tap | str]:
+    """Find the tap of "attention" and "mlp", or say why a block does not have the site.
+
+    The block adds to a hidden state of ``width``; sites in ``paths`` need no finding.
+    """
+    finders = {"attention": _output_projection, "mlp": _down_projection}
+    return {
+        site: _at(block, paths[site]) if site in paths else find(block, width)
+        for site, find in finders.items()
+    }
+
+
+def _output_projection(block: nn.Module, width: int) -> Tap | str:
+    inside = [linear for linear in _linears(block, None, block) if linear.role == "attention"]
+    if not inside:
+        return "it has no attention."
+    # A decoder's block goes on to attend to the encoder: its self-attention comes first.
+    part = inside[0].part
+    if _has_experts(part):
+        return "each token has attention heads of its own there (a mixture of experts)."
+    outward = [
+        linear
+        for linear in inside
+        if linear.part is part and linear.n_out == width and not _GATE.search(linear.name)
+    ]
+    if not outward:
+        return "its attention has no linear output projection."
+    return Tap(outward[-1].module, outward[-1].n_in)
+
+
+def _down_projection(block: nn.Module, width: int) -> Tap | str:
+    if _has_experts(block):
+        return "each token has neurons of its own there (a mixture of experts)."
+    linears = list(_linears(block, None, block))
+    named = [linear for linear in linears if linear.role == "mlp"]
+    # BERT's feed-forward part is not one module, but what is left of a block.
+    inside = named or [linear for linear in linears if linear.role is None]
+    # Where all shapes are equal: w1 and w3 lead up in the models that number them.
+    outward = [
+        linear for linear in inside if linear.n_out == width and linear.name not in ("w1", "w3")
+    ]
+    if len(inside) < 2 or not outward:
+        return "it has no feed-forward part."
+    return Tap(outward[-1].module, outward[-1].n_in)
+
+
+def _has_experts(part: nn.Module) -> bool:
+    return any(_EXPERTS.search(path) for path, _ in part.named_modules())
+
+
+def _linears(part: nn.Module, role: str | None, owner: nn.Module) -> Iterator[_Linear]:
+    """Walk through a part in the order of registration; ``owner`` is what gave it its role."""
+    for name, child in part.named_children():
+        shape = linear_shape(child)
+        found = None if shape else _role_of(name, child)
+        if shape is not None:
+            yield _Linear(child, name, *shape, role, owner)
+        elif _NORM.search(type(child).__name__):
+            continue
+        elif found is None or found == role:
+            yield from _linears(child, role, owner)
+        else:
+            yield from _linears(child, found, child)
+
+
+def _role_of(name: str, part: nn.Module) -> str | None:
+    for word in (type(part).__name__, name):
+        for role, pattern in _ROLES.items():
+            if pattern.search(word):
+                return role
+    return None
+
+
+def linear_shape(module: Any) -> tuple[int, int] | None:
+    """Count what goes into and out of a linear module, quantised or adapted ones too."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":  # GPT-2's transposed one, in several modules of its name
+        n_in, n_out = module.weight.shape
+        return n_in, n_out
+    return None
+
+
+def _at(block: nn.Module, path: str) -> Tap:
+    parent, _, name = path.rpartition(".")
+    owner = block.get_submodule(parent)
+    target = getattr(owner, name)
+    if isinstance(target, nn.Parameter):  # (hidden state, heads, neurons of a head)
+        return Tap(owner, target[0].numel(), name)
+    shape = linear_shape(target)
+    if shape is None:
+        raise TypeError(f"{type(target).__name__} at {path} is not a linear module.")
+    return Tap(target, shape[0])

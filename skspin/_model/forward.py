@@ -1,152 +1,101 @@
-"""One batch through the model: pooled by hooks, stopped at the deepest layer asked for."""
+"""One batch through the model: read by hooks, stopped at the deepest layer asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from functools import cache, lru_cache
+import inspect
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from skspin._layout import Segment
-from skspin._model.anatomy import Anatomy, Tap, bare_model
-from skspin._model.evaluation import evaluating
-from skspin._model.hooks import as_texts, listen
-from skspin._model.inputs import arguments_for, pad_right
-from skspin._model.pooling import TextGroup, group_texts, pool
+from skspin._model.anatomy import Anatomy, bare_model, is_encoder_decoder
+from skspin._model.hooks import PassEnds, Reader, unchanged
 
 
-class _Enough(BaseException):
-    """Everything has been read. Not an Exception, which a model's own code might catch."""
-
-
-# Not inference mode: whatever a model keeps from a pass (a table of positions, say) would then be
-# unusable in its owner's training.
-@torch.no_grad()
 def pooled_forward(
     model: Any, anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
 ) -> Tensor:
-    """Read the pooled activations of a batch of texts in one forward pass.
+    """Read the pooled activations (n_texts, n_columns) of a batch, float32 on the inputs' device.
+
+    ``inputs`` are "input_ids", "attention_mask" and whatever else the model takes by token, of
+    shape (n_texts, n_tokens), padded on the right: models count positions from the left edge, and
+    causal ones never look to the right. Each text has at least one token.
 
     The pass ends when everything has been read, so later layers and the head cost nothing. The
     model is left as it was, also when the pass fails. Threads may share a model; a pass that its
     owner runs meanwhile is neither read nor stopped.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The model that ``anatomy`` is of.
-    anatomy : Anatomy
-        Where to read; see `find_anatomy`.
-    inputs : dict of str to Tensor of shape (n_texts, n_tokens)
-        "input_ids", "attention_mask", and whatever else the model takes by token. Padding may be
-        on either side; it does not change the result. Each text has at least one token.
-    segments : sequence of Segment
-        What to read, in the order of the columns.
-
-    Returns
-    -------
-    Tensor of shape (n_texts, n_columns), float32
-        On the inputs' device.
-
-    Raises
-    ------
-    ValueError
-        If the model does not have a site that is asked for.
-    RuntimeError
-        If the model's pass is not what ``anatomy`` says.
     """
-    model = bare_model(model)
-    inputs = pad_right(inputs)
     if not anatomy.mixes_padding:
-        return _forward(model, anatomy, inputs, segments)
+        return torch.cat(_read(model, anatomy, inputs, segments, pooled=True), dim=1)
     # Only texts of one length can be in a batch together where padding leaks into real tokens.
     lengths = inputs["attention_mask"].sum(1)  # (n_texts,)
     columns = torch.empty(len(lengths), sum(s.n_columns for s in segments), device=lengths.device)
     for length in lengths.unique().tolist():
         rows = lengths == length
         alike = {name: values[rows, :length] for name, values in inputs.items()}
-        columns[rows] = _forward(model, anatomy, alike, segments)
+        columns[rows] = torch.cat(_read(model, anatomy, alike, segments, pooled=True), dim=1)
     return columns
 
 
-def _forward(
+def token_forward(
     model: Any, anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
 ) -> Tensor:
-    mask = inputs["attention_mask"].bool()
-
-    @cache  # blocks may be on several devices
-    def groups_on(device: torch.device) -> list[TextGroup]:
-        return group_texts(mask.to(device))
-
-    def pooled(activations: Tensor, segment: Segment) -> Tensor:
-        values = pool(activations, groups_on(activations.device), segment.pooling)
-        return keep_neurons(values, segment)  # (n_texts, n_neurons)
-
-    return torch.cat(read_forward(model, anatomy, inputs, segments, pooled), dim=1)
+    """Read activations (n_texts, n_tokens, n_columns) at every token; see `pooled_forward`."""
+    return torch.cat(_read(model, anatomy, inputs, segments, pooled=False), dim=2)
 
 
+# Not inference mode: whatever a model keeps from a pass (a table of positions, say) would then be
+# unusable in its owner's training.
 @torch.no_grad()
-def read_forward(
+def _read(
     model: Any,
     anatomy: Anatomy,
     inputs: dict[str, Tensor],
     segments: Sequence[Segment],
-    take: Callable[[Tensor, Segment], Tensor],
+    *,
+    pooled: bool,
 ) -> list[Tensor]:
-    """Run a batch of texts, padded on the right, and take something from each segment's site.
-
-    Parameters
-    ----------
-    model, anatomy, inputs, segments
-        See `pooled_forward`.
-    take : callable
-        Gets the activations of shape (n_texts, n_tokens, n_neurons), padding included, and the
-        segment. Its answer is moved to the inputs' device.
-
-    Returns
-    -------
-    list of Tensor
-        What was taken, one per segment.
-    """
     model = bare_model(model)
-    wanted: dict[Tap, list[int]] = {}
-    for position, segment in enumerate(segments):
-        tap = anatomy.stacks[segment.stack].tap(segment.layer, segment.site)
-        wanted.setdefault(tap, []).append(position)
-    mask = inputs["attention_mask"].bool()
-    taken = [mask.new_empty(0)] * len(segments)
-
-    def read(tap: Tap, activations: Tensor) -> None:
-        activations = as_texts(activations, mask, tap)  # (n_texts, n_tokens, n_neurons)
-        for position in wanted.pop(tap):
-            taken[position] = take(activations, segments[position]).to(mask.device)
-        if not wanted:
-            raise _Enough
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        listen(stack, list(wanted), read)
-        stack.enter_context(suppress(_Enough))
-        model(**arguments_for(model, inputs))
-    if wanted:
-        names = sorted({f"{segments[p].key}" for positions in wanted.values() for p in positions})
+    reader = Reader(anatomy, segments, inputs["attention_mask"].bool(), pooled)
+    with unchanged(model), reader.hooks(), suppress(PassEnds):
+        model(**_arguments(model, inputs))
+    if reader.unread:
         raise RuntimeError(
-            f"{type(model).__name__} ended its forward pass without these layers: {names}. Were its"
-            " modules replaced after loading?"
+            f"{type(model).__name__} ended its forward pass without these layers: {reader.unread}."
+            " Were its modules replaced after loading?"
         )
-    return taken
+    return reader.values
 
 
-def keep_neurons(values: Tensor, segment: Segment) -> Tensor:
-    """Choose a segment's neurons among those of its site, in the last dimension."""
-    if segment.neurons is None:
-        return values
-    return values[..., _on_device(segment.neurons, values.device)]
+def _arguments(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Choose what the model takes of the inputs, and complete it."""
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    arguments: dict[str, Any] = {k: v for k, v in inputs.items() if takes_any or k in accepted}
+    if is_encoder_decoder(model):
+        arguments["decoder_input_ids"] = _shift_right(inputs["input_ids"], model.config)
+    # The pass gathers nothing for others, whatever the configuration says. (use_mems is XLNet's.)
+    for switch in ("use_cache", "use_mems", "output_hidden_states", "output_attentions"):
+        if switch in accepted or (takes_any and getattr(model.config, switch, False)):
+            arguments[switch] = False
+    return arguments
 
 
-@lru_cache(maxsize=256)  # a pruned pipeline asks for the same neurons in every batch
-def _on_device(neurons: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(neurons, device=device)
+def _shift_right(ids: Tensor, config: Any) -> Tensor:
+    """Give a decoder the text that its encoder reads, as in training (teacher forcing).
+
+    A decoder is trained on the text that it is to produce, moved right by one token: at each
+    position it sees what comes before. The text is as long as it was, so its mask still fits.
+    """
+    # generate looks for the first token in this order; T5, which has no other, starts with padding.
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    start = next((t for n in names if (t := getattr(config, n, None)) is not None), None)
+    if start is None:
+        raise ValueError(
+            "The model's configuration has no token for its decoder to start with. Set"
+            " config.decoder_start_token_id."
+        )
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)

@@ -1,124 +1,162 @@
-"""Hooks that read a running model at its taps, and change nothing."""
+"""Hooks that read a running model at its taps; the model does not notice, and is left as it was."""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from itertools import count
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from skspin._model.anatomy import Tap
+from skspin._layout import Segment
+from skspin._model.anatomy import Anatomy, Stack
+from skspin._model.blocks import Tap
+from skspin._model.pooling import TextGroup, group_texts, pool
 
 
-def listen(stack: ExitStack, taps: Sequence[Tap], read: Callable[[Tap, Tensor], None]) -> None:
-    """Call ``read`` with a tap and its activations whenever this thread's model comes by one.
+class PassEnds(BaseException):
+    """Everything has been read. Not an Exception, which a model's own code might catch."""
 
-    Parameters
-    ----------
-    stack : ExitStack
-        Gets every hook as it is made, so that closing it removes them all.
-    taps : sequence of Tap
-        Where to listen.
-    read : callable
-        Called with the tap, and its activations as the model has them.
+
+class Reader:
+    """Takes the activations that segments ask for from one batch, as the model comes by them.
+
+    ``mask`` of shape (n_texts, n_tokens) is True for real tokens, which come before the padding.
+    Pooled, a segment's values are of shape (n_texts, n_columns); otherwise (n_texts, n_tokens,
+    n_columns). They are on the device of the mask, and float32.
     """
-    places: dict[tuple[nn.Module, bool, str | None], dict[int, Tap]] = {}
-    for tap in taps:
-        places.setdefault((tap.module, tap.output, tap.parameter), {})[tap.turn] = tap
-    for (module, output, parameter), by_turn in places.items():
-        notice = _in_turn(by_turn, read)
-        if parameter is not None:
-            stack.enter_context(_Multiplications(module, parameter, notice))
-        elif output:
-            stack.callback(_after(module, notice).remove)
+
+    def __init__(self, anatomy: Anatomy, segments: Sequence[Segment], mask: Tensor, pooled: bool):
+        self.segments, self.mask, self.pooled = segments, mask, pooled
+        self.values = [torch.empty(0)] * len(segments)
+        self._unread: dict[Tap, tuple[Stack, list[int]]] = {}  # which segments read what is there
+        for position, segment in enumerate(segments):
+            stack = anatomy.stacks[segment.stack]
+            tap = stack.tap(segment.layer, segment.site)
+            self._unread.setdefault(tap, (stack, []))[1].append(position)
+        self._groups: dict[torch.device, list[TextGroup]] = {}  # blocks may be on several devices
+
+    @property
+    def unread(self) -> list[str]:
+        """Name the segments that the model did not come by."""
+        return sorted({self.segments[p].key for _, ps in self._unread.values() for p in ps})
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hang up the hooks, for as long as the ``with`` block lasts."""
+        taps_at: dict[tuple[nn.Module, bool, str | None], dict[int, Tap]] = {}
+        for tap in self._unread:
+            taps_at.setdefault((tap.module, tap.output, tap.parameter), {})[tap.turn] = tap
+        with ExitStack() as stack:
+            for taps in taps_at.values():
+                _Hook(self, taps).attach(stack)
+            yield
+
+    def read(self, tap: Tap, activations: Tensor) -> None:
+        """Take what the segments of a tap ask for; end the pass if that was the last."""
+        stack, positions = self._unread.pop(tap)
+        activations = as_texts(activations, self.mask, tap, stack)  # (n_texts, n_tokens, n_neurons)
+        for position in positions:
+            segment = self.segments[position]
+            values = self._pool(activations, segment.pooling) if self.pooled else activations
+            # Chosen after pooling, so that they are to the bit what they are among all neurons.
+            # Before it, only a few in a hundred would be cheaper.
+            if segment.neurons is not None:
+                values = values[..., _on_device(segment.neurons, values.device)]
+            self.values[position] = values.float().to(self.mask.device)
+        if not self._unread:
+            raise PassEnds
+
+    def _pool(self, activations: Tensor, pooling: str) -> Tensor:
+        device = activations.device
+        if device not in self._groups:
+            self._groups[device] = group_texts(self.mask.to(device))
+        return pool(activations, self._groups[device], pooling)
+
+
+@lru_cache(maxsize=256)  # a pruned pipeline asks for the same neurons in every batch
+def _on_device(neurons: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(neurons, device=device)
+
+
+class _Hook:
+    """Tells the calls of one module apart, and the passes of other threads from this one's."""
+
+    def __init__(self, reader: Reader, taps: dict[int, Tap]):  # by turn
+        self.reader, self.taps = reader, taps
+        self.tap = next(iter(taps.values()))
+        self.thread = threading.get_ident()
+        self.n_calls = 0
+
+    def attach(self, stack: ExitStack) -> None:
+        """Hang the hook up, until the stack is closed."""
+        if self.tap.parameter is not None:
+            stack.enter_context(_Multiplications(self))
+        elif self.tap.output:
+            stack.callback(self.tap.module.register_forward_hook(self.after).remove)
         else:
-            stack.callback(_before(module, notice).remove)
+            handle = self.tap.module.register_forward_pre_hook(self.before, with_kwargs=True)
+            stack.callback(handle.remove)
 
+    def before(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        # PyTorch leaves out the kwargs in a thread that calls the module just when another thread
+        # adds or removes this hook: then there is nothing to notice.
+        if args:
+            self.notice(args[0])
+        elif kwargs:
+            self.notice(kwargs[next(iter(inspect.signature(module.forward).parameters))])
 
-def _in_turn(
-    by_turn: dict[int, Tap], read: Callable[[Tap, Tensor], None]
-) -> Callable[[Tensor], None]:
-    """Tell the calls of a shared module apart, and the passes of other threads from our own."""
-    thread = threading.get_ident()
-    turns = count()
-    any_tap = next(iter(by_turn.values()))
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.notice(output if isinstance(output, Tensor) else output[0])
 
-    def notice(activations: Tensor) -> None:
-        if threading.get_ident() != thread:
+    def notice(self, activations: Tensor) -> None:
+        """Have the reader take the activations, if they are of its thread and of a wanted turn."""
+        if threading.get_ident() != self.thread:
             return
-        turn = next(turns)
-        if turn >= any_tap.n_turns:
+        if self.n_calls >= self.tap.n_turns:
             raise RuntimeError(
-                f"The model runs {type(any_tap.module).__name__} more often than its structure"
-                f" shows ({any_tap.n_turns} in one forward pass), for other tokens or in loops, so"
+                f"The model runs {type(self.tap.module).__name__} more often than its structure"
+                f" shows ({self.tap.n_turns} in one forward pass), for other tokens or in loops, so"
                 " it can't be told which run is which layer's. Choose another site or model."
             )
-        if turn in by_turn:
-            read(by_turn[turn], activations)
-
-    return notice
-
-
-def _before(module: nn.Module, notice: Callable[[Tensor], None]) -> Any:
-    # PyTorch leaves out the kwargs in a thread that calls the module just when another thread adds
-    # or removes this hook: then there is nothing for us to notice.
-    def hook(module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
-        if args:
-            notice(args[0])
-        elif kwargs:
-            notice(kwargs[next(iter(inspect.signature(module.forward).parameters))])
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _after(module: nn.Module, notice: Callable[[Tensor], None]) -> Any:
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        notice(output if isinstance(output, Tensor) else output[0])
-
-    return module.register_forward_hook(hook)
+        turn, self.n_calls = self.n_calls, self.n_calls + 1
+        if turn in self.taps:
+            self.reader.read(self.taps[turn], activations)
 
 
 class _Multiplications(TorchFunctionMode):
-    """Notice what this thread multiplies with a parameter by `torch.einsum`."""
+    """Notices what this thread multiplies with a parameter by `torch.einsum`."""
 
-    def __init__(self, module: nn.Module, parameter: str, notice: Callable[[Tensor], None]):
+    def __init__(self, hook: _Hook):
         super().__init__()
-        self.module, self.parameter, self.notice = module, parameter, notice
+        self.hook = hook
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if function is torch.einsum:
-            operands, weight = args[1:], getattr(self.module, self.parameter)
+            tap, operands = self.hook.tap, args[1:]
+            weight = getattr(tap.module, str(tap.parameter))
             if any(operand is weight for operand in operands):
-                self.notice(next(operand for operand in operands if operand is not weight))
+                self.hook.notice(next(operand for operand in operands if operand is not weight))
         return function(*args, **(kwargs or {}))
 
 
-def as_texts(activations: Tensor, mask: Tensor, tap: Tap) -> Tensor:
-    """Bring activations into one shape, whatever shape the model computes them in.
+def as_texts(activations: Tensor, mask: Tensor, tap: Tap, stack: Stack) -> Tensor:
+    """Bring activations into the shape (n_texts, n_tokens, n_neurons), whatever they come in.
 
-    Parameters
-    ----------
-    activations : Tensor
-        As the model has them: by text and token or by token and text, heads apart or together,
-        all tokens in one row or only the real ones, or longer than the texts.
-    mask : Tensor of shape (n_texts, n_tokens), bool
-        True for real tokens, which come before the padding.
-    tap : Tap
-        Where they are from.
-
-    Returns
-    -------
-    Tensor of shape (n_texts, n_tokens, n_neurons)
+    They may be by text and token or by token and text, heads apart or together, all tokens in one
+    row or only the real ones, or longer than the texts.
     """
-    if tap.time_major:
+    inside = not tap.output
+    if inside and stack.architecture.time_major:
         activations = activations.transpose(0, 1)
     if activations.dim() > 3:  # heads apart
         activations = activations.flatten(2)
@@ -128,7 +166,7 @@ def as_texts(activations: Tensor, mask: Tensor, tap: Tap) -> Tensor:
         packed, mask = activations, mask.to(activations.device)
         activations = packed.new_zeros(*mask.shape, packed.shape[-1])
         activations[mask] = packed
-    if tap.rounds_up:
+    if inside and stack.architecture.rounds_up:
         activations = activations[:, : mask.shape[1]]
     if activations.shape != (*mask.shape, tap.width):
         raise RuntimeError(
@@ -137,3 +175,39 @@ def as_texts(activations: Tensor, mask: Tensor, tap: Tap) -> Tensor:
             " does more to its texts than its structure shows. Choose another site or model."
         )
     return activations
+
+
+@dataclass
+class _Use:
+    """How many passes use a model at the moment, and what was in training before them."""
+
+    training: list[nn.Module]
+    n_passes: int = 0
+
+
+_uses: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and give each module its own mode back when the last pass is over.
+
+    Threads may share the model: the first one's leaving must not switch dropout on for the others.
+    """
+    with _lock:
+        use = _uses.get(model)
+        if use is None:
+            use = _uses[model] = _Use([module for module in model.modules() if module.training])
+            if use.training:
+                model.eval()
+        use.n_passes += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            use.n_passes -= 1
+            if not use.n_passes:
+                del _uses[model]
+                for module in use.training:
+                    module.training = True

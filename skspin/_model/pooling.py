@@ -1,7 +1,9 @@
 """Many tokens to one row: masked mean, max, first and last.
 
-Every pooling takes the activations of one layer and gives one float32 row per text. Padding never
-counts, whatever stands there and on whichever side it is.
+Every pooling takes activations ``hidden`` of shape (n_texts, n_tokens, n_neurons), of any
+floating-point type, and a ``mask`` of shape (n_texts, n_tokens) that is True for real tokens, of
+which each text has at least one; None if all are real. It gives a float32 row of all neurons per
+text. Padding never counts, whatever stands there and on whichever side it is.
 """
 
 from __future__ import annotations
@@ -13,21 +15,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from skspin._layout import POOLINGS
+
 
 def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Average over the real tokens of each text.
-
-    Parameters
-    ----------
-    hidden : Tensor of shape (n_texts, n_tokens, n_neurons)
-        Activations, of any floating-point type. They are summed in float32.
-    mask : Tensor of shape (n_texts, n_tokens), bool, default=None
-        True for real tokens, of which each text has at least one; None if all are.
-
-    Returns
-    -------
-    Tensor of shape (n_texts, n_neurons), float32
-    """
+    """Average over the real tokens of each text; the sum is taken in float32."""
     if mask is None:
         return hidden.float().mean(1)
     # Padding is overwritten, not weighted by zero: zero times NaN would be NaN.
@@ -36,21 +28,21 @@ def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def masked_max(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Largest value of each neuron over the real tokens of each text; see `masked_mean`."""
+    """Take each neuron's largest value over the real tokens of each text."""
     if mask is not None:
         hidden = hidden.masked_fill(~mask.unsqueeze(-1), -torch.inf)
     return hidden.amax(1).float()
 
 
 def first_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Activations of the first real token of each text; see `masked_mean`."""
+    """Take the first real token of each text."""
     if mask is None:
         return hidden[:, 0].float()
     return _at(hidden, mask.int().argmax(1))
 
 
 def last_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Activations of the last real token of each text; see `masked_mean`."""
+    """Take the last real token of each text."""
     if mask is None:
         return hidden[:, -1].float()
     # Left padding moves the end, so it is looked for in the mask, not counted from the start.
@@ -62,45 +54,27 @@ def _at(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden[texts, positions].float()  # (n_texts, n_neurons)
 
 
-POOLINGS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "mean": masked_mean,
-    "max": masked_max,
-    "first": first_token,
-    "last": last_token,
-}
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = dict(
+    zip(POOLINGS, (masked_mean, masked_max, first_token, last_token), strict=True)
+)
 
 
 @dataclass(frozen=True)
 class TextGroup:
-    """Neighbouring texts that are pooled in one go.
+    """Neighbouring texts that are pooled in one go."""
 
-    Parameters
-    ----------
-    rows : slice
-        Which texts of the batch.
-    n_tokens : int
-        How many tokens to look at.
-    mask : Tensor of shape (n_texts of the group, n_tokens), bool, or None
-        True for real tokens; None if all are.
-    """
-
-    rows: slice
-    n_tokens: int
-    mask: Tensor | None
+    rows: slice  # which texts of the batch
+    n_tokens: int  # how many tokens to look at
+    mask: Tensor | None  # (n_texts of the group, n_tokens), bool; None if all tokens are real
 
 
 def group_texts(mask: Tensor) -> list[TextGroup]:
-    """Split a batch into groups that are fast to pool.
+    """Split a batch, padded on the right, into groups that are fast to pool.
 
     On a CPU, pooling is bound by memory, and overwriting the padding means to read and write all
     activations once more: so texts of one length go together, and their padding is not looked at.
     They are neighbours in a batch that is sorted by length. On other devices it takes longer to
     start several kernels than to pass over the padding.
-
-    Parameters
-    ----------
-    mask : Tensor of shape (n_texts, n_tokens), bool
-        True for real tokens, which come before the padding.
     """
     if mask.device.type != "cpu":
         return [TextGroup(slice(None), mask.shape[1], mask)]
@@ -115,5 +89,5 @@ def group_texts(mask: Tensor) -> list[TextGroup]:
 
 def pool(hidden: Tensor, groups: list[TextGroup], pooling: str) -> Tensor:
     """Pool a batch, group by group; gives a float32 Tensor of shape (n_texts, n_neurons)."""
-    rows = [POOLINGS[pooling](hidden[g.rows, : g.n_tokens], g.mask) for g in groups]
+    rows = [FUNCTIONS[pooling](hidden[g.rows, : g.n_tokens], g.mask) for g in groups]
     return torch.cat(rows)

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from skspin._layout import Layout, Segment
+from skspin._layout import Layout
 from skspin._model.batches import TokenBudget
-from skspin._model.forward import keep_neurons, read_forward
+from skspin._model.forward import token_forward
 from skspin._model.positions import most_tokens
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
@@ -54,9 +53,5 @@ def _read(backbone: Backbone, batch: list[TokenInputs], layout: Layout) -> np.nd
         for name in batch[0]
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    values = read_forward(backbone.model, backbone.anatomy, inputs, layout.segments, _take)
-    return torch.cat(values, dim=2).cpu().numpy()
-
-
-def _take(activations: Tensor, segment: Segment) -> Tensor:
-    return keep_neurons(activations, segment).float()
+    values = token_forward(backbone.model, backbone.anatomy, inputs, layout.segments)
+    return values.cpu().numpy()

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
-from forward_pass import BY_HAND, CLOSE, alone, columns, segments_of
-from tiny_models import MAMBA, MIXTURES, TINY, tiny_batch
+from forward_pass import BY_HAND, CLOSE, alone, columns, read, segments_of
+from tiny_models import ALL, TINY, tiny_batch
 
 from skspin._layout import Segment
 from skspin._model.anatomy import find_anatomy
-from skspin._model.forward import pooled_forward
 
 
 def states_of(output, stack):
@@ -43,40 +42,36 @@ def inputs_of(model, paths):
         handle.remove()
 
 
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("name", [*TINY, *MIXTURES, "mamba"])
-def test_hidden_states_equal_those_that_the_model_returns(name, padding_side):
-    model = {**TINY, **MIXTURES, "mamba": MAMBA}[name].build()
-    anatomy = find_anatomy(model)
-    batch = tiny_batch(padding_side)
-    segments = segments_of(anatomy, poolings=BY_HAND)
-    X = pooled_forward(model, anatomy, batch, segments)
+@pytest.mark.parametrize("name", ALL)
+def test_hidden_states_equal_those_that_the_model_returns(name):
+    model = ALL[name].build()
+    stacks = find_anatomy(model).stacks
+    batch = tiny_batch()
+    segments = segments_of(model, ["hidden"], BY_HAND)
+    X = read(model, segments, batch)
     assert X.dtype == torch.float32 and len(X) == len(batch["input_ids"])
     for row in range(len(X)):
         output = alone(model, batch, row)
-        states = {stack: states_of(output, stack) for stack in anatomy.stacks}
+        states = {stack: states_of(output, stack) for stack in stacks}
         for stack in states:
-            assert len(states[stack]) == len(anatomy.stacks[stack].blocks) + 1
+            assert len(states[stack]) == len(stacks[stack].blocks) + 1
         for segment, where in columns(segments):
             expected = BY_HAND[segment.pooling](states[segment.stack][segment.layer])
             torch.testing.assert_close(X[row, where], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("site", ["mlp", "attention"])
 @pytest.mark.parametrize(
-    "name", [name for name, tiny in TINY.items() if tiny.mlp] + ["mixtral", "qwen3-moe"]
+    ("name", "site"),
+    [(name, site) for name in ALL for site in ("mlp", "attention") if getattr(ALL[name], site)],
 )
 def test_neurons_are_what_goes_into_the_named_linear_module(name, site):
-    tiny = {**TINY, **MIXTURES}[name]
-    if getattr(tiny, site) is None:
-        pytest.skip("the architecture has no such module")
-    model = tiny.build()
-    anatomy = find_anatomy(model)
-    batch = tiny_batch("left")
-    segments = segments_of(anatomy, [site], BY_HAND)
-    assert {segment.layer for segment in segments} == set(range(1, anatomy.n_layers + 1))
-    X = pooled_forward(model, anatomy, batch, segments)
-    paths = {(s.stack, s.layer): tiny.path(s.stack, site, s.layer) for s in segments}
+    model = ALL[name].build()
+    batch = tiny_batch()
+    segments = segments_of(model, [site], BY_HAND)
+    n_layers = find_anatomy(model).n_layers
+    assert {segment.layer for segment in segments} == set(range(1, n_layers + 1))
+    X = read(model, segments, batch)
+    paths = {(s.stack, s.layer): ALL[name].path(s.stack, site, s.layer) for s in segments}
     for row, real in enumerate(batch["attention_mask"].sum(1)):
         with inputs_of(model, paths) as kept:
             alone(model, batch, row)
@@ -88,10 +83,9 @@ def test_neurons_are_what_goes_into_the_named_linear_module(name, site):
 
 def test_attention_of_xlnet_is_what_its_parameter_is_multiplied_with(monkeypatch):
     model = TINY["xlnet"].build()
-    anatomy = find_anatomy(model)
     batch = tiny_batch()
-    segments = segments_of(anatomy, ["attention"], ["mean", "last"])
-    X = pooled_forward(model, anatomy, batch, segments)
+    segments = segments_of(model, ["attention"], ["mean", "last"])
+    X = read(model, segments, batch)
     heads = []
     for block in model.layer:
         core = block.rel_attn.rel_attn_core
@@ -113,11 +107,10 @@ def test_attention_of_xlnet_is_what_its_parameter_is_multiplied_with(monkeypatch
 @pytest.mark.parametrize("site", ["mlp", "attention"])
 def test_a_shared_block_has_neurons_at_each_of_its_turns(site):
     model = TINY["albert"].build()
-    anatomy = find_anatomy(model)
     batch = tiny_batch()
-    segments = segments_of(anatomy, [site], ["max"])
+    segments = segments_of(model, [site], ["max"])
     assert [segment.layer for segment in segments] == [1, 2, 3, 4]
-    X = pooled_forward(model, anatomy, batch, segments)
+    X = read(model, segments, batch)
     calls = []
     for group in model.encoder.albert_layer_groups:
         block = group.albert_layers[0]
@@ -132,34 +125,29 @@ def test_a_shared_block_has_neurons_at_each_of_its_turns(site):
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_the_order_of_texts_and_their_company_change_nothing(name):
     model = TINY[name].build()
-    anatomy = find_anatomy(model)
-    segments = segments_of(anatomy, ("hidden", "mlp", "attention"), BY_HAND)
-    batch = tiny_batch()
-    X = pooled_forward(model, anatomy, batch, segments)
-    order = torch.tensor([4, 2, 0, 3, 1])
-    shuffled = {key: values[order] for key, values in batch.items()}
-    torch.testing.assert_close(pooled_forward(model, anatomy, shuffled, segments), X[order])
-    pair = {key: values[1:3] for key, values in batch.items()}
-    torch.testing.assert_close(pooled_forward(model, anatomy, pair, segments), X[1:3])
+    segments = segments_of(model, poolings=BY_HAND)
+    X = read(model, segments)
+    for rows in ([4, 2, 0, 3, 1], [1, 2]):
+        batch = {key: values[rows] for key, values in tiny_batch().items()}
+        torch.testing.assert_close(read(model, segments, batch), X[rows])
 
 
-def test_neurons_choose_columns():
+@pytest.mark.parametrize("pooling", BY_HAND)
+@pytest.mark.parametrize("site", ["hidden", "mlp", "attention"])
+def test_chosen_neurons_equal_those_columns_of_all_to_the_bit(site, pooling):
     model = TINY["llama"].build()
-    anatomy = find_anatomy(model)
-    whole = Segment(None, 2, "mlp", "max", 40)
-    some = Segment(None, 2, "mlp", "max", 40, neurons=(0, 7, 39))
-    X = pooled_forward(model, anatomy, tiny_batch(), [whole])
-    assert torch.equal(pooled_forward(model, anatomy, tiny_batch(), [some]), X[:, [0, 7, 39]])
+    (whole,) = segments_of(model, [site], [pooling], [2])
+    chosen = (0, 7, whole.width - 1)
+    some = Segment(None, 2, site, pooling, whole.width, chosen)
+    assert torch.equal(read(model, [some]), read(model, [whole])[:, list(chosen)])
 
 
 def test_columns_come_in_the_order_asked_for():
     model = TINY["bert"].build()
-    anatomy = find_anatomy(model)
-    segments = segments_of(anatomy, ("hidden", "mlp"), ("mean", "max"))
-    X = pooled_forward(model, anatomy, tiny_batch(), segments)
-    backwards = pooled_forward(model, anatomy, tiny_batch(), segments[::-1])
+    segments = segments_of(model, ("hidden", "mlp"), ("mean", "max"))
+    X = read(model, segments)
     parts = [X[:, where] for _, where in columns(segments)]
-    torch.testing.assert_close(backwards, torch.cat(parts[::-1], dim=1))
+    torch.testing.assert_close(read(model, segments[::-1]), torch.cat(parts[::-1], dim=1))
 
 
 def test_two_models_in_one_encoder_decoder():
@@ -170,10 +158,9 @@ def test_two_models_in_one_encoder_decoder():
         decoder_start_token_id=1,
     )
     model = transformers.EncoderDecoderModel(config).eval()
-    anatomy = find_anatomy(model)
-    batch = tiny_batch("left")
-    segments = segments_of(anatomy)
-    X = pooled_forward(model, anatomy, batch, segments)
+    batch = tiny_batch()
+    segments = segments_of(model, ["hidden"])
+    X = read(model, segments, batch)
     output = alone(model, batch, 1)
     for segment, where in columns(segments):
         expected = output[f"{segment.stack}_hidden_states"][segment.layer][0].mean(0)
@@ -182,10 +169,9 @@ def test_two_models_in_one_encoder_decoder():
 
 def test_a_bfloat16_model_is_pooled_in_float32():
     model = TINY["llama"].build()
-    anatomy = find_anatomy(model)
-    segments = segments_of(anatomy, ("hidden", "mlp", "attention"), BY_HAND)
-    X = pooled_forward(model, anatomy, tiny_batch(), segments)
-    half = pooled_forward(model.bfloat16(), anatomy, tiny_batch(), segments)
+    segments = segments_of(model, poolings=BY_HAND)
+    X = read(model, segments)
+    half = read(model.bfloat16(), segments)
     assert half.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(X, half).min() > 0.999
 
@@ -196,30 +182,25 @@ def test_a_bfloat16_model_is_pooled_in_float32():
 def test_an_adapter_is_in_effect(site):
     peft = pytest.importorskip("peft")
     plain = TINY["gpt2"].build("LMHeadModel")
-    anatomy = find_anatomy(plain)
-    segments = segments_of(anatomy, [site])
-    X = pooled_forward(plain, anatomy, tiny_batch(), segments)
+    segments = segments_of(plain, [site])
+    X = read(plain, segments)
     config = peft.LoraConfig(
         target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, init_lora_weights=False
     )
     adapted = peft.get_peft_model(plain, config)
-    anatomy = find_anatomy(adapted)
-    adapted_X = pooled_forward(adapted, anatomy, tiny_batch(), segments)
-    assert not torch.allclose(adapted_X, X, atol=1e-3)
+    assert not torch.allclose(read(adapted, segments), X, atol=1e-3)
     with adapted.disable_adapter():
-        torch.testing.assert_close(pooled_forward(adapted, anatomy, tiny_batch(), segments), X)
+        torch.testing.assert_close(read(adapted, segments), X)
 
 
 def test_weights_may_be_elsewhere_until_they_are_needed():
     accelerate = pytest.importorskip("accelerate")
     model = TINY["llama"].build()
-    anatomy = find_anatomy(model)
-    segments = segments_of(anatomy, ("hidden", "mlp", "attention"))
-    X = pooled_forward(model, anatomy, tiny_batch(), segments)
+    segments = segments_of(model)
+    X = read(model, segments)
     model = accelerate.cpu_offload(model, execution_device="cpu")
-    anatomy = find_anatomy(model)
     for wanted in (segments, segments[:3]):
-        early = pooled_forward(model, anatomy, tiny_batch(), wanted)
+        early = read(model, wanted)
         torch.testing.assert_close(early, X[:, : early.shape[1]])
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
 
@@ -227,33 +208,24 @@ def test_weights_may_be_elsewhere_until_they_are_needed():
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_way_attention_is_computed_changes_nothing(implementation):
     model = TINY["llama"].build()
-    anatomy = find_anatomy(model)
-    segments = segments_of(anatomy, ("hidden", "attention"), BY_HAND)
-    X = pooled_forward(model, anatomy, tiny_batch("left"), segments)
+    segments = segments_of(model, ("hidden", "attention"), BY_HAND)
+    X = read(model, segments)
     model.set_attn_implementation(implementation)
-    again = pooled_forward(model, anatomy, tiny_batch(), segments)
-    torch.testing.assert_close(again, X, **CLOSE)
+    torch.testing.assert_close(read(model, segments), X, **CLOSE)
 
 
-def test_a_decoder_starts_with_the_token_that_generation_starts_with():
+def test_a_decoder_reads_the_text_behind_the_token_that_generation_starts_with():
     model = TINY["t5"].build()
-    anatomy = find_anatomy(model)
-    wanted = [Segment("decoder", 0, "hidden", "first", 24)]
-    X = pooled_forward(model, anatomy, tiny_batch("left"), wanted)
-    torch.testing.assert_close(X[0], model.shared.weight[model.config.decoder_start_token_id])
+    embeddings = model.shared.weight
+    batch = tiny_batch()
+    first, last = (Segment("decoder", 0, "hidden", pooling, 24) for pooling in ("first", "last"))
+    torch.testing.assert_close(
+        read(model, [first])[0], embeddings[model.config.decoder_start_token_id]
+    )
+    # As many tokens as the text has: its own last one is only there to be told.
+    torch.testing.assert_close(read(model, [last])[0], embeddings[batch["input_ids"][0, -2]])
     model.config.decoder_start_token_id = model.config.bos_token_id = None
-    X = pooled_forward(model, anatomy, tiny_batch(), wanted)
-    torch.testing.assert_close(X[0], model.shared.weight[model.config.pad_token_id])
+    torch.testing.assert_close(read(model, [first])[0], embeddings[model.config.pad_token_id])
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="decoder_start_token_id"):
-        pooled_forward(model, anatomy, tiny_batch(), wanted)
-
-
-def test_a_decoder_sees_as_many_tokens_as_the_text_has():
-    model = TINY["t5"].build()
-    anatomy = find_anatomy(model)
-    batch = tiny_batch("left")
-    wanted = [Segment("decoder", 0, "hidden", "last", 24)]
-    X = pooled_forward(model, anatomy, batch, wanted)
-    # The last of them is the text's last but one: its last is only there to be told.
-    torch.testing.assert_close(X[0], model.shared.weight[batch["input_ids"][0, -2]])
+        read(model, [first])

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skspin._model.pooling import POOLINGS, group_texts, pool
+from skspin._layout import POOLINGS
+from skspin._model.pooling import FUNCTIONS, group_texts, pool
 
 # A fake model whose activations are the tokens' positions, so that each answer is known by hand.
 N_TEXTS, N_TOKENS, N_NEURONS = 3, 5, 2
@@ -29,7 +30,7 @@ MASKS = {"right": RIGHT, "left": LEFT}
 
 @pytest.mark.parametrize(("pooling", "side"), ANSWERS)
 def test_pooled_positions(pooling, side):
-    pooled = POOLINGS[pooling](HIDDEN, MASKS[side])
+    pooled = FUNCTIONS[pooling](HIDDEN, MASKS[side])
     assert pooled.dtype == torch.float32
     assert pooled.tolist() == ANSWERS[pooling, side]
 
@@ -37,7 +38,7 @@ def test_pooled_positions(pooling, side):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_no_mask_means_no_padding(pooling):
     everything = torch.ones(N_TEXTS, N_TOKENS, dtype=torch.bool)
-    assert torch.equal(POOLINGS[pooling](HIDDEN), POOLINGS[pooling](HIDDEN, everything))
+    assert torch.equal(FUNCTIONS[pooling](HIDDEN), FUNCTIONS[pooling](HIDDEN, everything))
 
 
 @pytest.mark.parametrize("side", MASKS)
@@ -46,7 +47,7 @@ def test_no_mask_means_no_padding(pooling):
 def test_padding_never_counts_whatever_it_holds(pooling, side, padding):
     mask = MASKS[side]
     hidden = HIDDEN.masked_fill(~mask[..., None], padding)
-    assert POOLINGS[pooling](hidden, mask).tolist() == ANSWERS[pooling, side]
+    assert FUNCTIONS[pooling](hidden, mask).tolist() == ANSWERS[pooling, side]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -55,19 +56,19 @@ def test_sums_are_float32(dtype):
     hidden = torch.full((1, 2000, 1), 100.0, dtype=dtype)
     hidden[0, ::2] = 1.0
     for mask in (None, torch.ones(1, 2000, dtype=torch.bool)):
-        assert POOLINGS["mean"](hidden, mask).item() == 50.5
+        assert FUNCTIONS["mean"](hidden, mask).item() == 50.5
 
 
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
-    pooling=st.sampled_from(sorted(POOLINGS)),
+    pooling=st.sampled_from(POOLINGS),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=50, deadline=None)
 def test_pooling_by_groups_equals_pooling_with_the_mask(lengths, pooling, seed):
     hidden = torch.randn(len(lengths), 6, 3, generator=torch.Generator().manual_seed(seed))
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
-    expected = POOLINGS[pooling](hidden, mask)
+    expected = FUNCTIONS[pooling](hidden, mask)
     torch.testing.assert_close(pool(hidden, group_texts(mask), pooling), expected)
 
 
@@ -79,6 +80,6 @@ def test_neighbours_of_one_length_are_one_group():
 
 def test_a_model_does_not_notice_that_it_is_read():
     hidden = HIDDEN.clone()
-    for pooling in POOLINGS.values():
+    for pooling in FUNCTIONS.values():
         pooling(hidden, LEFT)
     assert torch.equal(hidden, HIDDEN)
