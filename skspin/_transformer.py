@@ -14,14 +14,12 @@ from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._column_choice import POOLINGS, STACKS, choose_columns
-from skspin._diagram import diagram_block, layout_facts, model_name
-from skspin._layout import ActivationArray
+from skspin._layout import ActivationArray, Layout
 from skspin._model.frozen import FrozenModel, Truncation
 from skspin._model.shape import SITES
 from skspin._model.source import Source
-from skspin._pickling import shallow_copy
-from skspin._shared_model import DetachedModel, ModelSharingEstimator
-from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
+from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
+from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context, diagram_block
 from skspin._store import open_store
 from skspin._store.digest import text_digest
 from skspin._store.output import fill_file
@@ -349,8 +347,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             )
 
     def _sk_visual_block_(self):
-        facts = layout_facts(self.layout_) if hasattr(self, "layout_") else []
-        return diagram_block(self, [model_name(self.model), *facts])
+        facts = _layout_facts(self.layout_) if hasattr(self, "layout_") else []
+        return diagram_block(self, [self._model_name, *facts])
 
     def __sklearn_tags__(self):
         """Tell scikit-learn that X is text."""
@@ -367,3 +365,17 @@ def _digested(chunks: Iterable[list[str]], identity: Any) -> Iterator[list[str]]
         for text in texts:
             identity.update(text_digest(text))
         yield texts
+
+
+def _layout_facts(layout: Layout) -> list[str]:
+    """Say which layers, sites and poolings a layout has, and how many columns."""
+    layers = sorted({segment.layer for segment in layout.segments})
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    runs = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return [
+        f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(runs)}",
+        ", ".join(dict.fromkeys(segment.site for segment in layout.segments)),
+        ", ".join(dict.fromkeys(segment.pooling for segment in layout.segments)),
+        f"{layout.n_columns:,} columns",
+    ]

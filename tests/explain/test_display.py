@@ -19,7 +19,7 @@ from skspin import (
     SparsityPathDisplay,
     TokenContributionDisplay,
 )
-from skspin._explain.explanation import TokenExplanation
+from skspin._explain import TokenExplanation
 from skspin._text_tokens import TextTokens
 
 matplotlib.use("agg")
