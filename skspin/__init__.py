@@ -5,8 +5,7 @@ from skspin._display import (
     SparsityPathDisplay,
     TokenContributionDisplay,
 )
-from skspin._explain.neurons import explain_neurons
-from skspin._explain.tokens import explain_tokens
+from skspin._explain import explain_neurons, explain_tokens
 from skspin._model import ModelMismatchError
 from skspin._pickling import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline

@@ -1,35 +1,42 @@
-"""Pickles and copies: the version that wrote one, what skops may load, short states, copies."""
+"""What a pickle remembers: its version, no model in memory, of sparse arrays what is not zero."""
 
 from __future__ import annotations
 
-import warnings
+import os
+from copy import deepcopy
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import InconsistentVersionWarning
 
+from skspin._system import warn
 from skspin._version import __version__
 
-#: Types of skspin (and paths, which may name a model) in files that :func:`skops.io.dump` writes,
-#: to be passed as ``skops.io.load(file, trusted=skspin.TRUSTED_TYPES)``. None of them runs code
-#: when it is loaded.
+#: Types of skspin (and ranges and paths, which may be parameters) in files that
+#: :func:`skops.io.dump` writes, to be passed as
+#: ``skops.io.load(file, trusted=skspin.TRUSTED_TYPES)``. None of them runs code when it is loaded.
 TRUSTED_TYPES = [
+    "builtins.range",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
     "skspin._layout.Layout",
     "skspin._layout.Segment",
-    "skspin._prune.KeptColumns",
+    "skspin._pickling.DetachedModel",
+    "skspin._pipeline.PrunedStep",
     "skspin._selector.SalientNeuronSelector",
-    "skspin._shared_model.DetachedModel",
     "skspin._transformer.LLMActivationTransformer",
 ]
+
+# A user's objects that hold a model's weights or belong to them: shared, never copied.
+_SHARED = ("model", "tokenizer")
 
 
 class VersionedState:
     """An estimator whose pickle says which version of skspin wrote it.
 
-    To be inherited from before BaseEstimator, which does the same for scikit-learn's estimators
-    and for no others.
+    To be inherited from before BaseEstimator, which does so for scikit-learn's estimators only.
     """
 
     def __getstate__(self):
@@ -41,24 +48,75 @@ class VersionedState:
         state = dict(state)
         written = state.pop("_skspin_version", "unknown")
         if written != __version__:
-            warnings.warn(
+            warn(
                 InconsistentVersionWarning(
                     estimator_name=type(self).__name__,
                     current_sklearn_version=f"{__version__} of skspin",
                     original_sklearn_version=f"{written} of skspin",
-                ),
-                stacklevel=2,
+                )
             )
         super().__setstate__(state)  # type: ignore[misc]
 
 
-def shallow_copy(estimator: Any) -> Any:
-    """Copy an estimator, but not what it holds.
+class DetachedModel:
+    """What a pickle holds of a model that was passed in memory: its class's name."""
 
-    ``copy.copy`` asks for the state that goes into a pickle, where a model in memory is left out.
-    """
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        """Say what is missing."""
+        return f"<{self.name} left out of the pickle>"
+
+
+class ModelSharingEstimator(VersionedState, BaseEstimator):
+    """An estimator whose ``model`` and ``tokenizer`` may be objects, which its copies share."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def _model_name(self) -> str:
+        """The model's short name: a hub id, the end of a folder's path, or a class."""
+        if not isinstance(self.model, str | os.PathLike):
+            return type(self.model).__name__
+        return "/".join(PurePath(self.model).parts[-2:])
+
+    def __sklearn_clone__(self):
+        """Clone as scikit-learn does, but share the model and tokenizer instead of copying them."""
+        shared = {name: getattr(self, name) for name in _SHARED}
+        others = {k: v for k, v in self.get_params(deep=False).items() if k not in _SHARED}
+        twin = BaseEstimator.__sklearn_clone__(type(self)(**others))
+        for state in ("_metadata_request", "_sklearn_output_config"):
+            if hasattr(self, state):
+                setattr(twin, state, clone(getattr(self, state), safe=False))
+        return twin.set_params(**shared)
+
+    def __copy__(self):
+        """Copy what is held as it is; a copy's state would be a pickle's, without the model."""
+        return shallow_copy(self)
+
+    def __deepcopy__(self, memo):
+        """Share the model and tokenizer, as clones do."""
+        memo.update({id(shared := getattr(self, name)): shared for name in _SHARED})
+        twin = shallow_copy(self)
+        vars(twin).update(deepcopy(vars(self), memo))
+        return twin
+
+    def __getstate__(self):
+        """Leave a model in memory out of the pickle."""
+        state = super().__getstate__()
+        if not isinstance(self.model, str | os.PathLike | DetachedModel):
+            state = {**state, "model": DetachedModel(type(self.model).__name__)}
+        return state
+
+
+def shallow_copy(estimator: Any) -> Any:
+    """Copy an estimator as ``copy.copy`` would if its state were not that of a pickle."""
     twin = object.__new__(type(estimator))
     twin.__dict__.update(vars(estimator))
+    if hasattr(twin, config := "_sklearn_output_config"):  # a dict that set_output writes to
+        setattr(twin, config, dict(getattr(twin, config)))
     return twin
 
 

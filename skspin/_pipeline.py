@@ -1,13 +1,27 @@
-"""SPIN as one Pipeline."""
+"""SPIN as one pipeline, and the steps inside pipelines."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import takewhile
+from typing import Any, TypeVar
+
+from sklearn.base import BaseEstimator, clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import ColumnTransformer
+from sklearn.feature_selection import SelectorMixin
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline
+from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted
 
 from skspin._selector import SalientNeuronSelector
+from skspin._sklearn import _check_feature_names_in, _safe_indexing
+from skspin._texts import open_texts
 from skspin._transformer import LLMActivationTransformer
+
+_Step = TypeVar("_Step")
 
 
 def make_spin_pipeline(
@@ -72,3 +86,135 @@ def make_spin_pipeline(
             ("classify", LogisticRegression(C=0.003, max_iter=1000) if head is None else head),
         ]
     )
+
+
+def fitted_pipeline(pipeline: Any, caller: str) -> Pipeline:
+    """Take a fitted pipeline, frozen or not, or refuse what a public function was given instead."""
+    bare = pipeline.estimator if isinstance(pipeline, FrozenEstimator) else pipeline
+    if not isinstance(bare, Pipeline):
+        raise TypeError(
+            f"pipeline is a {type(bare).__name__}, but {caller} takes a fitted Pipeline."
+            f"{instead_of(bare)}"
+        )
+    check_is_fitted(bare)
+    return bare
+
+
+def instead_of(estimator: Any) -> str:
+    """Say which estimator inside another one to pass in its place, if that is known."""
+    if hasattr(estimator, "refit"):  # a search
+        fitted = "" if hasattr(estimator, "best_estimator_") else ", after a fit with refit=True"
+        return f" Pass its best_estimator_{fitted}."
+    if isinstance(estimator, CalibratedClassifierCV):
+        return " Pass one of those inside it, such as calibrated_classifiers_[0].estimator."
+    return ""
+
+
+def acts_in_fit_only(step: Any) -> bool:
+    """Whether a step, such as a sampler of imbalanced-learn, is passed over at prediction."""
+    return hasattr(step, "fit_resample") and not hasattr(step, "transform")
+
+
+def flatten(estimator: Any) -> Iterator[Any]:
+    """List what a text passes through at prediction, with pipelines and wrappers opened."""
+    if isinstance(estimator, Pipeline):
+        for _, step in estimator.steps:
+            yield from flatten(step)
+    elif isinstance(estimator, FrozenEstimator):
+        yield from flatten(estimator.estimator)
+    elif isinstance(estimator, PrunedStep) and estimator.support_ is None:
+        yield from flatten(estimator.left_)
+    elif hasattr(estimator, "best_estimator_"):
+        yield from flatten(estimator.best_estimator_)
+    elif estimator not in (None, "passthrough") and not acts_in_fit_only(estimator):
+        yield estimator
+
+
+def find_steps(estimator: Any, kind: type[_Step]) -> Iterator[_Step]:
+    """Find the fitted steps of one kind in pipelines, column transformers and unions."""
+    if isinstance(estimator, kind):
+        yield estimator
+    for member in _members(estimator):
+        yield from find_steps(member, kind)
+
+
+def _members(estimator: Any) -> list[Any]:
+    if isinstance(estimator, Pipeline):
+        return [step for _, step in estimator.steps]
+    if isinstance(estimator, ColumnTransformer):
+        return [member for _, member, _ in estimator.transformers_]
+    if isinstance(estimator, FeatureUnion):
+        return [member for _, member in estimator.transformer_list]
+    if isinstance(estimator, FrozenEstimator):
+        return [estimator.estimator]
+    return [estimator.left_] if isinstance(estimator, PrunedStep) else []
+
+
+def only_step(estimator: Any, kind: type[_Step]) -> _Step:
+    """Find the one fitted step of a kind, or refuse the estimator."""
+    found = list(find_steps(estimator, kind))
+    if len(found) != 1:
+        advice = instead_of(estimator) or " Pass the one that is meant."
+        raise ValueError(
+            f"{type(estimator).__name__} has {len(found)} steps that are a {kind.__name__}, but "
+            f"one is needed.{advice}"
+        )
+    return found[0]
+
+
+def read_texts(estimator: Any, transformer: LLMActivationTransformer, texts: Any) -> list[str]:
+    """Take texts through the steps of a pipeline that come before its activation transformer."""
+    steps = list(flatten(estimator))
+    if any(step is transformer for step in steps):
+        for step in takewhile(lambda step: step is not transformer, steps):
+            texts = step.transform(texts)
+    return open_texts(texts).to_list()
+
+
+class PrunedStep(SelectorMixin, BaseEstimator):
+    """What pruning left of a step; fitted again, it is that step.
+
+    ``left_`` is what still computes columns (None for a selection, whose columns are all that comes
+    in), and ``support_`` says which of those are kept (None for all).
+    """
+
+    def __init__(self, step=None):
+        self.step = step
+
+    @classmethod
+    def of(cls, step: Any, left: Any, support: Any) -> PrunedStep:
+        """Make one that is fitted."""
+        pruned = cls(step)
+        pruned.left_, pruned.support_ = left, support
+        if left is None:
+            pruned.n_features_in_ = len(support)
+        return pruned
+
+    def fit(self, X, y=None, **params):
+        """Fit the step that was there before."""
+        self.left_, self.support_ = clone(self.step).fit(X, y, **params), None
+        return self
+
+    def transform(self, X):
+        """Compute the columns that are kept; arrays, sparse matrices and frames stay so."""
+        X = X if self.left_ is None else self.left_.transform(X)
+        return X if self.support_ is None else _safe_indexing(X, self.get_support(True), axis=1)
+
+    def get_feature_names_out(self, input_features=None):
+        """Name the columns that are kept."""
+        if self.left_ is None:
+            names = _check_feature_names_in(self, input_features)
+        else:
+            names = self.left_.get_feature_names_out(input_features)
+        return names if self.support_ is None else names[self.support_]
+
+    def _get_support_mask(self):
+        check_is_fitted(self, "support_")
+        return self.left_.get_support() if self.support_ is None else self.support_
+
+    def __getattr__(self, name):
+        """Look up what the step has learnt, as FrozenEstimator does."""
+        left = vars(self).get("left_")
+        if name.startswith("_") or left is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(left, name)

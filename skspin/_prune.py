@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import issparse
-from sklearn.base import BaseEstimator, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.feature_selection import SelectorMixin
+from sklearn.frozen import FrozenEstimator
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.preprocessing import (
     MaxAbsScaler,
@@ -24,14 +25,12 @@ from sklearn.preprocessing import (
     RobustScaler,
     StandardScaler,
 )
-from sklearn.utils.validation import check_is_fitted
 
-from skspin._diagram import model_name
-from skspin._explain.linear import linear_parts, weights_of
+from skspin._explain import linear_members, weights_of
 from skspin._pickling import shallow_copy
+from skspin._pipeline import PrunedStep, acts_in_fit_only, find_steps, fitted_pipeline
 from skspin._selector import SalientNeuronSelector
-from skspin._sklearn import LinearClassifierMixin, _safe_indexing
-from skspin._steps import activation_steps
+from skspin._sklearn import LinearClassifierMixin
 from skspin._transformer import LLMActivationTransformer
 
 # What these have learnt about each column; by exact type, because a subclass may do something else.
@@ -46,17 +45,9 @@ _BY_COLUMN: dict[type, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Need:
-    """The columns that a step must give.
+    """The columns that a step must give, and the name of the step that decides so."""
 
-    Parameters
-    ----------
-    columns : ndarray of shape (n_columns,), bool, or None
-        True for the columns needed; None for all.
-    by : str
-        The step that decides so.
-    """
-
-    columns: np.ndarray | None
+    columns: np.ndarray | None  # (n_columns,), True for those needed; None for all
     by: str
 
 
@@ -108,15 +99,10 @@ def prune(pipeline):
     >>> pruned.predict(["A lovely film.", "A dreadful bore."]).tolist()
     [1, 0]
     """
-    if not isinstance(pipeline, Pipeline):
-        advice = " Pass its best_estimator_." if hasattr(pipeline, "best_estimator_") else ""
-        raise TypeError(
-            f"pipeline is a {type(pipeline).__name__}, but prune takes a fitted Pipeline.{advice}"
-        )
-    check_is_fitted(pipeline)
+    steps = fitted_pipeline(pipeline, "prune").named_steps
     if not _reads_activations(pipeline):
         raise ValueError(
-            f"None of the steps {list(pipeline.named_steps)} is an LLMActivationTransformer, or a "
+            f"None of the steps {list(steps)} is an LLMActivationTransformer, or a "
             "Pipeline, ColumnTransformer or FeatureUnion that holds one, so there is nothing to "
             "prune."
         )
@@ -127,9 +113,9 @@ def prune(pipeline):
 def _narrow(step: Any, need: Need) -> tuple[Any, Need]:
     """Narrow a fitted step to the columns needed; also say which columns it needs itself."""
     attributes = _BY_COLUMN.get(type(step))
-    if step not in (None, "passthrough") and attributes is None:
+    if step not in (None, "passthrough") and attributes is None and not acts_in_fit_only(step):
         # Not known to treat each column by itself, so it may need all of them.
-        return _whole(step, need), Need(None, type(step).__name__)
+        return _keep_whole(step, need)
     if attributes is None or need.columns is None:
         return _copy(step), need
     return _take_columns(step, need.columns, attributes), need
@@ -139,43 +125,69 @@ def _narrow(step: Any, need: Need) -> tuple[Any, Need]:
 def _(step: LLMActivationTransformer, need: Need) -> tuple[Any, Need]:
     if need.columns is None:
         raise ValueError(
-            f"The activations of {model_name(step.model)!r} can't be pruned, because {need.by} "
-            "needs all of them. Put a SalientNeuronSelector directly behind the "
-            "LLMActivationTransformer."
+            f"The activations of {step._model_name!r} can't be pruned, because {need.by} needs all "
+            "of them. Put a SalientNeuronSelector directly behind the LLMActivationTransformer."
         )
     return step._restrict_to(need.columns), Need(None, type(step).__name__)
 
 
 @_narrow.register
-def _(step: SelectorMixin, need: Need) -> tuple[Any, Need]:
+def _narrow_selection(step: SelectorMixin, need: Need) -> tuple[Any, Need]:
     support = step.get_support().copy()  # (n_columns,)
     if need.columns is not None:
         support[support] = need.columns
+    needed = Need(support, type(step).__name__)
     if isinstance(step, SalientNeuronSelector):
-        return step._restrict_to(support), Need(support, type(step).__name__)
-    selector = step.selector if isinstance(step, KeptColumns) else step
-    everything = np.ones(support.sum(), dtype=bool)
-    return KeptColumns.of(everything, selector), Need(support, type(step).__name__)
+        return step._restrict_to(support), needed
+    before = step.step if isinstance(step, PrunedStep) else step
+    narrowed = PrunedStep.of(before, None, np.ones(support.sum(), dtype=bool))
+    if hasattr(step, "feature_names_in_"):
+        narrowed.feature_names_in_ = step.feature_names_in_[support]
+    return narrowed, needed
+
+
+@_narrow.register
+def _(step: PrunedStep, need: Need) -> tuple[Any, Need]:
+    if step.left_ is None:
+        return _narrow_selection(step, need)
+    if step.support_ is None:
+        left, needed = _narrow(step.left_, need)
+        return PrunedStep.of(step.step, left, None), needed
+    support = step.support_.copy()
+    if need.columns is not None:
+        support[support] = need.columns
+    return PrunedStep.of(step.step, step.left_, support), Need(None, type(step.left_).__name__)
+
+
+@_narrow.register
+def _(step: FrozenEstimator, need: Need) -> tuple[Any, Need]:
+    if hasattr(step.estimator, "predict") and need.columns is None:
+        # A refit leaves a frozen classifier as it is, so it must go on taking all its columns.
+        if not _reads_activations(step):
+            return step, Need(None, type(step.estimator).__name__)
+        return FrozenEstimator(_narrow(step.estimator, need)[0]), Need(None, type(step).__name__)
+    narrowed, needed = _narrow(step.estimator, need)
+    return PrunedStep.of(step, narrowed, None), needed
 
 
 @_narrow.register(LinearClassifierMixin)
 @_narrow.register(OneVsRestClassifier)
+@_narrow.register(MultiOutputClassifier)
 def _(step: Any, need: Need) -> tuple[Any, Need]:
-    by = type(step).__name__
-    parts = linear_parts(step)
-    if not parts:
-        return _copy(step), Need(None, by)
-    used = np.any([weights_of(part).any(axis=0) for part in parts], axis=0)  # (n_columns,)
+    members = linear_members(step)
+    if not members or need.columns is not None:  # LinearDiscriminantAnalysis also transforms
+        return _keep_whole(step, need)
+    used = np.any([weights_of(member).any(axis=0) for member in members], axis=0)  # (n_columns,)
     if not used.any():
         used[0] = True  # scikit-learn's estimators take no input that has no column
     if used.all():
-        return _copy(step), Need(None, by)
-    narrowed = [_take_columns(part, used, ("coef_",)) for part in parts]
-    if not isinstance(step, OneVsRestClassifier):
-        return narrowed[0], Need(used, by)
-    members = _take_columns(step, used, ())
-    members.estimators_ = narrowed
-    return members, Need(used, by)
+        return _keep_whole(step, need)
+    narrowed = [_take_columns(member, used, ("coef_",)) for member in members]
+    if members[0] is step:
+        return narrowed[0], Need(used, type(step).__name__)
+    head = _take_columns(step, used, ())
+    head.estimators_ = narrowed
+    return head, Need(used, type(step).__name__)
 
 
 @_narrow.register
@@ -193,10 +205,9 @@ def _(step: Pipeline, need: Need) -> tuple[Any, Need]:
 def _(step: ColumnTransformer, need: Need) -> tuple[Any, Need]:
     members, outputs, start = [], dict.fromkeys(step.output_indices_, slice(0, 0)), 0
     for name, member, columns in step.transformers_:
-        part = _part(need, step.output_indices_[name])
-        members.append((name, _narrow_branch(member, part), columns))
         given = step.output_indices_[name]
-        n_given = given.stop - given.start if part.columns is None else int(part.columns.sum())
+        member, n_given = _narrow_branch(member, need, given)
+        members.append((name, member, columns))
         outputs[name] = slice(start, start := start + n_given)
     narrowed = _copy(step)
     narrowed.transformers_ = members
@@ -206,36 +217,34 @@ def _(step: ColumnTransformer, need: Need) -> tuple[Any, Need]:
 
 @_narrow.register
 def _(step: FeatureUnion, need: Need) -> tuple[Any, Need]:
-    members, start = [], 0
+    members, end = [], 0
     for name, member in step.transformer_list:
-        part = need
+        start = end
         if need.columns is not None and member != "drop":
-            end = start + len(member.get_feature_names_out())
-            part, start = _part(need, slice(start, end)), end
-        members.append((name, _narrow_branch(member, part)))
+            end += len(member.get_feature_names_out())
+        members.append((name, _narrow_branch(member, need, slice(start, end))[0]))
     narrowed = _copy(step)
     narrowed.transformer_list = members
     return narrowed, Need(None, type(step).__name__)
 
 
-def _narrow_branch(member: Any, need: Need) -> Any:
-    """Narrow what stands beside others and reads the same input, which stays as it is."""
-    if member == "drop" or (need.columns is not None and not need.columns.any()):
-        return "drop"
-    if _reads_activations(member):
-        return _narrow(member, need)[0]
-    return _whole(member, need)
+def _narrow_branch(member: Any, need: Need, given: slice) -> tuple[Any, int]:
+    """Narrow one of several that read the same input; count the columns that it then gives."""
+    columns = None if need.columns is None else need.columns[given]
+    n_given = given.stop - given.start if columns is None else int(columns.sum())
+    if member == "drop" or (columns is not None and not n_given):
+        return "drop", n_given
+    narrow = _narrow if _reads_activations(member) else _keep_whole
+    return narrow(member, Need(columns, need.by))[0], n_given
 
 
-def _part(need: Need, outputs: slice) -> Need:
-    return need if need.columns is None else Need(need.columns[outputs], need.by)
-
-
-def _whole(step: Any, need: Need) -> Any:
+def _keep_whole(step: Any, need: Need) -> tuple[Any, Need]:
     """Leave a step as it is, and take away behind it what is not needed."""
+    needed = Need(None, type(step).__name__)
     if need.columns is None or need.columns.all():
-        return _copy(step)
-    return Pipeline([("whole", _copy(step)), ("keep", KeptColumns.of(need.columns))])
+        return _copy(step), needed
+    left = None if step == "passthrough" else _copy(step)
+    return PrunedStep.of(step, left, need.columns), needed
 
 
 def _take_columns(step: Any, columns: np.ndarray, attributes: tuple[str, ...]) -> Any:
@@ -254,45 +263,4 @@ def _copy(step: Any) -> Any:
 
 
 def _reads_activations(step: Any) -> bool:
-    return next(activation_steps(step), None) is not None
-
-
-class KeptColumns(SelectorMixin, BaseEstimator):
-    """A selection that pruning made; fitted again, it is what was there before.
-
-    Parameters
-    ----------
-    selector : selector or None, default=None
-        What selects when this is fitted; None for all columns.
-
-    Attributes
-    ----------
-    support_ : ndarray of shape (n_columns,), bool
-        True for the columns kept.
-    """
-
-    def __init__(self, selector=None):
-        self.selector = selector
-
-    @classmethod
-    def of(cls, columns: np.ndarray, selector: Any = None) -> KeptColumns:
-        """Make one that is fitted, and keeps ``columns`` of shape (n_columns,), bool."""
-        kept = cls(selector)
-        kept.support_, kept.n_features_in_ = columns, columns.size
-        return kept
-
-    def fit(self, X, y=None):
-        """Select afresh."""
-        self.n_features_in_ = X.shape[1]
-        self.support_ = np.ones(self.n_features_in_, dtype=bool)
-        if self.selector is not None:
-            self.support_ = clone(self.selector).fit(X, y).get_support()
-        return self
-
-    def transform(self, X):
-        """Keep the columns; arrays, sparse matrices and frames stay what they are."""
-        return _safe_indexing(X, np.flatnonzero(self._get_support_mask()), axis=1)
-
-    def _get_support_mask(self):
-        check_is_fitted(self, "support_")
-        return self.support_
+    return next(find_steps(step, LLMActivationTransformer), None) is not None

@@ -10,7 +10,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
-from skspin._diagram import diagram_block
 from skspin._layout import LayerColumns, layout_of
 from skspin._model.device import usable_device
 from skspin._neuron_selection import NeuronSelection
@@ -20,7 +19,13 @@ from skspin._probes.layer_sizes import find_layers
 from skspin._probes.salience import CRITERIA, SALIENCES
 from skspin._probes.targets import Targets, encode_targets, validation_rows
 from skspin._progress import follow_layers
-from skspin._sklearn import CallbackSupportMixin, Interval, StrOptions, _fit_context
+from skspin._sklearn import (
+    CallbackSupportMixin,
+    Interval,
+    StrOptions,
+    _fit_context,
+    diagram_block,
+)
 
 
 class SalientNeuronSelector(CallbackSupportMixin, NeuronSelection):

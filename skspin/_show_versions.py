@@ -7,24 +7,14 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from skspin._model.device import resolve_device, resolve_dtype
 from skspin._version import __version__
 
-_PACKAGES = (
-    "scikit-learn",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "huggingface-hub",
-    "peft",
-    "bitsandbytes",
-    "numpy",
-    "scipy",
-    "joblib",
-    "distributed",
-    "xxhash",
-    "matplotlib",
-)
+# Their versions are read without importing them.
+_PACKAGES = """
+scikit-learn torch transformers tokenizers safetensors huggingface-hub peft bitsandbytes numpy scipy
+joblib distributed xxhash matplotlib
+"""
 
 
 def show_versions() -> None:
@@ -41,9 +31,9 @@ def show_versions() -> None:
     """
     sections = {"system": _system(), "packages": _packages(), "devices": _devices()}
     for title, rows in sections.items():
-        width = max(map(len, rows))
-        lines = [f"{name:>{width + 4}}: {value}" for name, value in rows.items()]
-        print("\n".join([title, *lines, ""]))  # noqa: T201
+        width = 4 + max(map(len, rows))
+        lines = [f"{name:>{width}}: {value}" for name, value in rows.items()]
+        print(title, *lines, "", sep="\n")  # noqa: T201
 
 
 def _system() -> dict[str, str]:
@@ -56,9 +46,8 @@ def _system() -> dict[str, str]:
 
 
 def _packages() -> dict[str, str]:
-    """Read versions without importing what they are of."""
     found = {"skspin": __version__}
-    for name in _PACKAGES:
+    for name in _PACKAGES.split():
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -69,14 +58,9 @@ def _packages() -> dict[str, str]:
 def _devices() -> dict[str, str]:
     import torch
 
-    from skspin._model.device import resolve_device, resolve_dtype
-
     chosen = resolve_device(None)
-    names = {
-        f"cuda:{index}": torch.cuda.get_device_name(index)
-        for index in range(torch.cuda.device_count())
-    }
-    return names | {
+    gpus = range(torch.cuda.device_count())
+    return {f"cuda:{index}": torch.cuda.get_device_name(index) for index in gpus} | {
         "torch threads": str(torch.get_num_threads()),
         "device=None": chosen,
         'dtype="auto"': resolve_dtype("auto", chosen),

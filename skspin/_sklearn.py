@@ -1,14 +1,18 @@
-"""The one door through which scikit-learn's private names come in.
+"""What scikit-learn's own estimators are written with: private names, which may move.
 
-They are what its own estimators are written with, but they may move between releases; here is
-where such a move is mended.
+Nothing else imports them, so that a move between releases is mended in this file.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 from sklearn.base import _fit_context
 from sklearn.linear_model._base import LinearClassifierMixin
+from sklearn.multiclass import _ConstantPredictor
 from sklearn.utils import _safe_indexing
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
-from sklearn.utils._repr_html.estimator import _VisualBlock as VisualBlock
+from sklearn.utils._repr_html.estimator import _VisualBlock
+from sklearn.utils.validation import _check_feature_names_in
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -24,7 +28,20 @@ __all__ = [
     "Interval",
     "LinearClassifierMixin",
     "StrOptions",
-    "VisualBlock",
+    "_ConstantPredictor",
+    "_check_feature_names_in",
     "_fit_context",
     "_safe_indexing",
+    "diagram_block",
 ]
+
+
+def diagram_block(estimator: Any, facts: Iterable[str]) -> _VisualBlock:
+    """Make an estimator's box in scikit-learn's HTML diagrams, with facts under its name."""
+    return _VisualBlock(
+        "single",
+        estimator,
+        names=type(estimator).__name__,
+        name_caption=" · ".join(facts),
+        name_details=type(estimator).__name__,  # not str(estimator), which writes out a model
+    )

@@ -10,12 +10,10 @@ import numpy as np
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from skspin._diagram import diagram_block, layout_facts, model_name
-from skspin._layout import POOLINGS, SITES, STACKS, ActivationArray
+from skspin._layout import POOLINGS, SITES, STACKS, ActivationArray, Layout
 from skspin._model import Recipe, Source, extract, fingerprint, model_shape, token_activations
-from skspin._pickling import shallow_copy
-from skspin._shared_model import DetachedModel, ModelSharingEstimator
-from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context
+from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
+from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context, diagram_block
 from skspin._store import Output, Store, open_output, open_store
 from skspin._system import warn
 from skspin._texts import TextChunks, TextTokens, open_texts
@@ -340,8 +338,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return token_activations(recipe, texts, self.layout_)
 
     def _sk_visual_block_(self):
-        facts = layout_facts(self.layout_) if hasattr(self, "layout_") else []
-        return diagram_block(self, [model_name(self.model), *facts])
+        facts = _layout_facts(self.layout_) if hasattr(self, "layout_") else []
+        return diagram_block(self, [self._model_name, *facts])
 
     def __sklearn_tags__(self):
         """Tell scikit-learn that X is text."""
@@ -350,3 +348,17 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False
         return tags
+
+
+def _layout_facts(layout: Layout) -> list[str]:
+    """Say which layers, sites and poolings a layout has, and how many columns."""
+    layers = sorted({segment.layer for segment in layout.segments})
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    runs = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return [
+        f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(runs)}",
+        ", ".join(dict.fromkeys(segment.site for segment in layout.segments)),
+        ", ".join(dict.fromkeys(segment.pooling for segment in layout.segments)),
+        f"{layout.n_columns:,} columns",
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -120,16 +119,28 @@ def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:
     )
 
 
-def _first_paragraphs(path: Path) -> Iterator[str]:
+def _first_paragraphs(path: Path) -> list[str]:
     module = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+    nodes: list[ast.Module | ast.ClassDef | ast.FunctionDef] = [module]
+    for node in _public(module.body):
+        nodes.append(node)
+        if isinstance(node, ast.ClassDef):
+            nodes += [
+                member for member in _public(node.body) if isinstance(member, ast.FunctionDef)
+            ]
     paragraphs = []
-    for node in _public_definitions(module):
+    for node in nodes:
         docstring = ast.get_docstring(node) or ""
         paragraph = " ".join(_RULES.sub(" ", docstring).strip().split("\n\n")[0].split())
         if 40 <= len(paragraph) <= 600 and not paragraph.startswith("Parameters"):
             paragraphs.append(_NAMES.sub("LIBRARY", paragraph))
     # A few from each file: long files say the same thing many times over.
-    yield from paragraphs[:_PER_FILE]
+    return paragraphs[:_PER_FILE]
+
+
+def _public(body: list[ast.stmt]) -> list[ast.ClassDef | ast.FunctionDef]:
+    definitions = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return [node for node in definitions if not node.name.startswith("_")]
 
 
 def _public_sources(library: str) -> list[Path]:
@@ -140,25 +151,11 @@ def _public_sources(library: str) -> list[Path]:
     return [
         path
         for path in sorted(root.rglob("*.py"))
-        if _is_public(path.relative_to(root).parts[:-1]) and path.stat().st_size < _LONGEST_FILE
+        if not any(map(_is_private, path.relative_to(root).parts[:-1]))
+        and path.stat().st_size < _LONGEST_FILE
     ]
 
 
-def _is_public(folders: tuple[str, ...]) -> bool:
-    # numpy keeps most of what is public in numpy._core.
-    return not any(
-        folder in _SKIPPED or (folder.startswith("_") and folder != "_core") for folder in folders
-    )
-
-
-def _public_definitions(
-    module: ast.Module,
-) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
-    yield module
-    for node in module.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-            yield node
-            if isinstance(node, ast.ClassDef):
-                for member in node.body:
-                    if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
-                        yield member
+def _is_private(folder: str) -> bool:
+    # NumPy has most of what is public in numpy._core.
+    return folder in _SKIPPED or (folder.startswith("_") and folder != "_core")

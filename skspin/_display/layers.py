@@ -8,6 +8,8 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._display.axes import BLUE, GREEN, ORANGE, given_or_new, legend_above, panel_below
+from skspin._pipeline import only_step
+from skspin._selector import SalientNeuronSelector
 
 _SITE_COLORS = {"hidden": BLUE, "mlp": ORANGE, "attention": GREEN}
 _LAYER_NAME = re.compile(r"(?:(encoder|decoder)_)?layer(\d+)_([a-z]+)")
@@ -64,20 +66,29 @@ class LayerSalienceDisplay:
 
         Parameters
         ----------
-        estimator : SalientNeuronSelector
-            Fitted.
+        estimator : SalientNeuronSelector or Pipeline
+            Fitted; a pipeline (or a ColumnTransformer or FeatureUnion) has one selector in it.
         ax : matplotlib Axes, default=None
             See :meth:`plot`.
 
         Returns
         -------
         display : LayerSalienceDisplay
+
+        Raises
+        ------
+        ValueError
+            If there is not one selector. Of a search, pass its ``best_estimator_``.
+        NotFittedError
+            If the estimator is not fitted.
         """
-        check_is_fitted(estimator, "support_")
+        check_is_fitted(estimator)
+        selector = only_step(estimator, SalientNeuronSelector)
+        check_is_fitted(selector)
         display = cls(
-            layer_names=estimator.layer_names_,
-            layer_scores=estimator.layer_scores_,
-            n_selected=estimator.n_selected_,
+            layer_names=selector.layer_names_,
+            layer_scores=selector.layer_scores_,
+            n_selected=selector.n_selected_,
         )
         return display.plot(ax=ax)
 
@@ -97,9 +108,9 @@ class LayerSalienceDisplay:
         """
         self.ax_, self.figure_ = given_or_new(ax)
         self.count_ax_ = panel_below(self.ax_)
-        places = [_LAYER_NAME.findall(name)[0] for name in self.layer_names]
-        layers = np.array([int(layer) for _, layer, _ in places])
-        series = [(stack, site) for stack, _, site in places]
+        parsed = [_LAYER_NAME.findall(name)[0] for name in self.layer_names]
+        layers = np.array([int(layer) for _, layer, _ in parsed])
+        series = [(stack, site) for stack, _, site in parsed]
         self.line_ = []
         floor = np.zeros(layers.max() + 1, dtype=int)  # what the bars of a layer stand on
         for stack, site in dict.fromkeys(series):

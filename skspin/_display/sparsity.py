@@ -94,10 +94,17 @@ class SparsityPathDisplay:
 
         Raises
         ------
+        TypeError
+            If ``search`` is no search.
         ValueError
             If the search did not try values of one selector's ``sparsity``, or has several scores
             and none is chosen.
         """
+        if not hasattr(search, "refit"):
+            raise TypeError(
+                f"search is a {type(search).__name__}, but from_search takes a fitted search, such "
+                "as GridSearchCV."
+            )
         check_is_fitted(search, "cv_results_")
         results = search.cv_results_
         metric = _metric(search, metric)
@@ -137,25 +144,11 @@ class SparsityPathDisplay:
         low, high = self.score_mean - self.score_std, self.score_mean + self.score_std
         line = {"color": BLUE, "marker": "o", "markersize": 4}
         self.ax_.plot(self.sparsity, self.score_mean, label="mean of folds", **line)
-        self.ax_.fill_between(
-            self.sparsity,
-            low,
-            high,
-            color=BLUE,
-            alpha=0.2,
-            linewidth=0,
-            label="± 1 standard deviation",
-        )
+        band = {"color": BLUE, "alpha": 0.2, "linewidth": 0, "label": "± 1 standard deviation"}
+        self.ax_.fill_between(self.sparsity, low, high, **band)
         chosen = self.sparsity == self.best_sparsity
-        self.ax_.plot(
-            self.sparsity[chosen],
-            self.score_mean[chosen],
-            "*",
-            color=ORANGE,
-            markeredgecolor="black",
-            markersize=13,
-            label="chosen",
-        )
+        star = {"color": ORANGE, "markeredgecolor": "black", "markersize": 13, "label": "chosen"}
+        self.ax_.plot(self.sparsity[chosen], self.score_mean[chosen], "*", **star)
         self.ax_.set_ylabel(self.score_name)
         legend_above(self.ax_)
         bottom = self.ax_
@@ -184,15 +177,16 @@ def _sparsity_parameter(params: dict[str, Any]) -> str:
 
 def _path(candidates: list[dict[str, Any]], name: str, best: dict[str, Any]) -> dict[float, int]:
     """Find each sparsity's row among the candidates that share the best one's other parameters."""
-
-    def is_alike(params: dict[str, Any]) -> bool:
-        return params.keys() == best.keys() and all(
+    # Of a successive halving's rounds the last, which saw most data, stays.
+    return {
+        params[name]: row
+        for row, params in enumerate(candidates)
+        if params.keys() == best.keys()
+        and all(
             key == name or value is best[key] or np.array_equal(value, best[key])
             for key, value in params.items()
         )
-
-    # Of a successive halving's rounds the last, which saw most data, stays.
-    return {params[name]: row for row, params in enumerate(candidates) if is_alike(params)}
+    }
 
 
 def _best_of_each(
@@ -217,12 +211,11 @@ def _metric(search: Any, metric: str | None) -> str:
 
 def _count_neurons(search: Any, parameter: str, sparsity: np.ndarray) -> np.ndarray | None:
     """Count what each sparsity keeps of the refitted model's probes; None without such a model."""
-    part: Any = getattr(search, "best_estimator_", None)
+    step: Any = getattr(search, "best_estimator_", None)
     for name in parameter.split("__")[:-1]:
-        for children in ("named_steps", "named_transformers_", "named_transformers"):
-            if hasattr(part, children):
-                part = getattr(part, children)[name]
-                break
-        else:
+        groups = ("named_steps", "named_transformers_", "named_transformers")
+        members = next((getattr(step, group) for group in groups if hasattr(step, group)), None)
+        if members is None:
             return None
-    return np.array([max(1, part._support_at(value).sum()) for value in sparsity])
+        step = members[name]
+    return np.array([max(1, step._support_at(value).sum()) for value in sparsity])

@@ -1,1 +1,13 @@
-"""A fitted pipeline, understood: tokens, neurons, linear form, HTML."""
+"""A fitted pipeline, understood: what each token adds, what a neuron responds to."""
+
+from skspin._explain.linear import linear_members, weights_of
+from skspin._explain.neurons import explain_neurons
+from skspin._explain.tokens import TokenExplanation, explain_tokens
+
+__all__ = [
+    "TokenExplanation",
+    "explain_neurons",
+    "explain_tokens",
+    "linear_members",
+    "weights_of",
+]

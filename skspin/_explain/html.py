@@ -13,24 +13,14 @@ from skspin._texts import TextTokens
 # text colour stays legible over them.
 _FOR, _AGAINST = "86,180,233", "213,94,0"
 _DEEPEST = 0.65
-_CONTEXT = 60  # characters before and behind a single token
+_AROUND = 60  # characters before and behind a single token
 _LINE = "line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere"
 _OUTSIDE = "font-size:75%;border:1px dotted rgba(128,128,128,0.8);padding:0 3px;margin:0 2px"
 
 
-def text_to_html(tokens: TextTokens, values: np.ndarray, *, unit: float | None = None) -> str:
-    """Write one text, its tokens coloured by value.
-
-    Parameters
-    ----------
-    tokens : TextTokens
-        The text.
-    values : ndarray of shape (n_tokens,)
-        Positive ones become blue, negative ones vermilion.
-    unit : float or None, default=None
-        The value that gets the deepest colour; None for the largest there is.
-    """
-    unit = unit or float(np.abs(values).max()) or 1.0
+def text_to_html(tokens: TextTokens, values: np.ndarray) -> str:
+    """Write one text, its tokens blue for positive values and vermilion for negative ones."""
+    unit = float(np.abs(values).max()) or 1.0  # what gets the deepest colour
     parts = []
     done = 0  # characters written
     for start, end, label, value in _pieces(tokens, values):
@@ -47,7 +37,7 @@ def text_to_html(tokens: TextTokens, values: np.ndarray, *, unit: float | None =
 
 def token_to_html(text: str, start: int, end: int, value: float, *, unit: float) -> str:
     """Write one token, ``text[start:end]``, with some of the text around it."""
-    before, behind = text[:start][-_CONTEXT:], text[end:][:_CONTEXT]
+    before, behind = text[:start][-_AROUND:], text[end:][:_AROUND]
     before = before if len(before) == start else f"…{before}"
     behind = behind if len(behind) == len(text) - end else f"{behind}…"
     token = swatch(value / unit, escape(text[start:end]))

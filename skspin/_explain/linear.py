@@ -8,140 +8,184 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import issparse
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_selection import SelectorMixin
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
+from sklearn.svm import SVC, NuSVC
 
-from skspin._sklearn import LinearClassifierMixin
+from skspin._pipeline import PrunedStep, flatten
+from skspin._sklearn import LinearClassifierMixin, _ConstantPredictor
 
-
-def linear_parts(head: Any) -> list[Any]:
-    """List the linear classifiers that a head is made of, in the order of its decision values.
-
-    Parameters
-    ----------
-    head : classifier
-        Fitted.
-
-    Returns
-    -------
-    list of classifier
-        The head itself, the members of a one-vs-rest head, or nothing if the head or one of its
-        members is not linear.
-    """
-    parts = head.estimators_ if isinstance(head, OneVsRestClassifier) else [head]
-    return parts if all(_is_linear(part) for part in parts) else []
+# Heads that hold one classifier per decision value, or several per output.
+_HEADS_OF_MEMBERS = (OneVsRestClassifier, MultiOutputClassifier)
 
 
-def weights_of(part: Any) -> np.ndarray:
+def linear_members(head: Any) -> list[Any]:
+    """List the classifiers in a head, if a column enters each by its weight alone; else none."""
+    members = head.estimators_ if isinstance(head, _HEADS_OF_MEMBERS) else [head]
+    decide = LinearClassifierMixin.decision_function
+    return members if all(_decides_by(part, decide) for part in members) else []
+
+
+def weights_of(classifier: Any) -> np.ndarray:
     """Read a linear classifier's weights, dense, of shape (n_decision_values, n_columns)."""
-    coef = part.coef_.toarray() if issparse(part.coef_) else part.coef_
-    return np.atleast_2d(coef)
+    coef = classifier.coef_
+    return np.atleast_2d(coef.toarray() if issparse(coef) else coef)
 
 
-def _is_linear(head: Any) -> bool:
-    # Not every classifier with a coef_ is linear in its input, and a subclass may decide otherwise.
-    decide = getattr(type(head), "decision_function", None)
-    return decide is LinearClassifierMixin.decision_function and hasattr(head, "coef_")
+def classes_of(head: Any) -> np.ndarray:
+    """Name the classes of a head: for several outputs their numbers, or (number, class) pairs."""
+    if not isinstance(head, MultiOutputClassifier):
+        return head.classes_
+    if all(len(classes) == 2 for classes in head.classes_):
+        return np.arange(len(head.classes_))
+    pairs = [
+        (output, label)
+        for output, classes in enumerate(head.classes_)
+        for label in (classes[1:] if len(classes) == 2 else classes).tolist()
+    ]
+    names = np.empty(len(pairs), dtype=object)
+    names[:] = pairs
+    return names
 
 
 @dataclass(frozen=True)
 class LinearForm:
     """Decision values as sums over columns: ``sum_j (weights[k, j] * x[j] + offsets[k, j])``.
 
-    Parameters
-    ----------
-    weights, offsets : ndarray of shape (n_decision_values, n_columns)
-        What a column ``x[j]`` adds to decision value k. The offset is what centring the column
-        subtracts, so a column at its centre adds nothing.
-    intercept : ndarray of shape (n_decision_values,)
-        What no column adds.
+    An offset is what centring its column subtracts, so a column at its centre adds nothing;
+    ``intercept`` is what no column adds.
     """
 
-    weights: np.ndarray
-    offsets: np.ndarray
-    intercept: np.ndarray
+    weights: np.ndarray  # (n_decision_values, n_columns)
+    offsets: np.ndarray  # (n_decision_values, n_columns)
+    intercept: np.ndarray  # (n_decision_values,)
 
     @classmethod
-    def of_head(cls, head: Any) -> LinearForm | None:
-        """Read off a fitted classifier; None if it is not linear."""
-        parts = linear_parts(head)
-        if not parts:
-            return None
-        weights = np.vstack([weights_of(part) for part in parts]).astype(np.float64)
-        intercept = np.concatenate(
-            [np.broadcast_to(p.intercept_, len(weights_of(p))) for p in parts]
+    def of(cls, classifier: Any) -> LinearForm:
+        """Read the form off a fitted classifier or pipeline, or refuse one that is not linear."""
+        *steps, head = flatten(classifier)
+        if isinstance(head, _HEADS_OF_MEMBERS):
+            form = cls._of_members(head)
+        elif _is_linear(head):
+            weights = weights_of(head).astype(np.float64)
+            intercept = np.broadcast_to(head.intercept_, len(weights))
+            form = cls(weights, np.zeros_like(weights), intercept)
+        else:
+            raise ValueError(_why_not(head))
+        for step in reversed(steps):
+            form = form.before(step)
+        return form
+
+    @classmethod
+    def _of_members(cls, head: Any) -> LinearForm:
+        forms = {
+            number: cls.of(member)
+            for number, member in enumerate(head.estimators_)
+            if not isinstance(member, _ConstantPredictor)
+        }
+        if not forms:
+            raise ValueError(_why_not(head))
+        nothing = np.zeros((1, next(iter(forms.values())).weights.shape[1]))
+        every = [
+            forms[number] if number in forms else cls(nothing, nothing, np.ravel(member.y_))
+            for number, member in enumerate(head.estimators_)
+        ]
+        return cls(
+            np.vstack([form.weights for form in every]),
+            np.vstack([form.offsets for form in every]),
+            np.concatenate([form.intercept for form in every]),
         )
-        return cls(weights, np.zeros_like(weights), intercept)
 
-    def before(self, step: Any) -> LinearForm | None:
-        """Express the same decision values in the columns that a fitted step is given.
-
-        None if the step is not known to be linear.
-        """
-        if step in (None, "passthrough"):
-            return self
+    def before(self, step: Any) -> LinearForm:
+        """Express the same decision values in the columns that a fitted step is given."""
+        if isinstance(step, PrunedStep):
+            form = self if step.support_ is None else self._before_selection(step.support_)
+            for inner in reversed(list(flatten(step.left_))):
+                form = form.before(inner)
+            return form
         if isinstance(step, SelectorMixin):
             return self._before_selection(step.get_support())
-        rule = _RULES.get(type(step))
-        return rule(self, step) if rule is not None else None
+        if type(step) in _MIXINGS:
+            center, matrix = _MIXINGS[type(step)](step)
+            weights = self.weights @ matrix
+            # A centre behind the mixing belongs to no single column before it.
+            return LinearForm(weights, -weights * center, self.intercept + self.offsets.sum(axis=1))
+        if type(step) in _SCALINGS and not getattr(step, "clip", False):
+            center, scale = _SCALINGS[type(step)](step)
+            weights = self.weights / scale
+            return replace(self, weights=weights, offsets=self.offsets - weights * center)
+        raise ValueError(
+            f"{type(step).__name__} is not known to be linear in its columns (with clipping no "
+            "scaler is), so decisions are no sum over tokens. Selectors, scalers, PCA and "
+            "TruncatedSVD may be between activations and classifier."
+        )
 
     def _before_selection(self, support: np.ndarray) -> LinearForm:
         weights, offsets = np.zeros((2, len(self.intercept), len(support)))
         weights[:, support], offsets[:, support] = self.weights, self.offsets
         return replace(self, weights=weights, offsets=offsets)
 
-    def _before_scaling(self, center: Any, scale: Any) -> LinearForm:
-        weights = self.weights * scale
-        return replace(self, weights=weights, offsets=self.offsets - weights * center)
 
-    def _before_mixing(self, center: Any, matrix: np.ndarray) -> LinearForm:
-        """``matrix`` of shape (n_columns after, n_columns before)."""
-        weights = self.weights @ matrix
-        # A centre behind the mixing belongs to no single column before it.
-        return LinearForm(weights, -weights * center, self.intercept + self.offsets.sum(axis=1))
-
-
-def _standard(form: LinearForm, step: StandardScaler) -> LinearForm:
-    center = step.mean_ if step.with_mean else 0.0
-    return form._before_scaling(center, 1 / step.scale_ if step.with_std else 1.0)
-
-
-def _robust(form: LinearForm, step: RobustScaler) -> LinearForm:
-    center = step.center_ if step.with_centering else 0.0
-    return form._before_scaling(center, 1 / step.scale_ if step.with_scaling else 1.0)
-
-
-def _min_max(form: LinearForm, step: MinMaxScaler) -> LinearForm | None:
-    if step.clip:
-        return None
-    return form._before_scaling(-step.min_ / step.scale_, step.scale_)
-
-
-def _max_abs(form: LinearForm, step: MaxAbsScaler) -> LinearForm | None:
-    if getattr(step, "clip", False):
-        return None
-    return form._before_scaling(0.0, 1 / step.scale_)
-
-
-def _pca(form: LinearForm, step: PCA) -> LinearForm:
-    matrix = step.components_  # (n_components, n_columns)
-    if step.whiten:
-        matrix = matrix / np.sqrt(step.explained_variance_)[:, None]
-    return form._before_mixing(step.mean_, matrix)
-
-
-def _svd(form: LinearForm, step: TruncatedSVD) -> LinearForm:
-    return form._before_mixing(0.0, step.components_)
-
-
-# By exact type, because a subclass may do something else.
-_RULES: dict[type, Callable[[LinearForm, Any], LinearForm | None]] = {
-    StandardScaler: _standard,
-    RobustScaler: _robust,
-    MinMaxScaler: _min_max,
-    MaxAbsScaler: _max_abs,
-    PCA: _pca,
-    TruncatedSVD: _svd,
+# A scaler's centre and scale, and a mixing's centre and matrix (n_columns after, n_columns before);
+# by exact type, because a subclass may do something else.
+_SCALINGS: dict[type, Callable[[Any], tuple[Any, Any]]] = {
+    StandardScaler: lambda step: (
+        step.mean_ if step.with_mean else 0.0,
+        step.scale_ if step.with_std else 1.0,
+    ),
+    RobustScaler: lambda step: (
+        step.center_ if step.with_centering else 0.0,
+        step.scale_ if step.with_scaling else 1.0,
+    ),
+    MinMaxScaler: lambda step: (-step.min_ / step.scale_, 1 / step.scale_),
+    MaxAbsScaler: lambda step: (0.0, step.scale_),
 }
+_MIXINGS: dict[type, Callable[[Any], tuple[Any, Any]]] = {
+    PCA: lambda step: (
+        step.mean_,
+        step.components_ / (np.sqrt(step.explained_variance_)[:, None] if step.whiten else 1.0),
+    ),
+    TruncatedSVD: lambda step: (0.0, step.components_),
+}
+
+
+def _decides_by(classifier: Any, decide: Callable) -> bool:
+    # Not every classifier with a coef_ is linear in its input, and a subclass may decide otherwise.
+    method = getattr(type(classifier), "decision_function", None)
+    return method is decide and hasattr(classifier, "coef_")
+
+
+def _is_linear(classifier: Any) -> bool:
+    if isinstance(classifier, SVC | NuSVC) and len(classifier.classes_) > 2:
+        return False  # it takes the votes of pairs of classes
+    return any(
+        _decides_by(classifier, kind.decision_function)
+        for kind in (LinearClassifierMixin, LinearDiscriminantAnalysis, SVC)
+    )
+
+
+def _why_not(head: Any) -> str:
+    name = type(head).__name__
+    if not hasattr(head, "predict"):
+        return f"The pipeline ends in a {name}, but a linear classifier is needed at its end."
+    if isinstance(head, CalibratedClassifierCV):
+        return (
+            f"{name} averages probabilities, which are no sums over tokens. Explain a pipeline "
+            "that ends in a classifier inside it: calibrated_classifiers_[0].estimator."
+        )
+    if isinstance(head, SVC | NuSVC) and head.kernel == "linear":
+        return (
+            f"{name} with {len(head.classes_)} classes takes the votes of all pairs of classes, "
+            f"which are no sums over tokens. Use OneVsRestClassifier({name}(kernel='linear')) or "
+            "LinearSVC, which have a decision value for each class."
+        )
+    return (
+        f"{name} is not linear in its columns, so its decisions are no sum over tokens. Use a "
+        "linear classifier such as LogisticRegression, or look at whole columns with "
+        "sklearn.inspection.permutation_importance."
+    )

@@ -10,8 +10,7 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._explain.html import page_to_html, token_to_html
-from skspin._steps import activation_steps
-from skspin._texts import open_texts
+from skspin._pipeline import only_step, read_texts
 from skspin._transformer import LLMActivationTransformer
 
 
@@ -127,14 +126,14 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     [2]
     """
     check_is_fitted(estimator)
-    transformer = _only_transformer(estimator)
+    transformer = only_step(estimator, LLMActivationTransformer)
     names = [neurons] if isinstance(neurons, str) else list(neurons)
-    support = _find_columns(transformer, names)
-    transformer = transformer._restrict_to(support)
-    best: list[list[tuple[float, int, NeuronHit]]] = [[] for _ in range(support.sum())]
-    texts = open_texts(texts).to_list()
+    narrowed = transformer._restrict_to(_find_columns(transformer, names))
+    columns = narrowed.get_feature_names_out()
+    best: list[list[tuple[float, int, NeuronHit]]] = [[] for _ in columns]
+    texts = read_texts(estimator, transformer, texts)
     number_of = {text: number for number, text in reversed(list(enumerate(texts)))}
-    for text, tokens, activations in transformer._read_tokens(list(number_of)):
+    for text, tokens, activations in narrowed._read_tokens(list(number_of)):
         inside = np.flatnonzero(tokens.in_text)
         if not len(inside):
             continue
@@ -147,24 +146,11 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
             hit = NeuronHit(number, surfaces[place], start, end, value)
             push = heapreplace if len(heap) == n_top else heappush
             push(heap, (value, -number, hit))  # of equal values the earlier text
-    found = dict(
-        zip(
-            transformer.get_feature_names_out(),
-            ([hit for *_, hit in sorted(heap, key=lambda row: row[:2])[::-1]] for heap in best),
-            strict=True,
-        )
-    )
-    return NeuronExplanation({name: found[name] for name in names}, texts)
-
-
-def _only_transformer(estimator) -> LLMActivationTransformer:
-    transformers = list(activation_steps(estimator))
-    if len(transformers) != 1:
-        raise ValueError(
-            f"{type(estimator).__name__} has {len(transformers)} steps that are an "
-            "LLMActivationTransformer, but one is needed. Pass the one that is meant."
-        )
-    return transformers[0]
+    hits = {
+        name: [hit for *_, hit in sorted(heap, key=lambda row: row[:2], reverse=True)]
+        for name, heap in zip(columns, best, strict=True)
+    }
+    return NeuronExplanation({name: hits[name] for name in names}, texts)
 
 
 def _find_columns(transformer: LLMActivationTransformer, names: list[str]) -> np.ndarray:

@@ -2,19 +2,208 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from html import escape
+from typing import NamedTuple
 
 import numpy as np
-from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import check_is_fitted
 
-from skspin._explain.explanation import TokenExplanation
-from skspin._explain.linear import LinearForm
+from skspin._explain.html import page_to_html, swatch, text_to_html
+from skspin._explain.linear import LinearForm, classes_of
 from skspin._layout import Layout
-from skspin._steps import flatten
-from skspin._texts import TextTokens, open_texts
+from skspin._pipeline import fitted_pipeline, flatten, read_texts
+from skspin._texts import TextTokens
 from skspin._transformer import LLMActivationTransformer
+
+_MOST_SHOWN = 20  # texts in a notebook
+
+
+class TopToken(NamedTuple):
+    """A token's (or word's) contributions to a class, over a corpus."""
+
+    token: str
+    total: float
+    n_occurrences: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenExplanation:
+    """What each token adds to each class's decision value; :func:`explain_tokens` makes it.
+
+    In a notebook it shows the texts with coloured tokens.
+
+    Parameters
+    ----------
+    tokens : list of TextTokens of length n_texts
+        The tokens, special tokens included, and where in their text they are.
+    contributions : list of ndarray of shape (n_tokens, n_decision_values)
+        What each token adds to each decision value.
+    intercept : ndarray of shape (n_decision_values,)
+        What no token adds.
+    classes : ndarray of shape (n_classes,)
+        The classifier's classes. Two classes share one decision value, which is in favour of the
+        second.
+
+    Examples
+    --------
+    See :func:`explain_tokens`.
+    """
+
+    tokens: list[TextTokens]
+    contributions: list[np.ndarray]
+    intercept: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def decision_values(self) -> np.ndarray:
+        """The sums, of shape (n_texts, n_decision_values)."""
+        return np.stack([part.sum(axis=0) for part in self.contributions]) + self.intercept
+
+    def __repr__(self) -> str:
+        """Say what is explained."""
+        return f"<TokenExplanation of {len(self)} texts for the classes {self.classes.tolist()}>"
+
+    def __len__(self) -> int:
+        """Count the texts."""
+        return len(self.tokens)
+
+    def __getitem__(self, texts) -> TokenExplanation:
+        """Choose one text by its number, or several by a slice."""
+        chosen = texts if isinstance(texts, slice) else slice(texts, texts + 1 or None)
+        return replace(self, tokens=self.tokens[chosen], contributions=self.contributions[chosen])
+
+    def merge_words(self) -> TokenExplanation:
+        """Add up the tokens of each word.
+
+        Words are runs of letters and digits; other marks are words of their own.
+
+        Returns
+        -------
+        explanation : TokenExplanation
+            The same explanation, with words for tokens.
+        """
+        words = [part.words() for part in self.tokens]
+        return replace(
+            self,
+            tokens=[part.merge(groups) for part, groups in zip(self.tokens, words, strict=True)],
+            contributions=[
+                np.add.reduceat(part, np.flatnonzero(np.diff(groups, prepend=-1)))
+                for part, groups in zip(self.contributions, words, strict=True)
+            ],
+        )
+
+    def predicted_classes(self) -> np.ndarray:
+        """Say which class has the largest decision value, for each text; of shape (n_texts,)."""
+        values = self.decision_values
+        best = (values[:, 0] > 0).astype(int) if self._two_sided else values.argmax(axis=1)
+        return self.classes[best]
+
+    def for_class(self, label) -> list[np.ndarray]:
+        """Look up the contributions in favour of one class.
+
+        Parameters
+        ----------
+        label : class label
+            One of ``classes``.
+
+        Returns
+        -------
+        list of ndarray of shape (n_tokens,)
+            One array per text.
+        """
+        column, sign = self._column(label)
+        return [sign * part[:, column] for part in self.contributions]
+
+    def intercept_for_class(self, label) -> float:
+        """Look up what no token adds to one class."""
+        column, sign = self._column(label)
+        return float(sign * self.intercept[column])
+
+    @property
+    def _two_sided(self) -> bool:
+        return len(self.intercept) == 1 and len(self.classes) == 2
+
+    def _column(self, label) -> tuple[int, int]:
+        """Find a class's decision value, and whether it is the class's or against it."""
+        classes = self.classes.tolist()
+        if label not in classes:
+            raise ValueError(f"{label!r} is not among the classes {classes}.")
+        column = classes.index(label)
+        return (0, 1 if column == 1 else -1) if self._two_sided else (column, 1)
+
+    def top_tokens(self, label, n: int = 10) -> list[TopToken]:
+        """List the tokens that add most to one class over all texts.
+
+        Parameters
+        ----------
+        label : class label
+            One of ``classes``.
+        n : int, default=10
+            How many.
+
+        Returns
+        -------
+        list of TopToken
+            With ``token`` (as it is written in the texts, without spaces around it), ``total`` (its
+            contributions' sum) and ``n_occurrences``, largest total first. Special
+            tokens and the prompt are left out.
+        """
+        totals: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        for part, values in zip(self.tokens, self.for_class(label), strict=True):
+            for token, value, in_text in zip(part.surfaces(), values, part.in_text, strict=True):
+                if in_text:
+                    totals[token] += value
+                    counts[token] += 1
+        return [
+            TopToken(token, float(total), counts[token]) for token, total in totals.most_common(n)
+        ]
+
+    def to_frame(self):
+        """Tabulate every contribution.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per text, token and decision value, with the columns ``text`` (its number),
+            ``token``, ``start`` and ``end`` (characters; both 0 for special tokens), ``class`` and
+            ``contribution``.
+        """
+        import pandas as pd
+
+        classes = self.classes[-len(self.intercept) :]  # of two classes the second
+        frames = [
+            pd.DataFrame(
+                {
+                    "text": number,
+                    "token": np.repeat(part.surfaces(), len(classes)),
+                    "start": np.repeat(part.starts, len(classes)),
+                    "end": np.repeat(part.ends, len(classes)),
+                    "class": np.tile(classes, len(part.tokens)),
+                    "contribution": values.ravel(),
+                }
+            )
+            for number, (part, values) in enumerate(
+                zip(self.tokens, self.contributions, strict=True)
+            )
+        ]
+        return pd.concat(frames, ignore_index=True)
+
+    def _repr_html_(self) -> str:
+        entries = []
+        for number, label in enumerate(self.predicted_classes()[:_MOST_SHOWN]):
+            # With two classes always the second, so that colours mean the same for every text.
+            label = self.classes[1] if self._two_sided else label
+            values = self[number].for_class(label)[0]
+            total = values.sum() + self.intercept_for_class(label)
+            heading = f"for <b>{escape(str(label))}</b>: {total:+.3g}"
+            entries.append((heading, text_to_html(self.tokens[number], values)))
+        legend = (
+            f"Tokens speak {swatch(1, 'for')} or {swatch(-1, 'against')} a class; with the "
+            "intercept they add up to its decision value."
+        )
+        return page_to_html(legend, entries, max(0, len(self) - _MOST_SHOWN))
 
 
 def explain_tokens(pipeline, texts):
@@ -70,127 +259,65 @@ def explain_tokens(pipeline, texts):
     >>> bool(abs(added - spin.decision_function([text])[0]) < 1e-4)
     True
     """
-    if not isinstance(pipeline, Pipeline):
-        raise TypeError(
-            f"pipeline is a {type(pipeline).__name__}, but explain_tokens takes a fitted Pipeline."
-        )
-    check_is_fitted(pipeline)
-    transformer, form = _to_linear_form(pipeline)
+    pipeline = fitted_pipeline(pipeline, "explain_tokens")
+    transformer, form, classes = _to_linear_form(pipeline)
+    texts = read_texts(pipeline, transformer, texts)
     used = np.any(form.weights, axis=0)  # (n_columns,)
     used[0] |= not used.any()  # something has to be read for the tokens to be known
-    transformer = transformer._restrict_to(used)
-    shares = _Shares(transformer.layout_, form.weights[:, used].T, form.offsets[:, used].T)
-    texts = open_texts(texts).to_list()
+    narrowed = transformer._restrict_to(used)
+    weights, offsets = form.weights[:, used].T, form.offsets[:, used].T
     distinct = list(dict.fromkeys(texts))
-    pooled = dict(zip(distinct, np.asarray(transformer.transform(distinct)), strict=True))
-    tokens: dict[str, TextTokens] = {}
-    contributions: dict[str, np.ndarray] = {}
-    for text, found, activations in transformer._read_tokens(distinct):
-        tokens[text] = found
-        contributions[text] = shares.of_tokens(activations, pooled[text])
+    pooled = dict(zip(distinct, np.asarray(narrowed.transform(distinct)), strict=True))
+    found: dict[str, tuple[TextTokens, np.ndarray]] = {}
+    for text, tokens, activations in narrowed._read_tokens(distinct):
+        # Two passes through the model differ by rounding, which a scaler may magnify: the pass
+        # that the classifier sees decides what there is to split, the tokens' how it is split.
+        split = _split(narrowed.layout_, activations, pooled[text], weights, offsets)
+        found[text] = tokens, split
     return TokenExplanation(
-        tokens=[tokens[text] for text in texts],
-        contributions=[contributions[text] for text in texts],
+        tokens=[found[text][0] for text in texts],
+        contributions=[found[text][1] for text in texts],
         intercept=form.intercept,
-        classes=pipeline.classes_,
+        classes=classes,
     )
 
 
-def _to_linear_form(pipeline: Pipeline) -> tuple[LLMActivationTransformer, LinearForm]:
+def _to_linear_form(pipeline) -> tuple[LLMActivationTransformer, LinearForm, np.ndarray]:
     """Express a pipeline's decision values in the columns of its activation transformer."""
     *steps, head = flatten(pipeline)
-    form = LinearForm.of_head(head)
-    if form is None:
-        raise ValueError(
-            f"{type(head).__name__} is not linear in its columns, so its decisions are no sum over "
-            "tokens. Use a linear classifier such as LogisticRegression, or look at whole columns "
-            "with sklearn.inspection.permutation_importance."
-        )
+    form = LinearForm.of(head)
     for step in reversed(steps):
         if isinstance(step, LLMActivationTransformer):
-            return step, form
+            return step, form, classes_of(head)
         form = form.before(step)
-        if form is None:
-            raise ValueError(
-                f"{type(step).__name__} is not known to be linear in its columns (with clipping no "
-                "scaler is), so decisions are no sum over tokens. Selectors, scalers, PCA and "
-                "TruncatedSVD may be between activations and classifier."
-            )
     raise ValueError("No step of the pipeline is an LLMActivationTransformer.")
 
 
-@dataclass(frozen=True)
-class _Shares:
-    """Gives every column's part in the decision values to the tokens that it came from.
-
-    Parameters
-    ----------
-    layout : Layout
-        The columns.
-    weights, offsets : ndarray of shape (n_columns, n_decision_values)
-        See `LinearForm`.
-    """
-
-    layout: Layout
-    weights: np.ndarray
-    offsets: np.ndarray
-
-    def of_tokens(self, activations: np.ndarray, pooled: np.ndarray) -> np.ndarray:
-        """Split one text's decision values.
-
-        Parameters
-        ----------
-        activations : ndarray of shape (n_tokens, n_columns)
-            At each token; they decide how a column is split.
-        pooled : ndarray of shape (n_columns,)
-            What the classifier sees; it decides what there is to split. The two differ by the
-            rounding of two passes through the model, which a scaler may magnify.
-
-        Returns
-        -------
-        ndarray of shape (n_tokens, n_decision_values)
-        """
-        total = np.zeros((len(activations), self.weights.shape[1]))
-        for segment, columns in zip(self.layout.segments, self.layout.slices, strict=True):
-            values = activations[:, columns].astype(np.float64)  # (n_tokens, n_neurons)
-            parts, shares = _SPLITS[segment.pooling](values, pooled[columns])
-            total += parts @ self.weights[columns] + shares @ self.offsets[columns]
-        return total
+def _split(
+    layout: Layout,
+    activations: np.ndarray,  # (n_tokens, n_columns)
+    pooled: np.ndarray,  # (n_columns,)
+    weights: np.ndarray,  # (n_columns, n_decision_values)
+    offsets: np.ndarray,  # (n_columns, n_decision_values)
+) -> np.ndarray:  # (n_tokens, n_decision_values)
+    """Give every column's part in one text's decision values to the tokens that it came from."""
+    total = np.zeros((len(activations), weights.shape[1]))
+    for segment, columns in zip(layout.segments, layout.slices, strict=True):
+        values = activations[:, columns].astype(np.float64)  # (n_tokens, n_neurons)
+        if segment.pooling == "mean":
+            parts = (values - values.mean(axis=0) + pooled[columns]) / len(values)
+            shares = np.full_like(values, 1 / len(values))
+        else:
+            shares = np.zeros_like(values)
+            shares[_TAKES_ALL[segment.pooling](values), np.arange(values.shape[1])] = 1
+            parts = shares * pooled[columns]
+        total += parts @ weights[columns] + shares @ offsets[columns]
+    return total
 
 
-# Each takes a column's values at the tokens, (n_tokens, n_neurons), and pooled, (n_neurons,). It
-# gives the tokens' parts, which add up to the pooled value, and their shares, which add up to 1.
-
-
-def _evenly(values: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    parts = (values - values.mean(axis=0) + pooled) / len(values)
-    return parts, np.full_like(values, 1 / len(values))
-
-
-def _to_largest(values: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return _to_one(values.argmax(axis=0), values, pooled)
-
-
-def _to_first(values: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return _to_one(np.zeros(len(pooled), dtype=int), values, pooled)
-
-
-def _to_last(values: np.ndarray, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return _to_one(np.full(len(pooled), len(values) - 1), values, pooled)
-
-
-def _to_one(
-    token: np.ndarray, values: np.ndarray, pooled: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Give each column whole to one token; ``token`` of shape (n_neurons,) says which."""
-    shares = np.zeros_like(values)
-    shares[token, np.arange(len(token))] = 1
-    return shares * pooled, shares
-
-
-_SPLITS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
-    "mean": _evenly,
-    "max": _to_largest,
-    "first": _to_first,
-    "last": _to_last,
+# Which token each column's value came from, (n_neurons,), given its values (n_tokens, n_neurons).
+_TAKES_ALL = {
+    "max": lambda values: values.argmax(axis=0),
+    "first": lambda values: 0,
+    "last": lambda values: len(values) - 1,
 }

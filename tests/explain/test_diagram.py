@@ -9,8 +9,6 @@ from sklearn.utils import estimator_html_repr
 from tiny_models import TINY, tiny_tokenizer
 
 from skspin import LLMActivationTransformer, SalientNeuronSelector, make_spin_pipeline, prune
-from skspin._diagram import layout_facts, model_name
-from skspin._layout import Layout, Segment
 from skspin.datasets import demo_model
 
 TEXTS = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
@@ -47,18 +45,18 @@ def test_a_model_in_memory_is_not_written_out():
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
-    [([4], "layer 4"), ([0, 1, 2], "layers 0-2"), ([0, 2, 3, 7], "layers 0, 2-3, 7")],
+    [([4], "layer 4 "), ([0, 1, 2], "layers 0-2 "), ([0, 2, 3, 6], "layers 0, 2-3, 6 ")],
 )
 def test_layers_are_drawn_together(layers, expected):
-    layout = Layout(tuple(Segment(None, layer, "hidden", "mean", 8) for layer in layers))
-    assert layout_facts(layout)[0] == expected
+    transformer = LLMActivationTransformer(demo_model(), layers=layers).fit(TEXTS)
+    assert f"· {expected}· hidden · mean · " in estimator_html_repr(transformer)
 
 
 @pytest.mark.parametrize(
     ("model", "expected"), [("org/name", "org/name"), ("/a/b/c", "b/c"), ("gpt2", "gpt2")]
 )
 def test_a_model_goes_by_a_short_name(model, expected):
-    assert model_name(model) == expected
+    assert f">{expected}<" in estimator_html_repr(LLMActivationTransformer(model))
 
 
 def test_a_selector_shows_what_it_keeps():

@@ -19,7 +19,7 @@ from skspin import (
     SparsityPathDisplay,
     TokenContributionDisplay,
 )
-from skspin._explain.explanation import TokenExplanation
+from skspin._explain import TokenExplanation
 from skspin._texts import TextTokens
 
 matplotlib.use("agg")
@@ -174,7 +174,7 @@ def explained(tokens, values, classes=(0, 1)):
     text = " ".join(tokens)
     ends = np.cumsum([len(token) + 1 for token in tokens]) - 1
     starts = ends - [len(token) for token in tokens]
-    located = TextTokens(text, np.arange(len(tokens)), list(tokens), starts, ends)
+    located = TextTokens(text, list(tokens), starts, ends)
     return TokenExplanation(
         [located], [np.array(values)[:, None]], np.array([0.5]), np.array(classes)
     )

@@ -11,9 +11,11 @@ import skops.io
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import InconsistentVersionWarning
+from sklearn.feature_selection import SelectFromModel
 from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -26,7 +28,6 @@ from skspin import (
     make_spin_pipeline,
     prune,
 )
-from skspin._prune import KeptColumns
 from skspin.datasets import demo_model
 
 TEXTS = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
@@ -151,8 +152,10 @@ def savable(tmp_path_factory):
     tiny_model(0).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
     in_memory = LLMActivationTransformer(tiny_model(0), tokenizer=str(folder)).fit(TEXTS)
-    kept = KeptColumns.of(np.array([True, False]))  # pruning puts it behind a step
-    return [fitted(folder), prune(fitted(str(folder))), in_memory, kept]
+    select = SelectFromModel(LogisticRegression())  # pruning puts what is left of it in a step
+    other = make_pipeline(LLMActivationTransformer(str(folder), layers=range(2)), select)
+    other = prune(other.fit(TEXTS, LABELS))
+    return [fitted(folder), prune(fitted(str(folder))), in_memory, other]
 
 
 def test_skops_loads_what_it_saved(savable):
