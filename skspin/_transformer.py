@@ -16,9 +16,9 @@ from sklearn.utils.validation import check_is_fitted
 from skspin._column_choice import POOLINGS, STACKS, choose_columns
 from skspin._diagram import diagram_block, layout_facts, model_name
 from skspin._layout import ActivationArray
+from skspin._model.files import Source
 from skspin._model.frozen import FrozenModel, Truncation
 from skspin._model.shape import SITES
-from skspin._model.source import Source
 from skspin._pickling import shallow_copy
 from skspin._shared_model import DetachedModel, ModelSharingEstimator
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context

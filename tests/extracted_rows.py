@@ -8,8 +8,8 @@ from transformers import BertConfig, BertModel
 
 from skspin._layout import Segment
 from skspin._model.batches import extract
+from skspin._model.files import Source
 from skspin._model.registry import load_backbone
-from skspin._model.source import Source
 
 SIZES = {
     "vocab_size": 30522,

@@ -13,9 +13,9 @@ import numpy as np
 
 from skspin._layout import Segment
 from skspin._model.device import as_devices, resolve_device, resolve_dtype
+from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
 from skspin._model.shape import ModelShape
-from skspin._model.source import Source
 from skspin._store import Store
 from skspin._text_tokens import TextTokens
 
@@ -76,12 +76,12 @@ class FrozenModel:
     @property
     def shape(self) -> ModelShape:
         """The model's widths, recalled or read off its configuration."""
-        card = self.store.get_card(self.fingerprint)
+        card = self.store.get_metadata(self.fingerprint)
         if card is None:
             from skspin._model.registry import read_anatomy
 
             card = ModelShape.from_anatomy(read_anatomy(self.source)).to_card()
-            self.store.put_card(self.fingerprint, card)
+            self.store.put_metadata(self.fingerprint, card)
         return ModelShape.from_card(card)
 
     def refuse_unless(self, fitted: str) -> None:

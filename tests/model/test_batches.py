@@ -13,8 +13,8 @@ from transformers import ByT5Tokenizer, FNetConfig, FNetModel
 
 from skspin._model.batches import extract
 from skspin._model.budget import TokenBudget
+from skspin._model.files import Source
 from skspin._model.registry import load_backbone
-from skspin._model.source import Source
 from skspin._model.tokens import replace_surrogates
 
 

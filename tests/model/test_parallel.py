@@ -16,10 +16,10 @@ from sklearn.model_selection import GridSearchCV
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from skspin import LLMActivationTransformer, make_spin_pipeline
+from skspin._model.files import Source
 from skspin._model.frozen import FrozenModel
 from skspin._model.parallel import Work, compute_shard, extract_in_parallel
 from skspin._model.sharding import cut_into_shards
-from skspin._model.source import Source
 from skspin.datasets import demo_model
 
 TEXTS = [f"text {i} " + "word " * (i % 40) for i in range(120)] + ["text 7 " + "word " * 7, ""]

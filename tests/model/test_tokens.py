@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from skspin._layout import Segment
+from skspin._model.files import Source
 from skspin._model.positions import most_tokens
 from skspin._model.registry import load_backbone
-from skspin._model.source import Source
 from skspin._model.tokens import TextEncoder, replace_surrogates
 from skspin.datasets import demo_model
 
