@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {
-    "vocab_size": 40,
+    "vocab_size": 30522,
     "hidden_size": 8,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -15,8 +15,8 @@ CONFIG = {
 }
 
 
-def tiny_bert():
-    torch.manual_seed(0)
+def tiny_bert(seed=0):
+    torch.manual_seed(seed)
     return BertModel(BertConfig(**CONFIG))
 
 

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from skspin._layout import POOLINGS, SITES, STACKS, Layout, Segment
 from skspin._model.device import as_devices, resolve_device, resolve_dtype, usable_device
+from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
 from skspin._model.recipe import ModelMismatchError, Recipe, Rows
-from skspin._model.source import Source
 from skspin._store import Store
 from skspin._texts import TextTokens
 

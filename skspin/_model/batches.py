@@ -72,7 +72,7 @@ class TokenBudget:
     """
 
     def __init__(self, backbone: Backbone, batch_tokens: int | str = "auto"):
-        self._room = backbone.room
+        self._backbone = backbone
         auto = isinstance(batch_tokens, str)
         self._wanted = _good_size(backbone) if auto else int(batch_tokens)
         # Where padding leaks into real tokens, a pass takes texts of one length only.
@@ -81,7 +81,7 @@ class TokenBudget:
     @property
     def tokens(self) -> int:
         """Tokens in a batch at most, unless one text alone has more."""
-        return min(self._wanted, self._room.tokens or self._wanted)
+        return min(self._wanted, self._backbone.token_limit or self._wanted)
 
     def n_texts(self, lengths: np.ndarray) -> int:
         """Say how many of the next texts, whose lengths descend, make a batch: at least one.
@@ -95,7 +95,7 @@ class TokenBudget:
 
     def halve(self, n_tokens: int) -> None:
         """Remember that a batch of ``n_tokens``, of several texts, was too large."""
-        self._room.tokens = min(self.tokens, n_tokens // 2)
+        self._backbone.lower_token_limit(min(self.tokens, n_tokens // 2))
 
 
 def _good_size(backbone: Backbone) -> int:

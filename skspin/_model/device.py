@@ -1,4 +1,4 @@
-"""Which device, and which number format, when the user leaves the choice to us."""
+"""Which device, and which number format, when the user leaves the choice open."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def as_devices(device: Any = None) -> list[Any]:
-    """List the devices that a ``device`` parameter names: one, which may be None, or several.
-
-    Parameters
-    ----------
-    device : str, torch.device, sequence of these or None
-        Where to compute.
-    """
+    """List the devices that a ``device`` parameter names: one, which may be None, or several."""
     if not isinstance(device, list | tuple):
         return [device]
     if not device or any(one is None for one in device):
@@ -30,21 +24,9 @@ def as_devices(device: Any = None) -> list[Any]:
 
 
 def resolve_device(device: Any = None) -> str:
-    """Name the device to compute on.
-
-    Parameters
-    ----------
-    device : str, torch.device or None, default=None
-        None is the current CUDA device where there is one, and the CPU elsewhere. Any other
-        device that torch knows (``"mps"``, ``"xpu"``, ``"cuda:1"``) is used when it is named.
-
-    Returns
-    -------
-    str
-        E.g. ``"cpu"`` or ``"cuda:0"``.
-    """
+    """Name a device, e.g. "cuda:0"; None is the current CUDA device, else the CPU."""
     if device is None:
-        device = "cuda" if has_cuda() else "cpu"
+        device = "cuda" if _has_cuda() else "cpu"
     name = str(device)
     if name == "cpu":
         return name
@@ -69,7 +51,7 @@ def resolve_device(device: Any = None) -> str:
 
 
 def usable_device(device: Any = None) -> str:
-    """Name the device to compute on, as `resolve_device` does, and refuse one that can't."""
+    """Name a device as `resolve_device` does, and refuse one that can't compute."""
     name = resolve_device(device)
     if name == "meta":
         raise ValueError(f"device={device!r} computes no numbers. Use e.g. 'cpu' or 'cuda:0'.")
@@ -87,21 +69,7 @@ def usable_device(device: Any = None) -> str:
 
 
 def resolve_dtype(dtype: Any, device: str) -> str:
-    """Name the format that weights and activations are computed in.
-
-    Parameters
-    ----------
-    dtype : str or torch.dtype
-        A name in `DTYPES`, or ``"auto"``: bfloat16 where the device multiplies it natively (CUDA
-        devices of compute capability 8 and later, CPUs with AMX), float32 elsewhere.
-    device : str
-        As `resolve_device` names it.
-
-    Returns
-    -------
-    str
-        A name in `DTYPES`.
-    """
+    """Name the format to compute in; "auto" is bfloat16 where the device multiplies it natively."""
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         return "bfloat16" if multiplies_bfloat16(device) else "float32"
@@ -111,7 +79,7 @@ def resolve_dtype(dtype: Any, device: str) -> str:
 
 
 @cache
-def has_cuda() -> bool:
+def _has_cuda() -> bool:
     """Whether torch sees a CUDA device; without importing torch where no driver is installed."""
     if "torch" not in sys.modules and not _has_cuda_driver():
         return False
@@ -132,7 +100,7 @@ def _has_cuda_driver() -> bool:
 
 @cache
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether a device multiplies bfloat16 matrices in hardware of their own."""
+    """Whether a device multiplies bfloat16 matrices in its hardware."""
     if device == "cpu":
         return _has_amx()
     if device.startswith("cuda"):

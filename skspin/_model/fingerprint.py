@@ -5,149 +5,87 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
-from skspin._model.source import Place, Source
+from skspin._model.files import NEUTRAL_OPTIONS, SETTINGS, Files, Source
+from skspin._store import Store
 
-# Options of `from_pretrained` that decide where and how fast, not which numbers.
-_NEUTRAL_OPTIONS = {
-    "attn_implementation",
-    "cache_dir",
-    "device_map",
-    "force_download",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "offload_buffers",
-    "offload_folder",
-    "offload_state_dict",
-    "proxies",
-    "subfolder",
-    "token",
-    "tp_plan",
-    "use_safetensors",
-}
-# Configuration, code, and what tokenizers of all kinds are saved as.
-_SETTINGS = {
-    ".bpe",
-    ".codes",
-    ".json",
-    ".model",
-    ".py",
-    ".spm",
-    ".tiktoken",
-    ".tokenizer",
-    ".txt",
-    ".vocab",
-}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _SAFE_WEIGHTS = {".safetensors", ".gguf"}
 _PICKLED_WEIGHTS = {".bin", ".pt", ".pth"}
 _CHUNK_BYTES = 1 << 24
 _YOUNG_NS = 2_000_000_000
+_GLANCES = 16
+# What changes how or where a model runs, or who saved it, and no number.
+_NEUTRAL_SETTINGS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# What an adapter's layer does is decided by these, and by no parameter.
+_ADAPTER_SWITCHES = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 # Path, inode, bytes and times of a file -> digest of its content.
 _known_files: dict[str, str] = {}
+# Model -> what is cheap to see of it, and the digest of all of it.
+_known_models: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
-class Cards(Protocol):
-    """Where digests of files are remembered beyond this process, e.g. a store."""
-
-    def get_metadata(self, name: str) -> Any:
-        """Return the document of this name, or None."""
-
-    def put_metadata(self, name: str, document: Any) -> None:
-        """Keep a document under a name."""
-
-
-def fingerprint(source: Source, cards: Cards | None = None) -> str:
-    """Say which numbers a model and its tokenizer give.
-
-    Parameters
-    ----------
-    source : Source
-        What names the model.
-    cards : Cards or None, default=None
-        Remembers the digests of files, so that one that did not change (by path, inode, size and
-        times) is not read again in another process either; None for this process alone.
-
-    Returns
-    -------
-    str
-        ``"hub:<id>@<commit>"``, ``"folder:<digest>"`` or ``"memory:<digest>"``, and behind it
-        ``"+<digest>"`` where a tokenizer or options of the user's own belong to it. The path of a
-        folder is not part of it; its content is.
-
-    Notes
-    -----
-    For a hub id and for a folder, neither torch nor transformers is imported.
-    """
+def fingerprint(source: Source, store: Store | None = None) -> str:
+    """Say which numbers a model and its tokenizer give; a store remembers the digests of files."""
+    # "hub:<id>@<commit>", "folder:<digest>" or "memory:<digest>", and behind it "+<digest>" where
+    # options or another tokenizer belong to it. A folder's path is not part of it; its content is.
     pickled = source.options.get("use_safetensors") is False
-    if source.place is None:
-        from skspin._model.parameters import digest_model
-
-        model = f"memory:{digest_model(source.model)}"
+    if source.files is None:
+        model = f"memory:{_digest_model(source.model)}"
     else:
-        model = _place_fingerprint(source.place, pickled, cards)
+        model = _files_fingerprint(source.files, pickled, store)
     extras = {
-        name: _as_json(value)
+        name: value.to_dict() if hasattr(value, "to_dict") else repr(value)
         for name, value in source.options.items()
-        if name not in _NEUTRAL_OPTIONS
+        if name not in NEUTRAL_OPTIONS
     }
     if source.trust_remote_code:
         extras["trust_remote_code"] = True
-    if source.tokenizer_place is None:
-        extras["tokenizer"] = digest_tokenizer(source.tokenizer)
+    if source.tokenizer_files is None:
+        extras["tokenizer"] = _digest_tokenizer(source.tokenizer)
     elif source.tokenizer is not None:
-        extras["tokenizer"] = _place_fingerprint(source.tokenizer_place, pickled, cards)
+        extras["tokenizer"] = _files_fingerprint(source.tokenizer_files, pickled, store)
     return f"{model}+{_digest([json.dumps(extras, sort_keys=True)])}" if extras else model
 
 
-def _place_fingerprint(place: Place, pickled: bool, cards: Cards | None) -> str:
-    if place.is_folder:
-        return f"folder:{digest_folder(Path(place.name, place.subfolder), pickled, cards)}"
-    within = f"/{place.subfolder}" if place.subfolder else ""
-    return f"hub:{place.name}{within}@{place.commit}"
+def _files_fingerprint(files: Files, pickled: bool, store: Store | None) -> str:
+    if files.is_folder:
+        return f"folder:{_digest_folder(Path(files.name, files.subfolder), pickled, store)}"
+    within = f"/{files.subfolder}" if files.subfolder else ""
+    return f"hub:{files.name}{within}@{files.commit}"
 
 
-def _as_json(value: Any) -> Any:
-    return value.to_dict() if hasattr(value, "to_dict") else repr(value)
-
-
-def digest_folder(folder: Path, pickled: bool, cards: Cards | None) -> str:
-    """Digest the configuration, tokenizer and weight files of a folder.
-
-    Parameters
-    ----------
-    folder : Path
-        Where the files are.
-    pickled : bool
-        Whether weights are read from pickles; safetensors do not count then.
-    cards : Cards or None
-        See `fingerprint`.
-    """
-    suffixes = _SETTINGS | (_PICKLED_WEIGHTS if pickled else _SAFE_WEIGHTS)
+def _digest_folder(folder: Path, pickled: bool, store: Store | None) -> str:
+    """Digest the configuration, tokenizer and weight files of a folder."""
+    suffixes = SETTINGS | (_PICKLED_WEIGHTS if pickled else _SAFE_WEIGHTS)
     files = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
-    return _digest(f"{path.name}:{digest_file(path, cards)}" for path in files)
+    return _digest(f"{path.name}:{_digest_file(path, store)}" for path in files)
 
 
-def digest_file(path: Path, cards: Cards | None) -> str:
-    """Digest a file's content, or remember its digest if the file did not change since."""
+def _digest_file(path: Path, store: Store | None) -> str:
+    """Digest a file's content, or look its digest up if the file did not change since."""
     real = os.path.realpath(path)
     stat = os.stat(real)
     # The time of change, unlike that of modification, can not be set back.
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
     key = json.dumps(["file", real, stat.st_ino, stat.st_size, *times])
-    card = None if cards is None else cards.get_metadata(key)
-    digest = card or _known_files.get(key) or _read_digest(real)
+    stored = None if store is None else store.get_metadata(key)
+    digest = stored or _known_files.get(key) or _read_digest(real)
     # A second write to a file this young could leave the same times: look again next time.
     if time.time_ns() - max(times) > _YOUNG_NS:
         _known_files[key] = digest
-        if cards is not None and card is None:
-            cards.put_metadata(key, digest)
+        if store is not None and stored is None:
+            store.put_metadata(key, digest)
     return digest
 
 
@@ -159,12 +97,10 @@ def _read_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def digest_tokenizer(tokenizer: Any) -> str:
-    """Digest what decides which token ids a text becomes.
-
-    The side of the padding is not part of it, nor are the length and padding that an earlier call
-    left in a tokenizer: none of them changes an activation.
-    """
+def _digest_tokenizer(tokenizer: Any) -> str:
+    """Digest what decides which token ids a text becomes."""
+    # Neither the side of the padding, nor the length and padding that an earlier call left in a
+    # tokenizer, change an activation.
     tokens = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "truncation_side")
     settings = {name: getattr(tokenizer, name, None) for name in tokens}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -182,3 +118,78 @@ def _digest(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
+
+
+# A model in memory
+
+
+def _digest_model(model: Any) -> str:
+    """Digest a model's parameters, buffers, configuration and adapters, whatever its device."""
+    # The digest is known for as long as the model lives, and taken anew when a tensor was replaced
+    # or written to: its address, its version counter or one of 16 of its values then differ. A few
+    # single values written through `.data`, which the counter does not see, can go unseen.
+    tensors = dict(_tensors(model))
+    seen = (_settings(model), [_glance(tensor) for tensor in tensors.values()])
+    known = _known_models.get(model)
+    if known is None or known[0] != seen:
+        digest = xxhash.xxh3_128(seen[0].encode())
+        for name, tensor in tensors.items():
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+        known = _known_models[model] = (seen, digest.hexdigest())
+    return known[1]
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        yield from _plain_tensors(name, tensor)
+
+
+def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if tensor.is_meta:
+        raise ValueError(
+            f"The model's weight {name!r} is not in memory (offloaded, or never loaded), so this "
+            "model can't be told from others. Pass its hub id or folder instead, with "
+            "model_kwargs={'device_map': ...}."
+        )
+    if hasattr(tensor, "__tensor_flatten__"):
+        # A quantised tensor is several plain ones.
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
+    else:
+        yield name, tensor.detach()
+
+
+def _glance(tensor: Tensor) -> tuple[int, int | None, bytes]:
+    import torch
+
+    version = None if tensor.is_inference() else tensor._version
+    sample = torch.atleast_1d(tensor)
+    if tensor.numel() > _GLANCES:
+        spread = np.linspace(0, tensor.numel() - 1, _GLANCES).astype(np.intp)
+        sample = sample[tuple(torch.from_numpy(i) for i in np.unravel_index(spread, sample.shape))]
+    return tensor.data_ptr(), version, _bytes(sample).tobytes()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    import torch
+
+    # NumPy has no bfloat16, but bytes are bytes.
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _settings(model: Any) -> str:
+    config = model.config.to_dict()
+    config = {name: value for name, value in config.items() if name not in _NEUTRAL_SETTINGS}
+    adapters = getattr(model, "peft_config", None) or {}
+    settings = {
+        "class": type(model).__qualname__,
+        "config": config,
+        "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
+        "switches": [
+            [getattr(module, switch, None) for switch in _ADAPTER_SWITCHES]
+            for module in (model.modules() if adapters else ())
+            if hasattr(module, "active_adapters")
+        ],
+    }
+    return json.dumps(settings, sort_keys=True, default=repr)

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from skspin._model.device import as_devices, resolve_device, resolve_dtype
-from skspin._model.source import Source
+from skspin._model.files import Source
 
 
 class ModelMismatchError(ValueError):

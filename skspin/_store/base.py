@@ -99,11 +99,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def get_card(self, name: str) -> Any:
+    def get_metadata(self, name: str) -> Any:
         """Return the JSON document of this name, or None."""
 
     @abstractmethod
-    def put_card(self, name: str, document: Any) -> None:
+    def put_metadata(self, name: str, document: Any) -> None:
         """Keep a JSON document under a name. A later one replaces it.
 
         Other processes may go on with the one that they have read, so a name should say enough for
@@ -150,11 +150,11 @@ class NoStore(Store):
     ) -> None:
         """Keep nothing."""
 
-    def get_card(self, name: str) -> Any:
+    def get_metadata(self, name: str) -> Any:
         """Find nothing."""
         return None
 
-    def put_card(self, name: str, document: Any) -> None:
+    def put_metadata(self, name: str, document: Any) -> None:
         """Keep nothing."""
 
     def info(self) -> StoreInfo:

@@ -100,13 +100,13 @@ class DiskStore(Store):
             with self._surviving("write to"):
                 self._shelves.put(part, digests, rows, self.limit)
 
-    def get_card(self, name: str) -> Any:
+    def get_metadata(self, name: str) -> Any:
         """Return the JSON document of this name, or None."""
-        card = self._front.get_card(name)
+        card = self._front.get_metadata(name)
         if card is None:
             card = self._card_on_disk(self._cards, name)
             if card is not None:
-                self._front.put_card(name, card)
+                self._front.put_metadata(name, card)
         return card
 
     def _card_on_disk(self, cards: Cards, name: str) -> Any:
@@ -119,9 +119,9 @@ class DiskStore(Store):
                 warnings.warn(f"{error} It will be made again.", stacklevel=2)
         return None
 
-    def put_card(self, name: str, document: Any) -> None:
+    def put_metadata(self, name: str, document: Any) -> None:
         """Keep a JSON document under a name."""
-        self._front.put_card(name, document)
+        self._front.put_metadata(name, document)
         if self._writes:
             with self._surviving("write to"):
                 self._cards.put(name, document)

@@ -81,12 +81,12 @@ class MemoryStore(Store):
         copies = [np.array(row, dtype=np.float32) for row in rows]
         self._keep.put_many([prefix + digest for digest in digests], copies, part.row_bytes)
 
-    def get_card(self, name: str) -> Any:
+    def get_metadata(self, name: str) -> Any:
         """Return the JSON document of this name, or None."""
         text = self._cards.get(name)
         return None if text is None else json.loads(text)
 
-    def put_card(self, name: str, document: Any) -> None:
+    def put_metadata(self, name: str, document: Any) -> None:
         """Keep a JSON document under a name."""
         self._cards[name] = json.dumps(document)
 

@@ -218,8 +218,8 @@ def measure(name, texts, n_rounds):
 
 def padding(name, texts):
     """Share of the tokens in the model's batches that are padding."""
+    from skspin._model.files import Source
     from skspin._model.registry import load_backbone
-    from skspin._model.source import Source
 
     n_tokens = {"all": 0, "real": 0}
 

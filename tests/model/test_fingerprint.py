@@ -1,129 +1,67 @@
-"""Digests of files: remembered as long as the file is the same, in this process and in others."""
+"""Fingerprints: other numbers, another name; and no file is read for it twice."""
 
+import copy
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
+from bert_files import COMMIT, CONFIG, save, tiny_bert
+from transformers import BertConfig, BertModel
 
-import skspin._model.fingerprint as module
-import skspin._store
-from skspin import LLMActivationTransformer, open_store
+from skspin import LLMActivationTransformer
+from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
-from skspin._model.registry import forget_models
-from skspin._model.source import Source
+from skspin._model.registry import load_backbone
 from skspin.datasets import demo_model
 
-CHILD = """
-import sys
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from skspin import LLMActivationTransformer
-transformer = LLMActivationTransformer(sys.argv[1], cache=sys.argv[2], dtype="float32").fit(["a"])
-X = transformer.transform(["a"])
-print(sum(path.endswith("model.safetensors") for path in opened))
-print(transformer.model_fingerprint_, float(X.sum()))
-"""
+# Files
 
 
-def in_new_process(model, cache):
-    """Transform a text; return how often weights were opened, and what came out."""
-    command = [sys.executable, "-c", CHILD, str(model), str(cache)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    n_opened, result = run.stdout.strip().split("\n")
-    return int(n_opened), result
+def rewrite(path, change):
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def save(folder, seed=0):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
-    BertModel(BertConfig(num_hidden_layers=2, **sizes)).save_pretrained(folder)
+def test_a_folders_fingerprint_is_its_content_not_its_name(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "README.md").write_text("A copy.")
+    assert fingerprint(Source(folder)) == fingerprint(Source(tmp_path / "other"))
+    assert fingerprint(Source(folder)).startswith("folder:")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    save(tmp_path / "model")
-    AutoTokenizer.from_pretrained(demo_model()).save_pretrained(tmp_path / "model")
-    yield tmp_path / "model"
-    forget_models()
-
-
-@pytest.fixture
-def new_process(monkeypatch):
-    """Remember nothing, like a process that has just begun; files need not be old."""
-    monkeypatch.setattr(module, "_known_files", {})
-    monkeypatch.setattr(skspin._store, "_FOLDERS", {})
-    monkeypatch.setattr(module, "_YOUNG_NS", -(2**62))
-
-    def forget():
-        module._known_files.clear()
-        skspin._store._FOLDERS.clear()
-
-    return forget
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """Count the files that are read."""
-    counted = []
-    read = module._read_digest
-    monkeypatch.setattr(module, "_read_digest", lambda path: counted.append(path) or read(path))
-    return counted
-
-
-def test_a_process_reads_a_file_once(folder, new_process, reads):
-    first = fingerprint(Source(folder))
-    n_files = len(reads)
-    assert n_files >= 3  # configuration, tokenizer, weights
-    assert fingerprint(Source(folder)) == first
-    assert len(reads) == n_files
-    new_process()
-    fingerprint(Source(folder))
-    assert len(reads) == 2 * n_files
-
-
-def test_a_store_remembers_files_for_other_processes(folder, new_process, reads, tmp_path):
-    store = open_store(tmp_path / "store")
-    first = fingerprint(Source(folder), store)
-    n_files = len(reads)
-    new_process()
-    assert fingerprint(Source(folder), store) == first
-    assert len(reads) == n_files
-    assert fingerprint(Source(folder)) == first  # the process knows it too now
-    assert len(reads) == n_files
-
-
-def test_a_store_learns_what_the_process_knows_already(folder, new_process, reads, tmp_path):
-    fingerprint(Source(folder))
-    n_files = len(reads)
-    fingerprint(Source(folder), open_store(tmp_path / "store"))
-    new_process()
-    fingerprint(Source(folder), open_store(tmp_path / "store"))
-    assert len(reads) == n_files
-
-
-def test_weights_are_not_opened_in_a_new_process_when_all_is_stored(tmp_path):
-    n_opened, first = in_new_process(demo_model(), tmp_path)
-    assert n_opened > 0
-    assert in_new_process(demo_model(), tmp_path) == (0, first)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_folder_that_changes_gets_a_new_fingerprint_and_new_weights(folder, name):
+    before = load_backbone(Source(folder))
+    if name == "config.json":
+        rewrite(folder / name, lambda config: config | {"layer_norm_eps": 0.1})
+    elif name == "tokenizer.json":
+        rewrite(folder / name, lambda rules: rules | {"normalizer": {"type": "NFC"}})
+    else:
+        save(folder, other := tiny_bert(seed=1))
+    after = load_backbone(Source(folder))
+    assert after.fingerprint == fingerprint(Source(folder)) != before.fingerprint
+    assert after is not before
+    if name == "model.safetensors":
+        torch.testing.assert_close(dict(after.model.state_dict()), dict(other.state_dict()))
 
 
 def change_size_and_time(path):
-    save(path.parent, seed=1)
+    save(path.parent, tiny_bert(seed=1).half())
 
 
 def change_neither_size_nor_time(path):
     before = os.stat(path)
-    save(path.parent, seed=1)
+    save(path.parent, tiny_bert(seed=1))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert os.stat(path).st_size == before.st_size
 
 
 def exchange_for_another_file(path):
-    save(path.parent / "other", seed=1)
+    save(path.parent / "other", tiny_bert(seed=1))
     before = os.stat(path)
     os.utime(path.parent / "other" / path.name, ns=(before.st_atime_ns, before.st_mtime_ns))
     os.replace(path.parent / "other" / path.name, path)
@@ -133,10 +71,11 @@ def exchange_for_another_file(path):
     "change", [change_size_and_time, change_neither_size_nor_time, exchange_for_another_file]
 )
 def test_weights_that_change_under_the_same_path_give_new_activations(
-    folder, tmp_path, new_process, change
+    folder, tmp_path, monkeypatch, change
 ):
+    monkeypatch.setattr("skspin._model.fingerprint._YOUNG_NS", -(2**62))  # trust every file
+
     def activations(cache):
-        new_process()
         transformer = LLMActivationTransformer(folder, cache=cache, dtype="float32")
         return transformer.fit_transform(["a film"])
 
@@ -147,19 +86,185 @@ def test_weights_that_change_under_the_same_path_give_new_activations(
     np.testing.assert_array_equal(after, activations(None))
 
 
-def test_a_file_that_was_just_written_is_not_trusted_to_stay(folder, tmp_path, monkeypatch, reads):
-    monkeypatch.setattr(module, "_YOUNG_NS", 10**15)
+READ = """
+import sys
+from pathlib import Path
+import skspin._model.fingerprint as module
+from skspin import open_store
+from skspin._model.files import Source
+
+model, store, young, *calls = sys.argv[1:]
+module._YOUNG_NS = int(young)
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+counts = []
+for call in calls:
+    del opened[:]
+    name = module.fingerprint(Source(model), open_store(store) if call == "store" else None)
+    counts.append(sum(Path(path).parent == Path(model) for path in opened))
+print(*counts, name)
+"""
+OLD, YOUNG = "-4611686018427387904", "1000000000000000"
+
+
+def read(folder, store, *calls, age=OLD):
+    """Take fingerprints in a new process; return how many files each read, and the last one."""
+    command = [sys.executable, "-W", "ignore", "-c", READ, str(folder), str(store), age, *calls]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    *counts, name = run.stdout.split()
+    return [int(count) for count in counts], name
+
+
+def test_a_process_reads_a_file_once_and_a_store_knows_it_in_others(folder, tmp_path):
+    store = tmp_path / "store"
+    counts, name = read(folder, store, "alone", "alone", "store")  # the store learns what is known
+    assert counts[1:] == [0, 0] and counts[0] >= 3
+    assert read(folder, store, "alone", "store") == ([counts[0], 0], name)
+    assert read(folder, store, "store", "alone") == ([0, 0], name)
+    for path in store.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes().replace(b"a", b"b"))
+    assert read(folder, store, "store") == ([counts[0]], name)
+
+
+def test_a_file_that_was_just_written_is_not_trusted_to_stay(folder, tmp_path):
     for _ in range(2):
-        del reads[:]
-        fingerprint(Source(folder), open_store(tmp_path / "store"))
-        assert len(reads) >= 3
-    assert not list((tmp_path / "store").glob("*/cards/*"))
+        [first, second], _ = read(folder, tmp_path / "store", "store", "store", age=YOUNG)
+        assert first == second >= 3
 
 
-def test_a_damaged_memory_of_a_file_is_made_again(folder, tmp_path, new_process, reads):
-    expected = fingerprint(Source(folder), open_store(tmp_path / "store"))
-    for card in (tmp_path / "store").glob("*/cards/*"):
-        card.write_text(card.read_text().replace("a", "b"))
-    new_process()
-    with pytest.warns(UserWarning, match="made again"):
-        assert fingerprint(Source(folder), open_store(tmp_path / "store")) == expected
+def test_weights_are_not_opened_in_a_new_process_when_all_is_stored(tmp_path):
+    code = """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+from skspin import LLMActivationTransformer
+transformer = LLMActivationTransformer(sys.argv[1], cache=sys.argv[2], dtype="float32").fit(["a"])
+X = transformer.transform(["a"])
+print(sum(path.endswith("model.safetensors") for path in opened))
+print(transformer.model_fingerprint_, float(X.sum()))
+"""
+    command = [sys.executable, "-c", code, str(demo_model()), str(tmp_path)]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n", 1)
+        for _ in range(2)
+    ]
+    assert int(runs[0][0]) > 0 and runs[1] == ["0", runs[0][1]]
+
+
+def test_the_fingerprint_needs_no_torch(folder, cache):
+    code = f"""
+import sys
+from skspin._model.fingerprint import fingerprint
+from skspin._model.device import resolve_device, resolve_dtype
+from skspin._model.files import Source
+fingerprint(Source({str(folder)!r}))
+fingerprint(Source("org/tiny", model_kwargs={cache!r}))
+has_driver = resolve_device() != "cpu"
+resolve_dtype("auto", "cpu")
+assert has_driver or not {{"torch", "transformers"}} & set(sys.modules), "imported"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The hub, options, tokenizers
+
+
+def test_a_hub_models_fingerprint_is_its_commit(cache):
+    source = Source("org/tiny", model_kwargs=cache)
+    assert source.commit == COMMIT
+    assert fingerprint(source) == f"hub:org/tiny@{COMMIT}"
+    pinned = Source("org/tiny", revision=COMMIT, model_kwargs=cache)
+    assert fingerprint(pinned) == fingerprint(source)
+
+
+def test_options_that_change_no_number_are_not_in_the_fingerprint(folder):
+    plain = fingerprint(Source(folder))
+    neutral = {"attn_implementation": "eager", "device_map": "cpu", "low_cpu_mem_usage": True}
+    assert fingerprint(Source(folder, model_kwargs=neutral)) == plain
+    assert fingerprint(Source(folder, model_kwargs={"quantization_config": {"bits": 4}})) != plain
+    assert fingerprint(Source(folder, trust_remote_code=True)) != plain
+
+
+def test_the_tokenizer_and_what_it_does_are_in_the_fingerprint(model, tokenizer):
+    def with_settings(**settings):
+        other = copy.deepcopy(tokenizer)
+        for name, value in settings.items():
+            setattr(other, name, value)
+        return fingerprint(Source(model, tokenizer=other))
+
+    plain = fingerprint(Source(model, tokenizer=tokenizer))
+    assert with_settings() == plain
+    assert with_settings(padding_side="left") == plain
+    assert with_settings(truncation_side="left") != plain
+    assert with_settings(cls_token="[SEP]") != plain
+    used = copy.deepcopy(tokenizer)
+    used(["a", "a b c"], padding=True, truncation=True, max_length=4)
+    assert fingerprint(Source(model, tokenizer=used)) == plain
+    used.add_tokens(["spin"])
+    assert fingerprint(Source(model, tokenizer=used)) != plain
+
+
+def test_a_folder_of_a_tokenizer_is_named_by_its_content(folder, tmp_path, tokenizer):
+    source = Source(folder, tokenizer=save(tmp_path / "words", tokenizer))
+    assert fingerprint(source) != fingerprint(Source(folder))
+    assert len(load_backbone(source).tokenizer) == len(tokenizer)
+
+
+# Models in memory
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight[0, 0] += 1
+
+
+def change_past_the_counter(model):
+    model.encoder.layer[0].output.dense.weight.data += 1
+
+
+def replace_a_parameter(model):
+    dense = model.encoder.layer[0].output.dense
+    dense.weight = torch.nn.Parameter(dense.weight.detach() * 2)
+
+
+def change_a_setting(model):
+    model.config.hidden_act = "relu"
+
+
+@pytest.mark.parametrize(
+    "change", [change_in_place, change_past_the_counter, replace_a_parameter, change_a_setting]
+)
+def test_a_model_in_memory_is_named_by_its_parameters(model, tokenizer, change):
+    before = fingerprint(Source(model, tokenizer=tokenizer))
+    assert fingerprint(Source(copy.deepcopy(model), tokenizer=tokenizer)) == before
+    assert fingerprint(Source(model, tokenizer=tokenizer)) == before
+    change(model)
+    assert fingerprint(Source(model, tokenizer=tokenizer)) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_in_memory_has_a_fingerprint_in_every_format(model, tokenizer, dtype):
+    source = Source(model.to(dtype), tokenizer=tokenizer)
+    assert fingerprint(source) == fingerprint(source)
+
+
+def test_a_model_without_weights_is_refused(tokenizer):
+    with torch.device("meta"):
+        empty = BertModel(BertConfig(**CONFIG))
+    with pytest.raises(ValueError, match="not in memory"):
+        fingerprint(Source(empty, tokenizer=tokenizer))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
+def test_an_adapter_is_part_of_a_model(model, tokenizer):
+    peft = pytest.importorskip("peft")
+    plain = fingerprint(Source(model, tokenizer=tokenizer))
+    lora = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    source = Source(adapted := peft.get_peft_model(model, lora), tokenizer=tokenizer)
+    switched_on = fingerprint(source)
+    with adapted.disable_adapter():
+        switched_off = fingerprint(source)
+    assert len({plain, switched_on, switched_off}) == 3
+    assert fingerprint(source) == switched_on
+    assert load_backbone(source).anatomy.n_layers == 2

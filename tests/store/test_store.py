@@ -150,11 +150,11 @@ def test_values_are_kept_to_the_bit(store):
 
 
 def test_cards_are_kept_and_replaced(store):
-    assert store.get_card("shape") is None
+    assert store.get_metadata("shape") is None
     for document in ({"widths": [4, 6], "é": None}, [1.5, "\ud800"], 3):
-        store.put_card("shape", document)
-        assert store.get_card("shape") == document
-    assert store.get_card("other") is None
+        store.put_metadata("shape", document)
+        assert store.get_metadata("shape") == document
+    assert store.get_metadata("other") is None
 
 
 def test_info_counts_entries_bytes_and_models(store):
@@ -169,10 +169,10 @@ def test_info_counts_entries_bytes_and_models(store):
 
 def test_clear_forgets_everything(store):
     write(store, TEXTS, SEGMENTS)
-    store.put_card("shape", 1)
+    store.put_metadata("shape", 1)
     store.clear()
     assert not read(store, TEXTS, SEGMENTS).any()
-    assert store.get_card("shape") is None
+    assert store.get_metadata("shape") is None
     assert store.info() == StoreInfo(limit=store.limit)
     write(store, TEXTS, SEGMENTS)
     assert read(store, TEXTS, SEGMENTS).all()
@@ -230,9 +230,9 @@ def test_threads_may_share_a_store(store):
 def test_no_store_keeps_nothing():
     store = open_store(None)
     write(store, TEXTS, SEGMENTS)
-    store.put_card("shape", 1)
+    store.put_metadata("shape", 1)
     store.clear()
-    assert store.get_card("shape") is None
+    assert store.get_metadata("shape") is None
     assert not read(store, TEXTS, SEGMENTS).any()
     assert store.info() == StoreInfo()
 

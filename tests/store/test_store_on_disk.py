@@ -112,12 +112,12 @@ def test_a_torn_end_is_written_over(tmp_path):
 
 
 def test_a_damaged_card_is_missing(tmp_path):
-    as_new_process(tmp_path).put_card("shape", {"widths": [4]})
+    as_new_process(tmp_path).put_metadata("shape", {"widths": [4]})
     (path,) = tmp_path.glob("skspin-1/cards/*.json")
     for damaged in ("", "{", "[]", '{"name": "shape"}', path.read_text().replace("4", "5")):
         path.write_text(damaged)
         with pytest.warns(UserWarning, match="made again"):
-            assert as_new_process(tmp_path).get_card("shape") is None
+            assert as_new_process(tmp_path).get_metadata("shape") is None
 
 
 def test_a_card_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -130,9 +130,9 @@ def test_a_card_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
         with pytest.warns(UserWarning, match="No space left"):
-            store.put_card("a", 1)
+            store.put_metadata("a", 1)
     assert not list(cards.iterdir())
-    assert store.get_card("a") == 1  # from memory
+    assert store.get_metadata("a") == 1  # from memory
 
 
 # Folders

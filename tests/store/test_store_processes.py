@@ -10,10 +10,10 @@ from skspin._store import open_store
 
 def test_another_process_finds_what_this_one_wrote(tmp_path):
     write(open_store(tmp_path), TEXTS)
-    open_store(tmp_path).put_card("shape", {"n_layers": 3})
+    open_store(tmp_path).put_metadata("shape", {"n_layers": 3})
     code = """
 store = open_store(sys.argv[1])
-assert store.get_card("shape") == {"n_layers": 3}
+assert store.get_metadata("shape") == {"n_layers": 3}
 print(read(store, sys.argv[2:]).all())
 """
     assert finish(start(code, tmp_path, *TEXTS)) == "True\n"
@@ -39,8 +39,8 @@ mine = [f"{me} {i}" for i in range(150)]
 all_write = [f"all {i}" for i in range(150)]
 for i in range(0, 150, 5):
     write(store, mine[i : i + 5] + all_write[i : i + 5])
-    store.put_card("shape", list(range(1000)))
-    assert store.get_card("shape") == list(range(1000))
+    store.put_metadata("shape", list(range(1000)))
+    assert store.get_metadata("shape") == list(range(1000))
     assert read(store, mine[: i + 5] + all_write[: i + 5]).all()
 """
     for child in [start(code, tmp_path, me) for me in range(5)]:
@@ -67,7 +67,7 @@ for round in range(60):
         store = as_new_process(folder)
         for i in range(10**6):
             write(store, [f"{round} {i} {k}" for k in range(5)])
-            store.put_card("shape", [i] * 100)
+            store.put_metadata("shape", [i] * 100)
             done[:] = (i + 1).to_bytes(8, "little")
     while not any(done[:]):
         time.sleep(0.001)
@@ -78,7 +78,7 @@ for round in range(60):
     store = as_new_process(folder)
     assert read(store, [f"{round} {i} {k}" for i in range(n_done) for k in range(5)]).all()
     read(store, [f"{round} {n_done} {k}" for k in range(5)])
-    assert store.get_card("shape") in ([n_done - 1] * 100, [n_done] * 100)
+    assert store.get_metadata("shape") in ([n_done - 1] * 100, [n_done] * 100)
     write(store, [f"after {round}"])
 assert read(as_new_process(folder), [f"after {round}" for round in range(60)]).all()
 print(n_kills)

@@ -20,8 +20,8 @@ with warnings.catch_warnings(record=True) as caught:
     for i in range(0, 400, 10):
         write(store, texts[i : i + 10])
         assert read(store, texts[: i + 10]).all()
-    store.put_card("large", "x" * 50_000)
-    assert store.get_card("large") == "x" * 50_000
+    store.put_metadata("large", "x" * 50_000)
+    assert store.get_metadata("large") == "x" * 50_000
 (warning,) = caught
 assert "Could not write to the store" in str(warning.message), warning
 found = read(as_new_process(sys.argv[1]), texts)
@@ -43,8 +43,8 @@ with warnings.catch_warnings(record=True) as caught:
     assert store.info().entries in (0, 3)
     for _ in range(3):
         write(store, ["after"])
-        store.put_card("shape", 1)
-        assert read(store, ["after"]).all() and store.get_card("shape") == 1
+        store.put_metadata("shape", 1)
+        assert read(store, ["after"]).all() and store.get_metadata("shape") == 1
 (warning,) = caught
 assert "Could not" in str(warning.message) and sys.argv[1] in str(warning.message), warning
 """
