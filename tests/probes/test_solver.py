@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from skspin._probes.solver import solve_probes
+from skspin._probes import solve_probes
 
 TOL = 1e-3
 
