@@ -142,7 +142,7 @@ def _refuse_large(block: np.ndarray) -> None:
 def _mean_and_scale(
     block: np.ndarray, row_weights: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measure each column; one that does not vary gets a scale of 1, and so stays (nearly) 0."""
+    """Measure each column; the scale of one that does not vary is infinite, so that it is 0."""
     mean, scale = _mean_and_deviation(block, row_weights)
     # Activations that differ in their last float32 digits only do not vary: divided by so little,
     # rounding would look like signal. Nor do those of a dead neuron, so small that float32 has no
@@ -155,7 +155,7 @@ def _mean_and_scale(
         # from: GELU gives 1e-6 at -5, give or take 1e-7, and differently in every batch. What
         # varies by less than half the digits of its layer's columns is taken for that.
         varies &= scale > np.sqrt(eps) * np.median(scale[varies])
-    return mean, np.where(varies, scale, 1.0)
+    return mean, np.where(varies, scale, np.inf)
 
 
 def _mean_and_deviation(

@@ -62,7 +62,7 @@ def solve_probes(
     if mean.shape != (d,) or scale.shape != (d,) or not (scale > 0).all():
         raise ValueError(
             f"mean has shape {mean.shape} and scale {scale.shape}; both must have one value for "
-            f"each of the {d} columns, and scale only positive ones (1 for a constant column)."
+            f"each of the {d} columns, and scale only positive ones (inf leaves a column out)."
         )
     if penalty not in PENALTIES:
         raise ValueError(f"penalty={penalty!r} must be one of {sorted(PENALTIES)}.")
