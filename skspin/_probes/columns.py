@@ -242,6 +242,10 @@ class _Blas:
                 self._n_users -= 1
                 if self._n_users == 0:
                     self._limit.restore_original_limits()
+                # From threadpoolctl 3.8 on, the first thread that sets a limit is the only one that
+                # can, until it leaves a "with". The last user may be another thread.
+                with blas.limit(limits=None):
+                    pass
 
 
 @cache

@@ -1,6 +1,7 @@
 """The solver's threads leave BLAS as they found it and keep to its limits."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,6 +23,29 @@ def blas_threads():
 
 def solve(C=0.01, tol=1e-8):
     return solve_probes(X, TARGETS, C=C, tol=tol, max_iter=1000).coef
+
+
+@pytest.fixture
+def two_threads():
+    """Let BLAS have two threads, without a "with", in which only this thread may change that."""
+    before = BLAS.info()[0]["num_threads"]
+    for n_threads in (2, before):
+        setter = threading.Thread(target=BLAS.limit, kwargs={"limits": n_threads})
+        setter.start()
+        setter.join()
+        if n_threads == 2:
+            yield
+
+
+def test_blas_has_one_thread_meanwhile_and_its_own_after_the_last_of_several(two_threads):
+    solve()  # in this thread, which is still there when others begin
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            runs, meanwhile = [pool.submit(solve, C) for C in np.geomspace(0.01, 1, 5)], []
+            while not all(run.done() for run in runs):
+                meanwhile.append(blas_threads())
+            assert {1} in meanwhile
+            assert blas_threads() == {2}
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
