@@ -29,30 +29,14 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Segment:
-    """The neurons of one layer, at one site, under one pooling.
+    """The neurons of one layer, at one site, under one pooling."""
 
-    Parameters
-    ----------
-    stack : {"encoder", "decoder"} or None
-        Half of an encoder-decoder model; None for a model that has one stack.
-    layer : int
-        0 for the embeddings, i for what is found in or after block i.
-    site : str
-        Where in the layer: "hidden", "mlp" or "attention".
-    pooling : str
-        How tokens became one row.
-    width : int
-        Number of neurons that the model has here.
-    neurons : tuple of int or None
-        The neurons that have a column, ascending; None for all of them.
-    """
-
-    stack: str | None
-    layer: int
+    stack: str | None  # of an encoder-decoder model; None for a model that has one stack
+    layer: int  # 0 for the embeddings, i for what is found in or after block i
     site: str
     pooling: str
-    width: int
-    neurons: tuple[int, ...] | None = None
+    width: int  # number of neurons that the model has here
+    neurons: tuple[int, ...] | None = None  # those that have a column; None for all of them
 
     @property
     def key(self) -> str:
@@ -125,13 +109,7 @@ class Layout:
         return layers
 
     def keep(self, support: np.ndarray) -> Layout:
-        """Drop the columns where ``support`` is False, and the segments that are left empty.
-
-        Parameters
-        ----------
-        support : ndarray of shape (n_columns,), bool
-            True for columns to keep.
-        """
+        """Drop the columns where ``support`` is False, and the segments that are left empty."""
         kept = []
         for segment, columns in zip(self.segments, self.slices, strict=True):
             neurons = np.arange(segment.width) if segment.neurons is None else segment.neurons
@@ -142,10 +120,7 @@ class Layout:
 
     @classmethod
     def from_feature_names(cls, names: Sequence[Any]) -> Layout | None:
-        """Read a layout off column names; None if any of them is not an activation's name.
-
-        The width of a segment is then the least that holds its neurons.
-        """
+        """Read a layout off column names; None if any of them is not an activation's name."""
         matches = [_NAME.fullmatch(name) if isinstance(name, str) else None for name in names]
         if not matches or any(match is None for match in matches):
             return None
@@ -154,6 +129,7 @@ class Layout:
         for place, members in groupby(places, key=lambda groups: groups[:4]):
             stack, layer, site, pooling = place
             neurons = tuple(int(groups[4]) for groups in members)
+            # The width is unknown: it is at least what holds these neurons.
             bare = Segment(stack, int(layer), site, pooling, max(neurons) + 1)
             segments.append(_with_neurons(bare, neurons))
         return cls(tuple(segments))
@@ -184,14 +160,9 @@ class ActivationArray(np.ndarray):
     Choosing rows keeps the layout. Whatever may change columns or values (choosing columns,
     arithmetic, a scaler) gives an array without one, because a layout that is silently wrong is
     worse than none.
-
-    Attributes
-    ----------
-    layout : Layout or None
-        The columns, or None where they are no longer known.
     """
 
-    layout: Layout | None
+    layout: Layout | None  # None where the columns are no longer known
 
     def __new__(cls, values: np.ndarray, layout: Layout | None) -> ActivationArray:
         """View ``values`` of shape (n_texts, n_columns) as an array that carries ``layout``."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
+from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from tqdm.auto import tqdm
 
-from skspin._layout import LayerColumns, layout_of
-from skspin._model.device import usable_device
-from skspin._neuron_selection import NeuronSelection
-from skspin._probes.kept import recall_or_fit_layer_probe
-from skspin._probes.layer import LayerProbe, ProbeSettings, fit_layer_probe
-from skspin._probes.layer_sizes import find_layers
-from skspin._probes.salience import CRITERIA, SALIENCES
-from skspin._probes.targets import Targets, encode_targets, validation_rows
-from skspin._progress import follow_layers
+from skspin._layout import LayerColumns, Layout, layout_of
+from skspin._model import usable_device
+from skspin._pickling import VersionedState, pack_sparse, shallow_copy, unpack_sparse
+from skspin._probes import (
+    CRITERIA,
+    SALIENCES,
+    ProbeSettings,
+    encode_targets,
+    fit_layers,
+    validation_rows,
+)
 from skspin._sklearn import (
     CallbackSupportMixin,
     Interval,
@@ -26,9 +32,13 @@ from skspin._sklearn import (
     _fit_context,
     diagram_block,
 )
+from skspin._system import warn
+
+# One weight per neuron of the model, and under an L1 penalty nearly all of them zero.
+_MOSTLY_ZERO = ("coef_", "salience_")
 
 
-class SalientNeuronSelector(CallbackSupportMixin, NeuronSelection):
+class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState, BaseEstimator):
     """Select the neurons that sparse linear probes rely on, layer by layer.
 
     One L1-regularised logistic regression, the probe, is fitted to each layer's activations. A
@@ -231,19 +241,31 @@ class SalientNeuronSelector(CallbackSupportMixin, NeuronSelection):
             X, y = validate_data(
                 self, X, y, dtype=[np.float32, np.float64], multi_output=True, ensure_min_samples=2
             )
-        layers = find_layers(self.layer_sizes, carried, X.shape[1], self.max_layer)
-        rows: slice | np.ndarray = slice(None)
+        layers = _find_layers(self.layer_sizes, carried, X.shape[1], self.max_layer)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-            rows = np.flatnonzero(sample_weight)  # a text that weighs nothing is no text
-            if not rows.size:  # scikit-learn says so itself from 1.8 on
+            if not sample_weight.any():  # scikit-learn says so itself from 1.8 on
                 raise ValueError(
                     "sample_weight is 0 for every text, but must hold at least one non-zero number."
                     " Leave it out to weigh all texts alike."
                 )
-            y, sample_weight = y[rows], sample_weight[rows]
         targets = encode_targets(y, sample_weight, self.class_weight)
-        probes = self._fit_probes(X, y, rows, targets, layers)
+        # None is a fixed seed: another split at every fit would make every fit of a search solve
+        # its probes afresh.
+        random_state = check_random_state(0 if self.random_state is None else self.random_state)
+        validation = validation_rows(targets.strata, self.validation_fraction, random_state)
+        settings = ProbeSettings(
+            self._resolve_C(),
+            self.penalty,
+            self.standardize,
+            self.tol,
+            self.max_iter,
+            None if self.device is None else usable_device(self.device),
+            float(np.finfo(X.dtype).eps),
+        )
+        columns = (layer.columns for layer in self._follow(layers, X, y))
+        use_cache = self.cache is not None
+        probes = list(fit_layers(X, columns, targets, validation, settings, use_cache=use_cache))
 
         self.classes_ = targets.classes
         self.layer_names_ = [layer.name for layer in layers]
@@ -259,34 +281,20 @@ class SalientNeuronSelector(CallbackSupportMixin, NeuronSelection):
         self._warn_of_gaps()
         return self
 
-    def _fit_probes(
-        self,
-        X: np.ndarray,
-        y: np.ndarray,
-        rows: slice | np.ndarray,
-        targets: Targets,
-        layers: list[LayerColumns],
-    ) -> list[LayerProbe]:
-        device = None if self.device is None else usable_device(self.device)
-        settings = ProbeSettings(
-            self._resolve_C(),
-            self.penalty,
-            self.standardize,
-            self.tol,
-            self.max_iter,
-            device,
-            float(np.finfo(X.dtype).eps),
-        )
-        # A seed of our own for None: another split at every fit would make every fit of a search
-        # solve its probes afresh.
-        random_state = check_random_state(0 if self.random_state is None else self.random_state)
-        validation = validation_rows(targets.strata, self.validation_fraction, random_state)
-        fit = fit_layer_probe if self.cache is None else recall_or_fit_layer_probe
-        probes = []
-        for layer in follow_layers(layers, self, X, y, self.verbose):
-            # One layer at a time: its copy, made where the probe is new, is all that is held.
-            probes.append(fit(X[rows, layer.columns], targets, validation, settings))
-        return probes
+    def _follow(self, layers: list[LayerColumns], X: Any, y: Any) -> Iterator[LayerColumns]:
+        """Go through layers; tell a progress bar and, from scikit-learn 1.9 on, callbacks."""
+        bar = tqdm(layers, desc="probes", unit="layer", disable=not self.verbose)
+        if not hasattr(self, "_init_callback_context"):
+            yield from bar
+            return
+        fit = self._init_callback_context(max_subtasks=len(layers))
+        fit.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        for layer in bar:
+            task = fit.subcontext(task_name=layer.name)
+            task.call_on_fit_task_begin(estimator=self, X=X, y=y)
+            yield layer
+            task.call_on_fit_task_end(estimator=self, X=X, y=y)
+        fit.call_on_fit_task_end(estimator=self, X=X, y=y)
 
     def _resolve_C(self) -> tuple[float, ...]:
         values = [self.C] if isinstance(self.C, Real) else list(self.C)
@@ -301,12 +309,65 @@ class SalientNeuronSelector(CallbackSupportMixin, NeuronSelection):
             if gap > self.tol
         ]
         if behind:
-            warnings.warn(
+            warn(
                 f"Probes stopped above the relative duality gap tol={self.tol}: "
                 f"{', '.join(behind)}. Increase max_iter={self.max_iter} or tol, or lower C.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
+
+    def _select(self) -> None:
+        self.salience_ = SALIENCES[self.salience](self.coef_)
+        self.support_ = self._support_at(self.sparsity)
+        if not self.support_.any():
+            warn(
+                f"No probe puts weight on any column at C={self.C!r}, so the first column is all "
+                "that is selected. Try a larger C."
+            )
+            self.support_[self.layer_columns_[0].start] = True
+        self.n_selected_ = np.array([self.support_[taken].sum() for taken in self.layer_columns_])
+        self.sparsity_ = float(1 - self.support_.mean())
+
+    def _support_at(self, sparsity: float) -> np.ndarray:
+        """Select at another sparsity from the same probes; nothing is fitted again."""
+        keep = CRITERIA[self.criterion]
+        support = np.zeros(self.salience_.shape, dtype=bool)
+        for columns in self.layer_columns_:
+            support[columns] = keep(self.salience_[columns], sparsity)
+        return support
+
+    def _restrict_to(self, columns: np.ndarray) -> SalientNeuronSelector:
+        """Copy this selector for an input that has only some columns, all of which it selects."""
+        narrowed = shallow_copy(self)
+        for name in ("salience_", "support_", "coef_", "feature_names_in_"):
+            if hasattr(self, name):
+                setattr(narrowed, name, getattr(self, name)[..., columns])
+        ends = np.cumsum([0, *columns])
+        narrowed.layer_columns_ = [
+            slice(int(ends[layer.start]), int(ends[layer.stop])) for layer in self.layer_columns_
+        ]
+        narrowed.n_selected_ = np.array([columns[layer].sum() for layer in self.layer_columns_])
+        narrowed.n_features_in_ = int(columns.sum())
+        return narrowed
+
+    def _get_support_mask(self) -> np.ndarray:
+        check_is_fitted(self, "support_")
+        return self.support_
+
+    def _transform(self, X):
+        # scikit-learn indexes with the mask: 112 ms for 3,200 x 18,432, of which this takes 16.
+        if not isinstance(X, np.ndarray):
+            return super()._transform(X)
+        return X.take(self.get_support(indices=True), axis=1)
+
+    def __getstate__(self):
+        """Write of the probes' weights only those that are not zero."""
+        state = super().__getstate__()
+        return state | {name: pack_sparse(state[name]) for name in _MOSTLY_ZERO if name in state}
+
+    def __setstate__(self, state):
+        """Read the probes' weights back into arrays."""
+        arrays = {name: unpack_sparse(**state[name]) for name in _MOSTLY_ZERO if name in state}
+        super().__setstate__(state | arrays)
 
     def _sk_visual_block_(self):
         facts = [f"sparsity {self.sparsity}"]
@@ -320,3 +381,50 @@ class SalientNeuronSelector(CallbackSupportMixin, NeuronSelection):
         tags.target_tags.required = True
         tags.target_tags.multi_output = True
         return tags
+
+
+def _find_layers(
+    layer_sizes: str | int | Sequence[int] | None,
+    carried: Layout | None,  # what the matrix itself says
+    n_features: int,
+    max_layer: int | None,
+) -> list[LayerColumns]:
+    """List the layers whose probes are to be fitted."""
+    layout = _find_layout(layer_sizes, carried, n_features)
+    if layout.n_columns != n_features:
+        raise ValueError(
+            f"layer_sizes={layer_sizes!r} describes {layout.n_columns} columns, but X has "
+            f"{n_features}. Give the number of columns of each layer, in order."
+        )
+    layers = layout.layers()
+    chosen = [layer for layer in layers if max_layer is None or layer.layer <= max_layer]
+    if not chosen:
+        first = min(layer.layer for layer in layers)
+        raise ValueError(f"max_layer={max_layer} leaves no layer: the first in X is layer {first}.")
+    return chosen
+
+
+def _find_layout(
+    layer_sizes: str | int | Sequence[int] | None, carried: Layout | None, n_features: int
+) -> Layout:
+    if isinstance(layer_sizes, str):  # "auto"
+        if carried is not None:
+            return carried
+        warn(
+            "X carries no layers, so all its columns are taken for one layer. If X comes from "
+            "LLMActivationTransformer, pass it on as it is (a scaler in between loses the "
+            "layers: put it after the selector); otherwise say where layers are, e.g. "
+            "layer_sizes=768, or layer_sizes=None for one layer."
+        )
+    if layer_sizes is None or isinstance(layer_sizes, str):
+        return Layout.from_sizes([n_features])
+    if isinstance(layer_sizes, Integral):
+        size = int(layer_sizes)
+        return Layout.from_sizes([size] * max(1, n_features // size))
+    sizes = list(layer_sizes)  # type: ignore[arg-type]
+    if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
+        raise ValueError(
+            f"layer_sizes={layer_sizes!r} must hold one positive int per layer, the "
+            "number of its columns."
+        )
+    return Layout.from_sizes(sizes)

@@ -1,1 +1,25 @@
-"""Activations and labels in, salient neurons out."""
+"""Activations and labels in, salient neurons out.
+
+`encode_targets` makes two-sided problems of labels, `validation_rows` sets rows aside, and
+`fit_layers` fits a probe to each layer, or finds it in `probe_cache`. `SALIENCES` and `CRITERIA`
+lead from a probe's weights to the neurons worth keeping. Below them `solve_probes` solves many
+sparse logistic regressions at once. Nothing here knows a language model.
+"""
+
+from skspin._probes.layer import LayerProbe, ProbeSettings, fit_layers, probe_cache
+from skspin._probes.salience import CRITERIA, SALIENCES
+from skspin._probes.solver import solve_probes
+from skspin._probes.targets import Targets, encode_targets, validation_rows
+
+__all__ = [
+    "CRITERIA",
+    "SALIENCES",
+    "LayerProbe",
+    "ProbeSettings",
+    "Targets",
+    "encode_targets",
+    "fit_layers",
+    "probe_cache",
+    "solve_probes",
+    "validation_rows",
+]

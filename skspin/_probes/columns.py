@@ -1,13 +1,21 @@
-"""One layer's columns, standardised in passing, and the three products that probes need of them."""
+"""One layer's columns, standardised in passing, and the three products that probes need of them.
+
+Threads share the products out by rows. They take the place of BLAS's, which wait for one another at
+every small product: where other programs keep the cores busy, thousands of them wait for the
+scheduler.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
-
-from skspin._probes.threads import Threads
+from threadpoolctl import ThreadpoolController
 
 _CONVERTED = 2**20  # values converted at a time, however wide rows are: 8 MiB of float64
 
@@ -15,36 +23,22 @@ _CONVERTED = 2**20  # values converted at a time, however wide rows are: 8 MiB o
 class Columns:
     """The matrix ``Z = (X - mean) / scale``, without ever holding it.
 
-    Mean and scale are folded into the products. ``X`` is read as it lies; where the arithmetic is
-    not its own, it is converted block of rows by block of rows.
-
-    Parameters
-    ----------
-    X : ndarray of shape (n_texts, n_columns), float32
-        Raw activations.
-    mean, scale : ndarray of shape (n_columns,), float64
-        What to subtract and what to divide by.
-    dtype : {"float32", "float64"}
-        The arithmetic of the products. All that goes in and comes out is float64, save the Gram
-        matrix.
-    device : str or None
-        None for NumPy, or the torch device that holds a copy of ``X`` and multiplies.
-    threads : Threads or None
-        Share NumPy's work out by rows; None for one thread.
+    Mean and scale are folded into the products; all that goes in and comes out is float64, save the
+    Gram matrix. ``X`` is read as it lies, or converted block of rows by block of rows to ``dtype``.
     """
 
     def __init__(
         self,
-        X: np.ndarray,
-        mean: np.ndarray,
+        X: np.ndarray,  # (n_texts, n_columns), float32
+        mean: np.ndarray,  # (n_columns,), as is scale
         scale: np.ndarray,
-        dtype: str = "float32",
-        device: str | None = None,
-        threads: Threads | None = None,
+        dtype: str,
+        device: str | None,
+        threads: Threads,
     ) -> None:
         self._arrays: Any = _HostArrays(dtype) if device is None else _TorchArrays(dtype, device)
         # A device shares its work out by itself.
-        self._threads = Threads() if threads is None or device is not None else threads
+        self._threads = threads if device is None else Threads()
         self._X = self._arrays.hold(X)  # (n, d)
         self._mean, self._scale = mean, scale  # (d,)
 
@@ -72,21 +66,10 @@ class Columns:
         return (sums - residuals.sum(axis=1, keepdims=True) * self._mean) / self._scale
 
     def gram(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Compute the weighted covariance of some columns of Z, times the sum of the weights.
+        """Compute ``Z.T @ diag(weights) @ Z`` of chosen columns, less their weighted means.
 
-        Taking each column's weighted mean out of it is what an intercept does that costs nothing.
-
-        Parameters
-        ----------
-        chosen : ndarray of shape (n_chosen,), int
-            Which columns.
-        weights : ndarray of shape (n_texts,), float64
-            Weights of the rows, not negative.
-
-        Returns
-        -------
-        gram : ndarray of shape (n_chosen, n_chosen)
-            In the arithmetic of the products; not finite where it cannot hold them.
+        Taking the means out is what an intercept does that costs nothing. The result has the dtype
+        of the products; it is not finite where that cannot hold it.
         """
         arrays = self._arrays
         index = arrays.load_index(chosen)
@@ -190,3 +173,84 @@ class _TorchArrays:
     def unload(self, array: Any, keep_dtype: bool = False) -> np.ndarray:
         values = array.cpu().numpy()
         return values if keep_dtype else values.astype(np.float64)
+
+
+class Threads:
+    """Calls a function for several arguments at once, where that can pay."""
+
+    def __init__(self, n_threads: int = 1, pool: Executor | None = None) -> None:
+        self.n_threads = n_threads
+        self._pool = pool
+        self._inside = threading.local()
+
+    def map(self, function: Callable, *arguments: Iterable) -> list[Any]:
+        """Call a function for each argument, in order of results."""
+        calls = list(zip(*arguments, strict=True))
+        # Fewer arguments than threads are left to one thread, and so are calls from inside a call:
+        # the other level of the work has more of them.
+        if self._pool is None or len(calls) < self.n_threads or hasattr(self._inside, "busy"):
+            return [function(*call) for call in calls]
+
+        def run(call: tuple) -> Any:
+            self._inside.busy = True
+            return function(*call)
+
+        return list(self._pool.map(run, calls))
+
+    def split(self, n_rows: int, smallest: int) -> list[slice]:
+        """Cut rows into one stretch per thread, none much smaller than ``smallest``."""
+        n_parts = max(1, min(self.n_threads, n_rows // smallest))
+        edges = [n_rows * part // n_parts for part in range(n_parts + 1)]
+        return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@contextmanager
+def threads_in_place_of_blas() -> Iterator[Threads]:
+    """Use as many threads as BLAS would, which has one meanwhile.
+
+    Limits that joblib, threadpoolctl or the environment set are BLAS's limits and so hold here.
+    """
+    with _BLAS.limited() as n_threads:
+        if n_threads == 1:
+            yield Threads()
+            return
+        with ThreadPoolExecutor(n_threads) as pool:
+            yield Threads(n_threads, pool)
+
+
+class _Blas:
+    """Counts who wants BLAS to have one thread: its setting belongs to the whole process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_users = 0
+        self._n_threads = 1
+        self._limit: Any = None
+
+    @contextmanager
+    def limited(self) -> Iterator[int]:
+        blas = _libraries().select(user_api="blas")
+        with self._lock:
+            if self._n_users == 0:
+                self._n_threads = max((part["num_threads"] for part in blas.info()), default=1)
+                self._limit = blas.limit(limits=1)
+            self._n_users += 1
+        try:
+            yield self._n_threads
+        finally:
+            with self._lock:
+                self._n_users -= 1
+                if self._n_users == 0:
+                    self._limit.restore_original_limits()
+                # From threadpoolctl 3.8 on, the first thread that sets a limit is the only one that
+                # can, until it leaves a "with". The last user may be another thread.
+                with blas.limit(limits=None):
+                    pass
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+_BLAS = _Blas()

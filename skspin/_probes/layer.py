@@ -1,83 +1,80 @@
-"""One layer's probe: standardise its columns, choose C on validation rows, solve on all rows."""
+"""One layer's probe: standardise its columns, choose C on validation rows, solve on all rows.
+
+Solved probes are found again by a digest of everything that decides a solution, so that a search
+over sparsity, which fits the same probes to the same rows again and again, solves each once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from sklearn.utils import gen_batches
 
 from skspin._probes.solver import ProbeSolution, solve_probes
 from skspin._probes.targets import Targets
 
 _PART_BYTES = 1 << 20  # of rows in float64 at a time; they stay in a core's cache
+_DIGEST_BYTES = 1 << 18  # gathered at a time; hashed while they are in a core's cache
 _LARGEST = 1e12  # of an activation; sums of squares stay far below what float32 holds
+_ENTRY_BYTES = 400  # that a cached probe takes beside its weights
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a probe's solution depends on besides the data; sparsity is not among it.
+    """What a probe's solution depends on besides the data; sparsity is not among it."""
 
-    ``eps`` is the relative rounding of the activations, that of the number format they came in.
-    """
-
-    C: tuple[float, ...]
+    C: tuple[float, ...]  # ascending
     penalty: str
     standardize: bool
     tol: float
     max_iter: int
     device: str | None
-    eps: float = float(np.finfo(np.float32).eps)
+    eps: float  # relative rounding of the number format that the activations came in
 
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """The solution for one layer.
+    """The solution for one layer."""
 
-    Parameters
-    ----------
-    coef : ndarray of shape (n_problems, n_neurons)
-        Weights in standardised units (where the settings standardise).
-    score : float
-        Accuracy on the validation rows, when fitted on the others.
-    C : float
-        The value chosen.
-    dual_gap : float
-        The largest relative duality gap over problems.
-    n_iter : int
-        The largest number of steps over problems.
-    """
-
-    coef: np.ndarray
-    score: float
-    C: float
-    dual_gap: float
-    n_iter: int
+    coef: np.ndarray  # (n_problems, n_neurons), in standardised units where settings standardise
+    score: float  # accuracy on the validation rows, when fitted on the others
+    C: float  # the value chosen
+    dual_gap: float  # the largest over problems
+    n_iter: int  # the largest over problems
 
 
-def fit_layer_probe(
+def fit_layers(
+    X: np.ndarray,  # (n_rows, n_columns)
+    layers: Iterable[slice | np.ndarray],  # the columns of each
+    targets: Targets,
+    validation: np.ndarray,  # (n_held_out,): which rows of the targets
+    settings: ProbeSettings,
+    *,
+    use_cache: bool,
+) -> Iterator[LayerProbe]:
+    """Fit a probe to each layer, one at a time: only its columns are ever copied."""
+    fit = probe_cache.find_or_fit if use_cache else _fit_layer
+    for columns in layers:
+        # Taken by number, columns come in the memory order of rows.
+        block = X[:, columns] if isinstance(columns, slice) else X.take(columns, axis=1)
+        yield fit(block[targets.rows], targets, validation, settings)
+
+
+def _fit_layer(
     block: np.ndarray, targets: Targets, validation: np.ndarray, settings: ProbeSettings
 ) -> LayerProbe:
-    """Solve one layer's problems.
-
-    The columns' mean and scale come from all rows, validation rows included; labels do not enter
-    into them.
-
-    Parameters
-    ----------
-    block : ndarray of shape (n_texts, n_neurons)
-        The layer's activations; copied if they are not float32, or cut out of a larger array.
-    targets : Targets
-        The problems.
-    validation : ndarray of shape (n_rows,), int
-        Rows held out while C is chosen and the score is measured.
-    settings : ProbeSettings
-        How to solve.
-    """
+    """Solve the problems of one layer, whose activations ``block`` holds, (n_texts, n_neurons)."""
     with np.errstate(over="ignore"):  # what becomes infinite is refused with better words
         block = np.ascontiguousarray(block, dtype=np.float32)
     _refuse_large(block)
+    # From all rows, validation rows included: labels do not enter into them.
     mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
     if settings.standardize:
         mean, scale = _mean_and_scale(block, targets.row_weights, settings.eps)
@@ -145,7 +142,7 @@ def _refuse_large(block: np.ndarray) -> None:
 def _mean_and_scale(
     block: np.ndarray, row_weights: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measure each column; one that does not vary gets a scale of 1, and so stays (nearly) 0."""
+    """Measure each column; the scale of one that does not vary is infinite, so that it is 0."""
     mean, scale = _mean_and_deviation(block, row_weights)
     # Activations that differ in their last float32 digits only do not vary: divided by so little,
     # rounding would look like signal. Nor do those of a dead neuron, so small that float32 has no
@@ -158,17 +155,15 @@ def _mean_and_scale(
         # from: GELU gives 1e-6 at -5, give or take 1e-7, and differently in every batch. What
         # varies by less than half the digits of its layer's columns is taken for that.
         varies &= scale > np.sqrt(eps) * np.median(scale[varies])
-    return mean, np.where(varies, scale, 1.0)
+    return mean, np.where(varies, scale, np.inf)
 
 
 def _mean_and_deviation(
     block: np.ndarray, row_weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Average and standard deviation of each column, in float64.
-
-    scikit-learn's StandardScaler gives the same numbers, in more time than it takes to solve the
-    probe: it looks for missing values and corrects for rounding that two passes do not have.
-    """
+    """Average and standard deviation of each column, in float64."""
+    # StandardScaler gives the same numbers, in more time than it takes to solve the probe: it looks
+    # for missing values and corrects for rounding that two passes do not have.
     shares = row_weights / row_weights.sum()  # (n_texts,)
     parts = list(_parts(len(block), block))
     mean = sum(shares[rows] @ block[rows].astype(np.float64) for rows in parts)
@@ -178,3 +173,76 @@ def _mean_and_deviation(
         away -= mean
         variance += shares[rows] @ np.square(away, out=away)
     return mean, np.sqrt(variance)
+
+
+class _ProbeCache:
+    """Solved probes by content, up to a number of bytes; those used longest ago go first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # bytes
+        self.n_solved = 0
+        self._probes: OrderedDict[bytes, LayerProbe] = OrderedDict()
+        self.renew()
+
+    def renew(self) -> None:
+        """Make the lock and the count anew, which another thread may have held at a fork."""
+        self._lock = threading.Lock()
+        self.n_bytes = sum(_size(probe) for probe in self._probes.values())
+
+    def find_or_fit(
+        self, block: np.ndarray, targets: Targets, validation: np.ndarray, settings: ProbeSettings
+    ) -> LayerProbe:
+        """Do as `_fit_layer`, unless this process has solved the very same probe before."""
+        key = _content_of(block, targets, validation, settings)
+        with self._lock:
+            if key in self._probes:
+                self._probes.move_to_end(key)
+                return self._probes[key]
+        probe = _fit_layer(block, targets, validation, settings)
+        probe.coef.flags.writeable = False  # it is handed out again and again
+        with self._lock:
+            self.n_solved += 1
+            if key not in self._probes and _size(probe) <= self.limit:
+                self._probes[key] = probe
+                self.n_bytes += _size(probe)
+            while self.n_bytes > self.limit:
+                self.n_bytes -= _size(self._probes.popitem(last=False)[1])
+        return probe
+
+    def clear(self) -> None:
+        """Release all probes."""
+        with self._lock:
+            self._probes.clear()
+            self.n_bytes = self.n_solved = 0
+
+
+def _size(probe: LayerProbe) -> int:
+    return probe.coef.nbytes + _ENTRY_BYTES
+
+
+def _content_of(
+    block: np.ndarray, targets: Targets, validation: np.ndarray, settings: ProbeSettings
+) -> bytes:
+    arrays = (block, targets.signs, targets.weights, targets.row_weights, validation)
+    # Two targets of the same signs are scored alike only if classes exclude each other in both.
+    rest = repr((settings, targets.exclusive)).encode()
+    return xxhash.xxh3_128_digest(b"".join([*map(_array_digest, arrays), rest]))
+
+
+def _array_digest(array: np.ndarray) -> bytes:
+    """Digest shape, dtype and values of a numeric array without copying anything large."""
+    digest = xxhash.xxh3_128(f"{array.dtype.str}{array.shape}".encode())
+    if array.ndim > 1 and abs(array.strides[0]) < abs(array.strides[-1]):
+        digest.update(b"F")  # row by row, hashing would be many times slower
+        array = array.T
+    row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
+    for rows in gen_batches(len(array), max(1, _DIGEST_BYTES // max(1, row_bytes))):
+        digest.update(np.ascontiguousarray(array[rows]).reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+# Solutions are small beside the activations they stand for: 6 layers of 1,536 neurons and 77
+# classes take 6 MB.
+probe_cache = _ProbeCache(256 * 2**20)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=probe_cache.renew)

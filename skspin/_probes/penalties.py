@@ -1,8 +1,11 @@
-"""The probes' penalties: value, dual, optimality, and the quadratic problem of a Newton step."""
+"""The probes' penalties: value, dual, optimality, and the quadratic problem of a Newton step.
+
+``gradient`` is the gradient of the loss at ``coef``; both have shape (n_columns,). The quadratic is
+``gradient @ e + e @ gram @ e / 2``, e being the difference from ``start``; nothing but e is ever
+multiplied by the Gram matrix, for e is small where accuracy matters.
+"""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import numpy as np
 from scipy.linalg import cho_solve
@@ -19,43 +22,15 @@ _STEPS_A_ROUND = 20
 _SOLVES_A_ROUND = 5
 
 
-class Penalty(Protocol):
-    """A convex penalty of the weights.
-
-    ``gradient`` is the gradient of the loss at ``coef``; both have shape (n_columns,).
-    """
-
-    def value(self, coef: np.ndarray) -> float:
-        """Return the penalty of ``coef``."""
-
-    def dual(self, gradient: np.ndarray) -> tuple[float, float]:
-        """Return what share of the residuals is feasible in the dual, and its penalty there."""
-
-    def violation(self, coef: np.ndarray, gradient: np.ndarray) -> float:
-        """Return the distance from optimality, in units of the gradient."""
-
-    def working_set(self, coef: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Choose the columns that the next step may change."""
-
-    def minimise(
-        self, gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, tol: float
-    ) -> np.ndarray:
-        """Minimise the penalty plus a quadratic, to a violation of ``tol``.
-
-        The quadratic is ``gradient @ e + e @ gram @ e / 2``, e being the difference from ``start``;
-        nothing but e is ever multiplied by the Gram matrix, for e is small where accuracy matters.
-        """
-
-
 class L2:
     """``coef @ coef / 2``."""
 
     def value(self, coef: np.ndarray) -> float:
-        """Return the penalty."""
+        """Return the penalty of ``coef``."""
         return float(coef @ coef) / 2
 
     def dual(self, gradient: np.ndarray) -> tuple[float, float]:
-        """Take the residuals as they are: every one is feasible."""
+        """Say what share of the residuals is feasible in the dual: all; and the penalty there."""
         return 1.0, float(gradient @ gradient) / 2
 
     def violation(self, coef: np.ndarray, gradient: np.ndarray) -> float:
@@ -69,7 +44,7 @@ class L2:
     def minimise(
         self, gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, tol: float
     ) -> np.ndarray:
-        """Solve the normal equations."""
+        """Minimise the penalty plus a quadratic: solve the normal equations."""
         system = gram.astype(np.float64)
         system[np.diag_indices_from(system)] += 1
         return start - _solve(system, gradient + start)
@@ -79,7 +54,7 @@ class L1:
     """``abs(coef).sum()``."""
 
     def value(self, coef: np.ndarray) -> float:
-        """Return the penalty."""
+        """Return the penalty of ``coef``."""
         return float(np.abs(coef).sum())
 
     def dual(self, gradient: np.ndarray) -> tuple[float, float]:
@@ -121,15 +96,14 @@ class L1:
         return best
 
 
+Penalty = L1 | L2
 PENALTIES: dict[str, Penalty] = {"l1": L1(), "l2": L2()}
 
 
 def _step_sizes(gram: np.ndarray) -> np.ndarray:
-    """Find steps for each column that gradient steps may take together.
-
-    They are the inverse diagonal over the largest eigenvalue that the matrix has once its diagonal
-    is scaled to ones, by the power method: from above most of the time.
-    """
+    """Find the length of each column's gradient step, (k,), that all may take together."""
+    # The inverse diagonal over the largest eigenvalue that the matrix has once its diagonal is
+    # scaled to ones, by the power method: from above most of the time.
     diagonal = gram.diagonal()  # (k,)
     roots = np.sqrt(diagonal)
     v = np.linspace(1, 2, len(gram), dtype=gram.dtype)
@@ -191,10 +165,8 @@ def _value(step: np.ndarray, at: np.ndarray, slope: np.ndarray, system: np.ndarr
 def _best_zero(
     old: np.ndarray, new: np.ndarray, flipped: np.ndarray, slope: np.ndarray, system: np.ndarray
 ) -> np.ndarray:
-    """Go from ``old`` towards ``new`` until an entry is zero, the one where the value is lowest.
-
-    The first of them never lies uphill; the best lies beyond all that hardly differ from zero.
-    """
+    """Go from ``old`` towards ``new`` until an entry is zero, the one where the value is lowest."""
+    # The first of them never lies uphill; the best lies beyond all that hardly differ from zero.
     moves = new - old  # (k,)
     shares = old[flipped] / -moves[flipped]  # (n_flipped,)
     points = old + shares[:, None] * moves  # (n_flipped, k)

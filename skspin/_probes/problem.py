@@ -19,24 +19,12 @@ _FARTHEST = 1e18  # no solution has such a coefficient; float32 could not hold m
 
 @dataclass
 class Problem:
-    """A logistic regression and the best solution known.
+    """A logistic regression and the best solution known."""
 
-    Parameters
-    ----------
-    signs : ndarray of shape (n_texts,), float64
-        +1 or -1.
-    weights : ndarray of shape (n_texts,), float64
-        Weights of the rows' losses, C included.
-    penalty : Penalty
-        The penalty of the weights.
-    coef : ndarray of shape (n_columns,), float64
-        Where to start.
-    """
-
-    signs: np.ndarray
-    weights: np.ndarray
+    signs: np.ndarray  # (n_texts,): +1 or -1
+    weights: np.ndarray  # (n_texts,): weights of the rows' losses, C included
     penalty: Penalty
-    coef: np.ndarray
+    coef: np.ndarray  # (n_columns,): where to start
     intercept: float = 0.0
     n_iter: int = 0
     gap: float = np.inf
@@ -58,18 +46,9 @@ class Problem:
         return -self.signs * self.weights * self.misfit
 
     def measure(self, gradient: np.ndarray, final: bool) -> None:
-        """Measure the relative duality gap.
-
-        With the best intercept the residuals sum to zero, so that a share of them, which the
-        penalty says, is a feasible point of the dual problem.
-
-        Parameters
-        ----------
-        gradient : ndarray of shape (n_columns,)
-            The residuals' correlations with the columns.
-        final : bool
-            Whether no finer arithmetic follows, to which a slow problem might be left.
-        """
+        """Measure the relative duality gap; ``final`` says that no finer arithmetic follows."""
+        # With the best intercept the residuals sum to zero, so that a share of them, which the
+        # penalty says, is a feasible point of the dual problem.
         share, dual_penalty = self.penalty.dual(gradient)
         theta = np.clip(share * self.misfit, _TINY, 1 - 1e-16)  # (n,)
         entropy = -theta * np.log(theta) - (1 - theta) * np.log1p(-theta)  # (n,)
@@ -90,20 +69,7 @@ class Problem:
         return self.idle >= _IDLE_STEPS
 
     def direction(self, columns: Columns, gradient: np.ndarray) -> np.ndarray:
-        """Minimise the penalty plus the loss's quadratic model over a working set of columns.
-
-        Parameters
-        ----------
-        columns : Columns
-            The columns.
-        gradient : ndarray of shape (n_columns,)
-            The loss's gradient.
-
-        Returns
-        -------
-        direction : ndarray of shape (n_columns,)
-            How the minimum differs from ``coef``.
-        """
+        """Say how far from ``coef`` the loss's quadratic model has its minimum, (n_columns,)."""
         chosen = self.penalty.working_set(self.coef, gradient)
         direction = np.zeros_like(self.coef)
         gram = columns.gram(chosen, self._curvature())  # (k, k)
@@ -122,22 +88,7 @@ class Problem:
         return direction
 
     def advance(self, direction: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> bool:
-        """Go along a direction as far as the objective falls.
-
-        Parameters
-        ----------
-        direction : ndarray of shape (n_columns,)
-            Change of ``coef``.
-        change : ndarray of shape (n_texts,)
-            The change of ``scores`` that comes with it.
-        gradient : ndarray of shape (n_columns,)
-            The loss's gradient.
-
-        Returns
-        -------
-        advanced : bool
-            False where the objective does not fall.
-        """
+        """Change ``coef`` and ``scores`` as far as the objective falls; False where it does not."""
         here = self.penalty.value(self.coef)
         slope = float(gradient @ direction) + self.penalty.value(self.coef + direction) - here
         curvature = self._curvature()
@@ -164,11 +115,9 @@ class Problem:
         return float(self.weights @ (np.log1p(np.exp(-np.abs(margins))) - np.minimum(margins, 0)))
 
     def _solve_intercept(self) -> None:
-        """Balance the residuals of both sides.
-
-        Newton's method on the logarithms of the two sums, whose difference is nearly linear in the
-        intercept even where both sums vanish; bisection where that leaves the bracket.
-        """
+        """Balance the residuals of both sides."""
+        # Newton's method on the logarithms of the two sums, whose difference is nearly linear in
+        # the intercept even where both sums vanish; bisection where that leaves the bracket.
         positive = np.where(self.signs > 0, self.weights, 0)  # (n,)
         negative = self.weights - positive
         b, low, high = self.intercept, -np.inf, np.inf

@@ -1,7 +1,8 @@
 """From a probe's coefficients to the neurons worth keeping; pure functions.
 
-The rule is SPIN's [1]_: a neuron's salience is its squared weight in the layer's sparse probe, and
-a layer keeps the fewest neurons that together hold a given share of its salience.
+The rule is SPIN's [1]_: a neuron's salience, (n_neurons,), is its squared weight in the layer's
+sparse probe, and a layer keeps the fewest neurons that together hold a given share of its salience.
+A rule gives True for the neurons to keep, none where all salience is zero.
 
 References
 ----------
@@ -28,20 +29,7 @@ SALIENCES = {"squared": squared, "absolute": absolute}
 
 
 def smallest_covering_set(salience: np.ndarray, sparsity: float) -> np.ndarray:
-    """Keep the fewest neurons that together hold at least ``1 - sparsity`` of the salience.
-
-    Parameters
-    ----------
-    salience : ndarray of shape (n_neurons,)
-        Not negative.
-    sparsity : float in [0, 1)
-        The share of salience that may be lost.
-
-    Returns
-    -------
-    ndarray of shape (n_neurons,), bool
-        True for the neurons to keep; none where all salience is zero.
-    """
+    """Keep the fewest neurons that together hold at least ``1 - sparsity`` of the salience."""
     order = _by_salience(salience)
     held = np.cumsum(salience[order], dtype=np.float64)
     if held[-1] == 0:
@@ -54,20 +42,7 @@ def smallest_covering_set(salience: np.ndarray, sparsity: float) -> np.ndarray:
 
 
 def largest_share(salience: np.ndarray, sparsity: float) -> np.ndarray:
-    """Drop the given share of neurons, those with the least salience.
-
-    Parameters
-    ----------
-    salience : ndarray of shape (n_neurons,)
-        Not negative.
-    sparsity : float in [0, 1)
-        The share of neurons to drop; their number is rounded down.
-
-    Returns
-    -------
-    ndarray of shape (n_neurons,), bool
-        True for the neurons to keep; none where all salience is zero.
-    """
+    """Drop the given share of neurons, rounded down, those with the least salience."""
     if not salience.any():
         return np.zeros(salience.shape, dtype=bool)
     dropped = int(np.floor(sparsity * salience.size + 1e-9))  # 0.29 * 100 is 28.999999999999996

@@ -1,4 +1,12 @@
-"""Sparse logistic regressions, many at once on the same columns."""
+"""Sparse logistic regressions, many at once on the same columns.
+
+A proximal Newton method on working sets; the design note on probes tells its steps. Problem p
+minimises over weights w and an intercept b, which costs nothing::
+
+    C[p] * sum_i sample_weight[i, p] * log(1 + exp(-targets[i, p] * (z_i @ w + b))) + |w|_1
+
+with z_i the standardised row i, and ``w @ w / 2`` instead of ``|w|_1`` for ``penalty="l2"``.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +16,19 @@ from itertools import compress, repeat
 import numpy as np
 from numpy.typing import ArrayLike
 
-from skspin._probes.columns import Columns
+from skspin._probes.columns import Columns, Threads, threads_in_place_of_blas
 from skspin._probes.penalties import PENALTIES
 from skspin._probes.problem import Problem
-from skspin._probes.threads import Threads, own_threads
 
 
 @dataclass(frozen=True)
 class ProbeSolution:
-    """Solutions of several problems.
+    """Of each problem the best solution that was found."""
 
-    Parameters
-    ----------
-    coef : ndarray of shape (n_problems, n_columns), float64
-        Weights, in units of the standardised columns.
-    intercept : ndarray of shape (n_problems,), float64
-        Intercepts; infinite where all weight is on one side, which no finite one fits best.
-    n_iter : ndarray of shape (n_problems,), int
-        Number of Newton steps.
-    dual_gap : ndarray of shape (n_problems,), float64
-        How far, at most, the objective is above its minimum, as a share of the objective.
-    """
-
-    coef: np.ndarray
-    intercept: np.ndarray
-    n_iter: np.ndarray
-    dual_gap: np.ndarray
+    coef: np.ndarray  # (n_problems, n_columns), float64, in units of the standardised columns
+    intercept: np.ndarray  # (n_problems,); infinite where all weight is on one side
+    n_iter: np.ndarray  # (n_problems,): Newton steps
+    dual_gap: np.ndarray  # (n_problems,): at most so far above the minimum, as a share of it
 
     def split(self, n_parts: int) -> list[ProbeSolution]:
         """Cut into parts of equally many problems, in order."""
@@ -43,85 +38,22 @@ class ProbeSolution:
 
 
 def solve_probes(
-    X: np.ndarray,
-    targets: np.ndarray,
+    X: np.ndarray,  # (n_texts, n_columns), finite; not copied where it is contiguous float32
+    targets: np.ndarray,  # (n_texts, n_problems): +1 or -1
     *,
-    C: ArrayLike,
-    sample_weight: np.ndarray | None = None,
+    C: ArrayLike,  # one positive number, or (n_problems,)
+    sample_weight: np.ndarray | None = None,  # (n_texts,) or (n_texts, n_problems); folds too
     penalty: str = "l1",
-    tol: float = 1e-3,
-    max_iter: int = 100,
-    mean: np.ndarray | None = None,
+    tol: float = 1e-3,  # relative duality gap at which a problem is solved
+    max_iter: int = 100,  # Newton steps after which it is given up
+    mean: np.ndarray | None = None,  # (n_columns,): columns become (X - mean) / scale in passing
     scale: np.ndarray | None = None,
-    device: str | None = None,
+    device: str | None = None,  # of torch; gaps are measured by NumPy in float64 all the same
 ) -> ProbeSolution:
-    """Solve logistic regressions that share their columns.
+    """Solve logistic regressions that share arithmetic and nothing else.
 
-    Problem p minimises over weights w and an intercept b, which costs nothing::
-
-        C[p] * sum_i sample_weight[i, p] * log(1 + exp(-targets[i, p] * (z_i @ w + b))) + |w|_1
-
-    with z_i the standardised row i, and ``w @ w / 2`` instead of ``|w|_1`` for ``penalty="l2"``.
-    Problems share arithmetic and nothing else: each is solved as if it were alone.
-
-    Parameters
-    ----------
-    X : ndarray of shape (n_texts, n_columns)
-        One layer's activations, finite. They are copied if they are not float32, or rows do not
-        follow each other in memory; nothing else of this size is held.
-    targets : ndarray of shape (n_texts, n_problems)
-        +1 or -1.
-    C : float or array-like of shape (n_problems,)
-        Weight of the losses against the penalty; positive.
-    sample_weight : ndarray of shape (n_texts,) or (n_texts, n_problems), default=None
-        Weights of the rows, not negative; 0 leaves a row out, so that folds are weights.
-    penalty : {"l1", "l2"}, default="l1"
-        The penalty.
-    tol : float, default=1e-3
-        Relative duality gap at which a problem is solved.
-    max_iter : int, default=100
-        Newton steps after which a problem is given up.
-    mean, scale : ndarray of shape (n_columns,), default=None
-        Columns are standardised in passing, as ``(X - mean) / scale``.
-    device : str or None, default=None
-        The torch device that multiplies in float32; None for NumPy. Gaps are always measured by
-        NumPy, in float64.
-
-    Returns
-    -------
-    solution : ProbeSolution
-        Of each problem the best that was found. Nothing warns here: the caller, who knows what the
-        problems are, compares ``dual_gap`` with ``tol``.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not agree, or a value is not one of those that are allowed.
-
-    Notes
-    -----
-    A proximal Newton method on working sets [1]_ [2]_; the design note on probes tells the steps.
-
-    References
-    ----------
-    .. [1] Lee, Sun and Saunders, "Proximal Newton-type methods for minimizing composite functions",
-       SIAM Journal on Optimization 24, 2014.
-    .. [2] Massias, Vaiter, Gramfort and Salmon, "Dual extrapolation for sparse generalized linear
-       models", Journal of Machine Learning Research 21, 2020.
-
-    Examples
-    --------
-    The same rows, separated by their first column, for two values of C:
-
-    >>> import numpy as np
-    >>> from skspin._probes.solver import solve_probes
-    >>> X = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
-    >>> targets = np.where(X[:, [0, 0]] > 0, 1, -1)
-    >>> solution = solve_probes(X, targets, C=[0.02, 0.1])
-    >>> np.flatnonzero(solution.coef[0])
-    array([0])
-    >>> bool(solution.dual_gap.max() <= 1e-3)
-    True
+    Nothing warns here: the caller, who knows what the problems are, compares ``dual_gap`` to
+    ``tol``.
     """
     X = np.ascontiguousarray(X, dtype=np.float32)
     n, d = X.shape
@@ -130,7 +62,7 @@ def solve_probes(
     if mean.shape != (d,) or scale.shape != (d,) or not (scale > 0).all():
         raise ValueError(
             f"mean has shape {mean.shape} and scale {scale.shape}; both must have one value for "
-            f"each of the {d} columns, and scale only positive ones (1 for a constant column)."
+            f"each of the {d} columns, and scale only positive ones (inf leaves a column out)."
         )
     if penalty not in PENALTIES:
         raise ValueError(f"penalty={penalty!r} must be one of {sorted(PENALTIES)}.")
@@ -142,7 +74,7 @@ def solve_probes(
         problem.solve_if_one_sided()
     # First in float32, which is fast, then in float64, which is true: problems that float32 has
     # solved are measured once more and done; any others are finished there.
-    with own_threads() as threads:
+    with threads_in_place_of_blas() as threads:
         for dtype, place in (("float32", device), ("float64", None)):
             unsolved = [problem for problem in problems if problem.objective > 0]
             columns = Columns(X, mean, scale, dtype, place, threads)
@@ -188,12 +120,10 @@ def _descend(
     max_iter: int,
     final: bool,
 ) -> None:
-    """Step problems side by side until each is solved or gets no further.
-
-    They share nothing but the products with the columns, which are cheaper for many at once.
-    """
+    """Step problems side by side until each is solved or gets no further."""
     if not problems:
         return
+    # They share nothing but the products with the columns, which are cheaper for many at once.
     scores = columns.scores(np.stack([problem.coef for problem in problems]))  # (P, n)
     for problem, own in zip(problems, scores, strict=True):
         problem.scores, problem.idle = own, 0

@@ -15,30 +15,15 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 
 @dataclass(frozen=True)
 class Targets:
-    """One problem for a binary target, one per class or label for the others.
+    """One problem for a binary target, one per class or label for the others."""
 
-    Parameters
-    ----------
-    classes : ndarray of shape (n_classes,)
-        The classes, sorted; for a multilabel indicator the labels' column numbers.
-    signs : ndarray of shape (n_texts, n_problems), float32
-        +1 where a text is in the problem's class, -1 elsewhere.
-    weights : ndarray of shape (n_texts, n_problems), float64
-        Sample weight times class weight.
-    row_weights : ndarray of shape (n_texts,), float64
-        Sample weight alone: how often a text counts where classes do not matter.
-    strata : ndarray of shape (n_texts,), int
-        Texts with the same label, or the same set of labels, share a number.
-    exclusive : bool
-        Whether a text has exactly one class.
-    """
-
-    classes: np.ndarray
-    signs: np.ndarray
-    weights: np.ndarray
-    row_weights: np.ndarray
-    strata: np.ndarray
-    exclusive: bool
+    classes: np.ndarray  # (n_classes,), sorted; of a multilabel indicator the column numbers
+    rows: slice | np.ndarray  # the rows of y that weigh something; n_texts of them
+    signs: np.ndarray  # (n_texts, n_problems), float32: +1 where a text is in the class, or -1
+    weights: np.ndarray  # (n_texts, n_problems): sample weight times class weight
+    row_weights: np.ndarray  # (n_texts,): sample weight alone
+    strata: np.ndarray  # (n_texts,), int: the same for the same label, or set of labels
+    exclusive: bool  # whether a text has exactly one class
 
     @property
     def n_problems(self) -> int:
@@ -46,15 +31,7 @@ class Targets:
         return self.signs.shape[1]
 
     def score(self, decision: np.ndarray, rows: np.ndarray) -> float:
-        """Weighted accuracy of a probe on some rows; for several labels, the mean over labels.
-
-        Parameters
-        ----------
-        decision : ndarray of shape (n_rows, n_problems)
-            Decision values; several exclusive classes are decided by the largest.
-        rows : ndarray of shape (n_rows,), int
-            The rows they belong to.
-        """
+        """Weigh what decisions (n_rows, n_problems) get right; of several labels, the mean."""
         signs, weights = self.signs[rows], self.weights[rows]  # (n_rows, n_problems)
         if self.exclusive and self.n_problems > 1:
             right = decision.argmax(axis=1) == signs.argmax(axis=1)  # (n_rows,)
@@ -64,26 +41,16 @@ class Targets:
 
 
 def encode_targets(
-    y: np.ndarray,
-    sample_weight: np.ndarray | None = None,
+    y: np.ndarray,  # (n_texts,) or (n_texts, n_labels)
+    sample_weight: np.ndarray | None = None,  # (n_texts,), not negative
     class_weight: Mapping[Any, float] | list[Mapping[Any, float]] | str | None = None,
 ) -> Targets:
-    """Turn labels into problems.
-
-    Parameters
-    ----------
-    y : ndarray of shape (n_texts,) or (n_texts, n_labels)
-        Binary or multiclass labels, or a multilabel indicator.
-    sample_weight : ndarray of shape (n_texts,) or None
-        Not negative.
-    class_weight : dict, list of dict, "balanced" or None
-        As in scikit-learn; for a multilabel indicator a list has one dict per label.
-
-    Raises
-    ------
-    ValueError
-        If ``y`` is continuous or several multiclass outputs, or has fewer than two classes.
-    """
+    """Turn labels into problems; a text that weighs nothing is no text."""
+    rows: slice | np.ndarray = slice(None)
+    base = np.ones(len(y)) if sample_weight is None else sample_weight.astype(np.float64)
+    if not base.all():
+        rows = np.flatnonzero(base)
+        y, base = y[rows], base[rows]
     check_classification_targets(y)
     _check_class_weight(class_weight)
     kind = type_of_target(y)
@@ -92,13 +59,12 @@ def encode_targets(
             "y has several columns of classes; allowed are one column of classes or a multilabel "
             "indicator of zeros and ones. Fit one selector per column."
         )
-    base = np.ones(len(y)) if sample_weight is None else sample_weight.astype(np.float64)
     if kind == "multilabel-indicator":
         indicator = np.asarray(y) != 0  # (n_texts, n_labels)
         weights = _label_weights(indicator, class_weight) * base[:, None]
         strata = np.unique(indicator, axis=0, return_inverse=True)[1].reshape(-1)
         labels = np.arange(y.shape[1])
-        return Targets(labels, _signs(indicator), weights, base, strata, exclusive=False)
+        return Targets(labels, rows, _signs(indicator), weights, base, strata, exclusive=False)
 
     classes, strata = np.unique(y, return_inverse=True)
     if len(classes) < 2:
@@ -108,7 +74,7 @@ def encode_targets(
     indicator = label_binarize(strata, classes=np.arange(len(classes))) != 0
     weights = compute_sample_weight(class_weight, y) * base
     weights = np.repeat(weights[:, None], indicator.shape[1], axis=1)
-    return Targets(classes, _signs(indicator), weights, base, strata, exclusive=True)
+    return Targets(classes, rows, _signs(indicator), weights, base, strata, exclusive=True)
 
 
 def _check_class_weight(class_weight: Any) -> None:
@@ -126,8 +92,8 @@ def _signs(indicator: np.ndarray) -> np.ndarray:
 
 
 def _label_weights(indicator: np.ndarray, class_weight: Any) -> np.ndarray:
-    # scikit-learn multiplies the weights of all labels into one; each of our labels is a problem
-    # of its own and takes only its own weights.
+    # scikit-learn multiplies the weights of all labels into one; here each label is a problem by
+    # itself and takes only its own weights.
     per_label = (
         class_weight if isinstance(class_weight, list) else [class_weight] * indicator.shape[1]
     )
@@ -146,21 +112,10 @@ def _label_weights(indicator: np.ndarray, class_weight: Any) -> np.ndarray:
 def validation_rows(
     strata: np.ndarray, fraction: float, random_state: np.random.RandomState
 ) -> np.ndarray:
-    """Choose a stratified part of the rows, at least one, in ascending order.
-
-    Sorted by stratum and shuffled within, every (1 / fraction)-th row is taken: each stratum gives
-    its share to within one row however rare it is, where scikit-learn's splitters refuse strata of
-    one row.
-
-    Parameters
-    ----------
-    strata : ndarray of shape (n_rows,), int
-        Group of each row.
-    fraction : float in (0, 1)
-        Share of the rows to choose.
-    random_state : RandomState
-        Shuffles the rows.
-    """
+    """Choose a share of the rows, at least one, stratified, in ascending order."""
+    # Sorted by stratum and shuffled within, every (1 / fraction)-th row is taken: each stratum
+    # gives its share to within one row however rare it is, where scikit-learn's splitters refuse
+    # strata of one row.
     order = random_state.permutation(len(strata))
     order = order[np.argsort(strata[order], kind="stable")]
     steps = np.ceil(np.arange(len(order) + 1) * fraction)

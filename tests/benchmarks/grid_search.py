@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 
 from skspin import make_spin_pipeline, open_store
-from skspin._probes.kept import forget_probes
+from skspin._probes import probe_cache
 from skspin.datasets import demo_model
 
 SPARSITIES = np.linspace(0, 0.9, 10).tolist()
@@ -68,7 +68,7 @@ def pipeline(cache):
 def search(texts, y, cache):
     """Time a search that begins with nothing; return seconds, the heads' own, and the scores."""
     open_store().clear()
-    forget_probes()
+    probe_cache.clear()
     TimedHead.seconds = 0.0
     grid = GridSearchCV(pipeline(cache), {"select__sparsity": SPARSITIES}, cv=N_FOLDS)
     started = time.perf_counter()

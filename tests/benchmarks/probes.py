@@ -36,7 +36,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.fixes import parse_version
 
 from skspin import LLMActivationTransformer, SalientNeuronSelector
-from skspin._probes.solver import solve_probes
+from skspin._probes import solve_probes
 from skspin.datasets import demo_model
 
 TOL = 1e-3

@@ -12,8 +12,8 @@ from reports import Report
 from reviews import reviews
 from sklearn.model_selection import GridSearchCV
 
-import skspin._probes.kept as kept_probes
 from skspin import make_spin_pipeline, open_store
+from skspin._probes import probe_cache
 from skspin.datasets import demo_model
 
 N_FOLDS = 5
@@ -53,16 +53,11 @@ def passes():
 
 
 @pytest.fixture
-def n_probes(monkeypatch):
+def n_probes():
     """Count the probes that are fitted."""
-    fitted = []
-    fit = kept_probes.fit_layer_probe
-    monkeypatch.setattr(
-        kept_probes, "fit_layer_probe", lambda *args: fitted.append(len(args[0])) or fit(*args)
-    )
-    kept_probes.forget_probes()
-    yield lambda: len(fitted)
-    kept_probes.forget_probes()
+    probe_cache.clear()
+    yield lambda: probe_cache.n_solved
+    probe_cache.clear()
 
 
 def spin(cache):

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skspin._probes.salience import absolute, largest_share, smallest_covering_set, squared
+from skspin._probes import CRITERIA, SALIENCES
+
+smallest_covering_set, largest_share = CRITERIA["salience"], CRITERIA["count"]
 
 saliences = st.lists(st.floats(0, 1e6), min_size=1, max_size=8).map(np.array)
 sparsities = st.floats(0, 1, exclude_max=True)
@@ -66,5 +68,5 @@ def test_more_sparsity_never_keeps_other_neurons(salience, one, other):
 
 def test_salience_sums_over_classes():
     coef = np.array([[1.0, -2.0], [3.0, 0.0]])
-    assert squared(coef).tolist() == [10.0, 4.0]
-    assert absolute(coef).tolist() == [4.0, 2.0]
+    assert SALIENCES["squared"](coef).tolist() == [10.0, 4.0]
+    assert SALIENCES["absolute"](coef).tolist() == [4.0, 2.0]

@@ -74,6 +74,20 @@ def test_probes_are_scikit_learns_l1_logistic_regression():
     np.testing.assert_allclose(selector.coef_[:, :20], oracle.coef_, atol=2e-3)
 
 
+@pytest.mark.parametrize("shape", [(700, 300), (6, 5), (6, 40_000)])
+def test_columns_are_standardised_as_scikit_learn_does(shape):
+    rng = np.random.default_rng(0)
+    X = rng.normal(rng.normal(size=shape[1]) * 3, rng.uniform(0.1, 10, shape[1]), shape)
+    X[0] *= 100  # an outlier
+    y, weight = rng.permutation(np.arange(len(X)) % 2), rng.uniform(0.5, 2, len(X))
+    X = X.astype(np.float32)
+    Z = StandardScaler().fit(X.astype(np.float64), sample_weight=weight).transform(X)
+    selector = SalientNeuronSelector(layer_sizes=None, C=1.0, tol=1e-8, cache=None)
+    coef = selector.fit(X, y, weight).coef_
+    expected = selector.set_params(standardize=False).fit(Z, y, weight).coef_
+    np.testing.assert_allclose(coef, expected, atol=1e-3 * np.abs(expected).max())
+
+
 def test_torch_selects_what_numpy_selects():
     X, y = planted(3)
     by_numpy = SalientNeuronSelector(tol=1e-6, cache=None).fit(X, y)

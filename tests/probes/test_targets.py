@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
 
-from skspin._probes.targets import encode_targets, validation_rows
+from skspin._probes import encode_targets, validation_rows
 
 
 def test_binary_labels_make_one_problem():

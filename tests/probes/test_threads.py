@@ -1,87 +1,76 @@
-"""Threads of our own leave BLAS as they found it and keep to its limits."""
+"""The solver's threads leave BLAS as they found it and keep to its limits."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from skspin._probes.solver import solve_probes
-from skspin._probes.threads import Threads, own_threads
+from skspin._probes import solve_probes
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(3000, 30)).astype(np.float32)
+TARGETS = np.where(X[:, :3] + rng.normal(size=(3000, 3)) > 0, 1, -1)
+
+
+BLAS = ThreadpoolController().select(user_api="blas")
 
 
 def blas_threads():
-    parts = ThreadpoolController().select(user_api="blas").info()
-    return {part["filepath"]: part["num_threads"] for part in parts}
+    return {library["num_threads"] for library in BLAS.info()}
 
 
-def test_blas_has_one_thread_meanwhile_and_gets_its_own_back():
-    before = blas_threads()
-    with own_threads():
-        assert set(blas_threads().values()) <= {1}
-    assert blas_threads() == before
-
-
-def test_blas_gets_its_threads_back_after_an_error():
-    before = blas_threads()
-    with pytest.raises(RuntimeError), own_threads():
-        raise RuntimeError
-    assert blas_threads() == before
-
-
-def test_blas_gets_its_threads_back_when_the_last_of_several_is_done():
-    before = blas_threads()
-    first, second = own_threads(), own_threads()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert set(blas_threads().values()) <= {1}
-    second.__exit__(None, None, None)
-    assert blas_threads() == before
-
-
-def test_a_limit_on_blas_is_a_limit_on_us():
-    with threadpool_limits(1, user_api="blas"), own_threads() as threads:
-        assert threads.n_threads == 1
+def solve(C=0.01, tol=1e-8):
+    return solve_probes(X, TARGETS, C=C, tol=tol, max_iter=1000).coef
 
 
 @pytest.fixture
 def two_threads():
-    with threadpool_limits(2, user_api="blas"), own_threads() as threads:
-        yield threads
+    """Let BLAS have two threads, without a "with", in which only this thread may change that."""
+    before = BLAS.info()[0]["num_threads"]
+    for n_threads in (2, before):
+        setter = threading.Thread(target=BLAS.limit, kwargs={"limits": n_threads})
+        setter.start()
+        setter.join()
+        if n_threads == 2:
+            yield
 
 
-def test_results_come_in_the_order_of_arguments(two_threads):
-    assert two_threads.map(pow, range(9), [2] * 9) == [n**2 for n in range(9)]
+def test_blas_has_one_thread_meanwhile_and_its_own_after_the_last_of_several(two_threads):
+    solve()  # in this thread, which is still there when others begin
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            runs, meanwhile = [pool.submit(solve, C) for C in np.geomspace(0.01, 1, 5)], []
+            while not all(run.done() for run in runs):
+                meanwhile.append(blas_threads())
+            assert {1} in meanwhile
+            assert blas_threads() == {2}
 
 
-def test_errors_reach_the_caller(two_threads):
-    with pytest.raises(ZeroDivisionError):
-        two_threads.map(lambda n: 1 / n, [1, 0, 1])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_blas_gets_its_threads_back_after_an_error():
+    with threadpool_limits(2, user_api="blas"):
+        with pytest.raises(ValueError, match="not finite"):
+            solve_probes(np.full_like(X, np.nan), TARGETS, C=1.0)
+        assert blas_threads() == {2}
 
 
-def test_work_within_work_stays_on_its_thread(two_threads):
-    def names(_):
-        inner = two_threads.map(lambda _: threading.current_thread().name, range(4))
-        return {threading.current_thread().name, *inner}
-
-    assert all(len(found) == 1 for found in two_threads.map(names, range(4)))
-
-
-@pytest.mark.parametrize("n_rows", [0, 1, 9, 1000])
-def test_stretches_cover_all_rows_once(n_rows):
-    stretches = Threads(3).split(n_rows, smallest=5)
-    rows = [row for stretch in stretches for row in range(stretch.start, stretch.stop)]
-    assert rows == list(range(n_rows))
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_limit_on_blas_is_a_limit_here(n_threads, monkeypatch):
+    started, start = [], threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: started.append(thread) or start(thread)
+    )
+    with threadpool_limits(n_threads, user_api="blas"):
+        solve()
+    assert len(started) == (0 if n_threads == 1 else n_threads)
 
 
 def test_solutions_do_not_depend_on_the_number_of_threads():
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(3000, 30)).astype(np.float32)
-    targets = np.where(X[:, :3] + rng.normal(size=(3000, 3)) > 0, 1, -1)
     found = []
-    for n_threads in (1, 2, 4):
+    for n_threads in (1, 2, 4):  # with 2, problems and rows are both shared out
         with threadpool_limits(n_threads, user_api="blas"):
-            found.append(solve_probes(X, targets, C=0.01, tol=1e-8).coef)
+            found.append(solve())
     np.testing.assert_allclose(found[1], found[0], atol=1e-6)
     np.testing.assert_allclose(found[2], found[0], atol=1e-6)
