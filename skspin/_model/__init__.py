@@ -155,7 +155,7 @@ def _choose_layers(layers: Any, n_layers: int) -> list[int]:
     """Turn None, negative and unordered layers into ascending ones."""
     if layers is None:
         return list(range(n_layers + 1))
-    chosen = [layers] if isinstance(layers, Integral) else list(layers)
+    chosen: list[Any] = [layers] if isinstance(layers, Integral) else list(layers)
     if not chosen or not all(isinstance(layer, Integral) for layer in chosen):
         raise ValueError(f"layers={layers!r} must be None, an int or a sequence of ints.")
     for layer in chosen:

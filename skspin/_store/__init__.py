@@ -1,27 +1,26 @@
 """Activations by text, so that no text goes through a model twice.
 
-A store knows no language model: it answers for a context (a string in which the caller puts
-whatever else decides the numbers), a text and a segment.
+A store knows no language model: it answers for a key (a string in which the caller puts whatever
+else decides the numbers), a text and a layout. What it holds are chunks: some texts, one layout,
+their rows, written once. They live in memory or in a folder, and all else is the same for both.
 """
 
 from __future__ import annotations
 
 import os
 
-import numpy as np
-
-from skspin._store.base import NoStore, Store, StoreInfo
-from skspin._store.disk import DiskStore
-from skspin._store.keep import Keep
-from skspin._store.memory import MemoryStore
+from skspin._store.folder import Folder
+from skspin._store.memory import Memory
+from skspin._store.output import Output, open_output
+from skspin._store.store import Missing, Store, StoreInfo
 from skspin._system import machine_memory
 
-__all__ = ["Store", "StoreInfo", "open_store"]
+__all__ = ["Missing", "Output", "Store", "StoreInfo", "open_output", "open_store"]
 
-# One bound for everything that this process keeps in memory, whatever folder it came from.
-_ROWS: Keep[np.ndarray] = Keep(machine_memory() // 4)
-_MEMORY = MemoryStore(_ROWS)
-_FOLDERS: dict[str, DiskStore] = {}
+# One bound for everything that this process keeps in memory, whatever folder it was meant for.
+_MEMORY = Store(Memory(machine_memory() // 4))
+# By path, and whether the folder was there after it was opened.
+_FOLDERS: dict[str, tuple[Store, bool]] = {}
 
 
 def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
@@ -49,7 +48,7 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     StoreInfo(entries=0, n_bytes=0, limit=2147483648, models={})
     """
     if cache is None:
-        return NoStore()
+        return Store(Memory(0))
     if not isinstance(cache, str | os.PathLike):
         raise TypeError(f"cache={cache!r}, but it must be 'memory', a folder or None.")
     if not os.fspath(cache):
@@ -57,9 +56,9 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     if cache == "memory":
         return _MEMORY
     folder = os.path.realpath(os.path.expanduser(os.fsdecode(cache)))
-    store = _FOLDERS.get(folder)
-    if store is None or store.is_outdated:
-        front = MemoryStore(_ROWS, owner=folder)
-        front.clear()  # what was in a folder that is gone is not in the one that is made
-        store = _FOLDERS[folder] = DiskStore(folder, front)
+    store, was_there = _FOLDERS.get(folder, (None, False))
+    # Somebody may have removed the folder since, or made it where we could not.
+    if store is None or os.path.isdir(folder) != was_there:
+        store = Store(Folder(folder), _MEMORY)
+        _FOLDERS[folder] = store, os.path.isdir(folder)
     return store

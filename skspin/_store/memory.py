@@ -1,118 +1,84 @@
-"""Activations in the memory of one process."""
+"""Where chunks live: the memory of one process."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 
-from skspin._layout import Segment
-from skspin._store.base import Store, StoreInfo, as_bytes
-from skspin._store.digest import text_digest, text_digests
-from skspin._store.keep import Keep
-from skspin._store.part import Part
-from skspin._store.request import Request
-from skspin._system import return_free_memory
+from skspin._store.chunk import Chunk
+
+# Of the index: a digest, a number, and their slots in a dict. Measured by a test.
+_BYTES_PER_TEXT = 260
 
 
-class MemoryStore(Store):
-    """Activations and cards in memory.
+class Entry(NamedTuple):
+    """A chunk's size in bytes, and when it was last used."""
 
-    Parameters
-    ----------
-    keep : Keep
-        Where rows are; several stores may share its bound.
-    owner : str
-        Tells this store's rows from those of others in the same keep.
-    """
+    n_bytes: int
+    last_use: int
 
-    def __init__(self, keep: Keep[np.ndarray], owner: str = "") -> None:
-        self._keep = keep
-        self._owner = text_digest(owner)
-        self._parts: dict[str, dict[bytes, Part]] = {}
-        self._cards: dict[str, str] = {}
 
-    def read(
-        self, context: str, texts: Sequence[str], segments: Sequence[Segment], out: np.ndarray
-    ) -> np.ndarray:
-        """Fill in what is kept."""
-        request = Request.of(context, texts, segments, out)
-        self.fill(request)
-        return request.found
+class Memory:
+    """Chunks by name. Threads may share it, because each step is one operation on a dict."""
 
-    def fill(self, request: Request) -> None:
-        """Fill in what is kept and not yet found."""
-        for part in list(self._parts.get(request.context, {}).values()):
-            overlap = request.overlap(part)
-            if overlap is None:
-                continue
-            lacking = request.lacking(overlap)
-            prefix = self._owner + part.digest
-            rows = self._keep.get_many([prefix + digest for digest in request.texts_at(lacking)])
-            here = np.array([row is not None for row in rows], bool)
-            hits = [
-                (i, row) for i, row in zip(lacking.tolist(), rows, strict=True) if row is not None
-            ]
-            for source, target in overlap.copies:
-                for i, row in hits:
-                    request.out[i, target] = row[source]
-            request.mark(lacking[here], overlap)
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._records: dict[str, np.ndarray] = {}
+        self._last_use: dict[str, int] = {}
+        self._clock = count()
 
-    def write(
-        self,
-        context: str,
-        texts: Sequence[str],
-        segments: Sequence[Segment],
-        rows: np.ndarray,
-        *,
-        model: str = "",
-    ) -> None:
-        """Keep a copy of activations."""
-        self.put(Part.of(context, segments, model), text_digests(texts), rows)
+    def __str__(self) -> str:
+        """Name it to people."""
+        return "memory"
 
-    def put(self, part: Part, digests: Sequence[bytes], rows: Iterable[np.ndarray]) -> None:
-        """Keep a copy of a part's rows."""
-        self._parts.setdefault(part.context, {})[part.digest] = part
-        prefix = self._owner + part.digest
-        # Each row is an array of its own: a view would keep all rows of its call alive.
-        copies = [np.array(row, dtype=np.float32) for row in rows]
-        self._keep.put_many([prefix + digest for digest in digests], copies, part.row_bytes)
+    def make(self) -> None:
+        """Do nothing: memory is there."""
 
-    def get_metadata(self, name: str) -> Any:
-        """Return the JSON document of this name, or None."""
-        text = self._cards.get(name)
-        return None if text is None else json.loads(text)
+    def names(self) -> list[str]:
+        """List the chunks' names."""
+        return list(self._records)
 
-    def put_metadata(self, name: str, document: Any) -> None:
-        """Keep a JSON document under a name."""
-        self._cards[name] = json.dumps(document)
+    def scan(self) -> dict[str, Entry]:
+        """List all that takes room."""
+        records = list(self._records.items())
+        return {name: Entry(_size(r), self._last_use.get(name, 0)) for name, r in records}
 
-    def info(self) -> StoreInfo:
-        """Count what is kept."""
-        mine = [key for key in self._keep.keys() if key.startswith(self._owner)]
-        n_texts = Counter(key[16:32] for key in mine)  # by part
-        models: Counter[str] = Counter()
-        for parts in list(self._parts.values()):
-            for part in list(parts.values()):
-                models[part.label] += n_texts[part.digest] * len(part.keys)
-        entries = sum(models.values())
-        return StoreInfo(entries, self._keep.size_of(mine), self.limit, dict(+models))
+    def size_of(self, chunk: Chunk) -> int:
+        """Count the bytes that a chunk takes here."""
+        return _size(chunk.record)
 
-    def clear(self) -> None:
-        """Forget everything, cards too."""
-        self._keep.clear(self._owner)
-        self._parts.clear()
-        self._cards.clear()
-        return_free_memory()
+    def open(self, name: str) -> np.ndarray:
+        """Return a chunk's record."""
+        try:
+            return self._records[name]
+        except KeyError as error:
+            raise FileNotFoundError(name) from error
 
-    @property
-    def limit(self) -> int:
-        """Bound in bytes, a quarter of the machine's memory unless assigned."""
-        return self._keep.limit
+    def put(self, chunk: Chunk) -> None:
+        """Add a chunk."""
+        self._records[chunk.name] = chunk.record
 
-    @limit.setter
-    def limit(self, limit: int) -> None:
-        self._keep.limit = as_bytes(limit)
+    def remove(self, name: str) -> None:
+        """Remove a chunk, if it is there."""
+        self._records.pop(name, None)
+        self._last_use.pop(name, None)
+
+    def touch(self, chunk: Chunk) -> bool:
+        """Note that a chunk is used, and say that it is whole."""
+        self._last_use[chunk.name] = next(self._clock)
+        return True
+
+    def read_metadata(self, name: str) -> None:
+        """Find nothing: there are no other processes."""
+
+    def write_metadata(self, name: str, text: str) -> None:
+        """Do nothing: there are no other processes."""
+
+    def clear_metadata(self) -> None:
+        """Do nothing."""
+
+
+def _size(record: np.ndarray) -> int:
+    return record.nbytes + _BYTES_PER_TEXT * len(record["texts"])

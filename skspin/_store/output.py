@@ -1,43 +1,48 @@
-"""A matrix in a file, for what does not fit into memory."""
+"""The matrix that a call fills: in memory, or in a file where it is larger than memory."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import xxhash
+
+from skspin._store.chunk import text_digests
 
 
-def fill_file(
-    folder: str | os.PathLike[str],
-    shape: tuple[int, int],
-    fill: Callable[[np.ndarray], None],
-    name: Callable[[], str],
-) -> np.ndarray:
-    """Have a matrix filled that lies in a file, and map it into memory, read-only.
+class Output:
+    """A matrix (n_texts, n_columns), float32, and a digest of what it is the answer to."""
+
+    def __init__(self, matrix: np.ndarray, key: str) -> None:
+        self.matrix = matrix
+        self._digest = xxhash.xxh3_128(key.encode())
+
+    def note(self, texts: Iterable[str]) -> None:
+        """Count the next texts in to the name of the file."""
+        self._digest.update(b"".join(text_digests(texts)))
+
+    @property
+    def name(self) -> str:
+        """What to call the file: the same for the same texts in the same order, and key."""
+        return f"activations-{self._digest.hexdigest()}.npy"
+
+
+@contextmanager
+def open_output(
+    folder: str | os.PathLike[str] | None, shape: tuple[int, int], key: str
+) -> Iterator[Output]:
+    """Give a matrix to be filled; one in a folder is then mapped from its file, read-only.
 
     A file in ``folder`` is always whole: one that is being filled ends in ".part", and is removed
     if that fails (a process that is killed leaves it behind).
-
-    Parameters
-    ----------
-    folder : path
-        Where the file goes; made if it is not there.
-    shape : tuple of int
-        Rows and columns.
-    fill : callable
-        Fills the matrix that it is given.
-    name : callable
-        Names the file, after it is filled. A file of that name is replaced; who has it mapped keeps
-        the old one.
-
-    Returns
-    -------
-    ndarray of the shape, float32
-        Mapped from a file that ``numpy.load`` reads too.
     """
+    if folder is None:
+        yield Output(np.empty(shape, np.float32), key)
+        return
     if not os.fspath(folder):
         raise ValueError("output_folder='' names no folder. Give one, or None to use memory.")
     folder = Path(folder).expanduser()
@@ -53,8 +58,10 @@ def fill_file(
     try:
         with os.fdopen(handle, "r+b") as file:
             try:
-                matrix = np.lib.format.open_memmap(part, "w+", np.dtype(np.float32), shape)
-                _reserve(file.fileno(), part.stat().st_size)
+                output = Output(np.lib.format.open_memmap(part, "w+", np.float32, shape), key)
+                if hasattr(os, "posix_fallocate"):
+                    # To write to a mapping when the disk is full would end the process.
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             except OSError as error:
                 n_bytes = 4 * shape[0] * shape[1]
                 raise OSError(
@@ -63,18 +70,11 @@ def fill_file(
                     f"activations ({error.strerror}). Make room, give another folder, or ask for "
                     "fewer layers, sites or poolings",
                 ) from error
-        fill(matrix)
-        matrix.flush()
-        del matrix  # some systems rename no file that is mapped
-        whole = folder / f"activations-{name()}.npy"
-        os.replace(part, whole)
+        yield output
+        output.matrix.flush()  # type: ignore[attr-defined]
+        output.matrix = np.empty(0)  # some systems rename no file that is mapped
+        os.replace(part, folder / output.name)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    return np.load(whole, mmap_mode="r")
-
-
-def _reserve(file: int, n_bytes: int) -> None:
-    """Have the disk set room aside: writing to a mapping when it is full would end the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, n_bytes)
+    output.matrix = np.load(folder / output.name, mmap_mode="r")

@@ -1,14 +1,18 @@
-"""Laws that hold for every store; what concerns disks and processes is in test_store_on_disk.py."""
+"""Laws that hold for every store, in memory or in a folder."""
 
 import subprocess
 import sys
 import threading
+import tracemalloc
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from store_rows import activations, look_up, read, write
 
 from skspin._layout import Layout, Segment
 from skspin._store import StoreInfo, open_store
@@ -19,7 +23,9 @@ SEGMENTS = [
     for site, width in (("hidden", 4), ("mlp", 6))
     for pooling in ("mean", "max")
 ]
-TEXTS = [*(f"text {i}" for i in range(8)), "", "\0", "é", "e\u0301", "\ud800", "\udc00"]
+ALL = Layout(tuple(SEGMENTS))
+WIDE = Layout((Segment(None, 0, "hidden", "mean", 1000),))
+TEXTS = [*(f"text {i}" for i in range(8)), "", "\0", "é", "e\u0301", "\ud800", "\udc00", "a", "a "]
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -32,64 +38,51 @@ def store(request, tmp_path):
     store.limit = limit
 
 
-def activations(texts, segments, context=""):
-    """What a model would give: another number for each context, text, segment and neuron."""
-    rows = [
-        [
-            hash((context, text, s.key, neuron)) % 2**20
-            for s in segments
-            for neuron in range(s.width)
-        ]
-        for text in texts
-    ]
-    return np.array(rows, np.float32).reshape(len(texts), sum(s.width for s in segments))
+def layout_of(numbers):
+    return Layout(tuple(SEGMENTS[j] for j in numbers))
 
 
-def write(store, texts, segments, context="", **more):
-    store.write(context, texts, segments, activations(texts, segments, context), **more)
+# Looking up
 
 
-def read(store, texts, segments, context=""):
-    """Read, and check that what was found is right."""
-    layout = Layout(tuple(segments))
-    out = np.full((len(texts), layout.n_columns), np.nan, np.float32)
-    found = store.read(context, texts, segments, out)
-    expected = activations(texts, segments, context)
-    for j, columns in enumerate(layout.slices):
-        np.testing.assert_array_equal(out[found[:, j], columns], expected[found[:, j], columns])
-    return found
-
-
-def test_what_was_written_is_found_in_any_order_and_as_often_as_asked_for(store):
-    write(store, TEXTS, SEGMENTS)
+def test_what_was_stored_is_found_in_any_order_and_as_often_as_asked_for(store):
+    write(store, TEXTS, ALL)
     order = np.random.default_rng(0).integers(0, len(TEXTS), 100)
-    assert read(store, [TEXTS[i] for i in order], SEGMENTS).all()
+    assert read(store, [TEXTS[i] for i in order], ALL).all()
+
+
+def test_a_text_is_computed_once_and_fills_all_its_rows(store):
+    order = np.random.default_rng(0).integers(0, len(TEXTS), 100)
+    texts = [TEXTS[i] for i in order]
+    assert look_up(store, texts, ALL).all()  # checks that no text is asked for twice
+    assert store.info().entries == len(set(texts)) * len(SEGMENTS)
 
 
 def test_texts_that_look_alike_are_different_texts(store):
     for text in TEXTS:
-        assert not read(store, [text], SEGMENTS).any()
-        write(store, [text], SEGMENTS)
+        assert not read(store, [text], ALL).any()
+        write(store, [text], ALL)
 
 
 def test_fewer_and_reordered_segments_are_served_from_what_is_there(store):
-    write(store, TEXTS, SEGMENTS)
-    for segments in (SEGMENTS[:3], SEGMENTS[5:], SEGMENTS[::-1], SEGMENTS[1::3]):
-        assert read(store, TEXTS, segments).all()
+    write(store, TEXTS, ALL)
+    for numbers in ([0, 1, 2], [5, 6, 7], range(7, -1, -1), [1, 4, 7]):
+        assert read(store, TEXTS, layout_of(numbers)).all()
 
 
-def test_only_what_is_missing_is_reported(store):
-    write(store, TEXTS[:5], SEGMENTS[:2])
-    write(store, TEXTS[3:9], SEGMENTS[4:5])
-    expected = np.zeros((len(TEXTS), len(SEGMENTS)), bool)
-    expected[:5, :2] = True
-    expected[3:9, 4] = True
-    np.testing.assert_array_equal(read(store, TEXTS, SEGMENTS), expected)
+def test_only_what_is_missing_is_asked_for(store):
+    write(store, TEXTS[:5], layout_of([0, 1]))
+    write(store, TEXTS[3:9], layout_of([4]))
+    expected = np.ones((len(TEXTS), len(SEGMENTS)), bool)
+    expected[:5, :2] = False
+    expected[3:9, 4] = False
+    np.testing.assert_array_equal(look_up(store, TEXTS, ALL), expected)
+    assert read(store, TEXTS, ALL).all()
 
 
-def test_another_context_finds_nothing(store):
-    write(store, TEXTS, SEGMENTS, context="float32")
-    assert not read(store, TEXTS, SEGMENTS, context="bfloat16").any()
+def test_another_key_finds_nothing(store):
+    write(store, TEXTS, ALL, key="float32")
+    assert not read(store, TEXTS, ALL, key="bfloat16").any()
 
 
 @settings(
@@ -106,60 +99,92 @@ def test_another_context_finds_nothing(store):
         max_size=12,
     )
 )
-def test_a_store_behaves_as_a_set_of_contexts_texts_and_segments(store, calls):
+def test_a_store_behaves_as_a_set_of_keys_texts_and_segments(store, calls):
     store.clear()
-    written = set()
-    for is_write, context, texts, chosen in calls:
-        segments = [SEGMENTS[j] for j in chosen]
-        if is_write:
-            write(store, texts, segments, context)
-            written |= {(context, text, j) for text in texts for j in chosen}
-        else:
-            expected = [[(context, text, j) in written for j in chosen] for text in texts]
-            found = read(store, texts, segments, context)
-            np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
-    assert store.info().entries >= len(written)
+    stored = set()
+    for compute, key, texts, numbers in calls:
+        lacked = look_up(store, texts, layout_of(numbers), key, compute=compute)
+        expected = [[(key, text, j) not in stored for j in numbers] for text in texts]
+        np.testing.assert_array_equal(lacked, np.reshape(expected, lacked.shape))
+        if compute:
+            stored |= {(key, text, j) for text in texts for j in numbers}
+    assert store.info().entries == len(stored)
 
 
-def test_the_callers_array_is_copied(store):
-    rows = activations(TEXTS, SEGMENTS)
-    store.write("", TEXTS, SEGMENTS, rows)
-    rows[:] = -1
-    out = np.empty_like(rows)
-    assert store.read("", TEXTS, SEGMENTS, out).all()
-    out[:] = -2
-    assert read(store, TEXTS, SEGMENTS).all()
+def test_chosen_neurons_are_served_from_more_and_else_stored_as_they_are(store):
+    def choose(*neurons):
+        return Layout((replace(SEGMENTS[2], neurons=neurons), SEGMENTS[0]))
+
+    write(store, TEXTS[:5], layout_of([2, 0]))
+    write(store, TEXTS[5:8], choose(1, 3, 4))
+    for neurons in ((1, 3, 4), (1, 4), (3,)):
+        np.testing.assert_array_equal(
+            read(store, TEXTS[:9], choose(*neurons)).all(axis=1), [True] * 8 + [False]
+        )
+    lacked = look_up(store, TEXTS[:8], choose(1, 2), compute=False)
+    np.testing.assert_array_equal(lacked[:, 0], [False] * 5 + [True] * 3)
+    assert not lacked[:, 1].any()
+    assert not read(store, TEXTS[5:8], layout_of([2]))[:, 0].any()  # some are not all
+    # What the caller is to compute are the neurons that it wants.
+    (missing,) = store.look_up("", ["new"], choose(0, 5), np.empty((1, 6), np.float32))
+    assert missing.layout == choose(0, 5)
 
 
-def test_rows_and_out_may_be_cut_out_of_larger_arrays(store):
-    wide = np.zeros((2 * len(TEXTS), 50), np.float32)
-    wide[::2, 3:43] = activations(TEXTS, SEGMENTS)
-    store.write("", TEXTS, SEGMENTS, wide[::2, 3:43])
-    out = np.zeros((len(TEXTS), 60), np.float32)
-    for order in (np.arange(len(TEXTS)), np.arange(len(TEXTS))[::-1]):
-        assert store.read("", [TEXTS[i] for i in order], SEGMENTS, out[:, 7:47]).all()
-        np.testing.assert_array_equal(out[:, 7:47], activations(TEXTS, SEGMENTS)[order])
+def test_arrays_of_the_caller_are_copied(store):
+    out = activations(TEXTS, ALL)
+    values = out.copy()
+    for missing in store.look_up("", TEXTS, ALL, out):
+        missing.add(np.arange(len(values)), values)
+    values[:], out[:] = -1, -2
+    assert read(store, TEXTS, ALL).all()
+    look_up(store, TEXTS, ALL, out=out)
+    out[:] = -3
+    assert read(store, TEXTS, ALL).all()
+
+
+def test_out_may_be_cut_out_of_a_larger_array(store):
+    wide = np.zeros((2 * len(TEXTS), 60), np.float32)
+    look_up(store, TEXTS, ALL, out=wide[::2, 7:47])
+    look_up(store, TEXTS[::-1], ALL, compute=False, out=wide[1::2, 3:43])
+    assert not wide[:, :3].any() and not wide[:, 47:].any()
 
 
 def test_values_are_kept_to_the_bit(store):
     rows = np.array([[np.nan, -0.0, np.inf, 1e-45]], np.float32)
-    store.write("", ["a"], SEGMENTS[:1], rows)
-    out = np.zeros_like(rows)
-    store.read("", ["a"], SEGMENTS[:1], out)
-    np.testing.assert_array_equal(out.view(np.int32), rows.view(np.int32))
+    for _ in range(2):
+        out = np.zeros_like(rows)
+        for missing in store.look_up("", ["a"], layout_of([0]), out):
+            missing.add(np.array([0]), rows)
+        np.testing.assert_array_equal(out.view(np.int32), rows.view(np.int32))
 
 
-def test_cards_are_kept_and_replaced(store):
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_what_was_added_before_the_caller_fails_is_stored(store, failure):
+    out = np.empty((len(TEXTS), ALL.n_columns), np.float32)
+    with pytest.raises(failure):
+        for missing in store.look_up("", TEXTS, ALL, out):
+            for i in range(9):
+                missing.add(np.array([i]), activations(missing.texts[i : i + 1], ALL))
+            raise failure
+    np.testing.assert_array_equal(read(store, TEXTS, ALL)[:, 0], np.arange(len(TEXTS)) < 9)
+
+
+# Metadata, counts, bounds
+
+
+def test_metadata_are_kept_and_replaced(store):
     assert store.get_metadata("shape") is None
     for document in ({"widths": [4, 6], "é": None}, [1.5, "\ud800"], 3):
         store.put_metadata("shape", document)
         assert store.get_metadata("shape") == document
     assert store.get_metadata("other") is None
+    store.put_metadata("\udcff", 1)  # a name of a file may be no text
+    assert store.get_metadata("\udcff") == 1
 
 
 def test_info_counts_entries_bytes_and_models(store):
-    write(store, TEXTS[:3], SEGMENTS[:2], context="a", model="first")
-    write(store, TEXTS[:4], SEGMENTS[2:3], context="b", model="second")
+    write(store, TEXTS[:3], layout_of([0, 1]), key="a", model="first")
+    write(store, TEXTS[:4], layout_of([2]), key="b", model="second")
     info = store.info()
     assert info.entries == 10
     assert info.models == {"first": 6, "second": 4}
@@ -168,33 +193,60 @@ def test_info_counts_entries_bytes_and_models(store):
 
 
 def test_clear_forgets_everything(store):
-    write(store, TEXTS, SEGMENTS)
+    write(store, TEXTS, ALL)
     store.put_metadata("shape", 1)
     store.clear()
-    assert not read(store, TEXTS, SEGMENTS).any()
+    assert not read(store, TEXTS, ALL).any()
     assert store.get_metadata("shape") is None
     assert store.info() == StoreInfo(limit=store.limit)
-    write(store, TEXTS, SEGMENTS)
-    assert read(store, TEXTS, SEGMENTS).all()
+    write(store, TEXTS, ALL)
+    assert read(store, TEXTS, ALL).all()
 
 
 def test_a_store_stays_in_its_bound_and_keeps_what_was_used_last(store):
-    segments = [Segment(None, 0, "hidden", "mean", 1000)]
     texts = [f"text {i}" for i in range(200)]
     store.limit = 400_000
     for i, text in enumerate(texts):
-        write(store, [text], segments)
-        assert read(store, texts[:1], segments).all(), i
+        write(store, [text], WIDE)
+        assert read(store, texts[:1], WIDE).all(), i
         assert store.info().n_bytes <= store.limit
-    found = read(store, texts, segments)[:, 0]
+    found = read(store, texts, WIDE)[:, 0]
     kept = int(found.sum())
     assert kept > 50
-    assert found[0] and found[-kept + 6 :].all()
+    assert found[0] and found[-kept + 12 :].all()  # with the first are a few from its chunk
     store.limit = 100_000
-    assert store.info().n_bytes <= 100_000
+    assert 0 < store.info().n_bytes <= 100_000
     store.limit = 1000  # less than a row
-    write(store, ["one more"], segments)
+    write(store, ["one more"], WIDE)
     assert store.info().entries == 0
+
+
+@pytest.mark.parametrize("excess", [-1, 0])
+def test_the_bound_holds_to_the_byte(store, excess):
+    write(store, ["1"], WIDE)
+    one = store.info().n_bytes
+    store.clear()
+    store.limit = one + excess
+    for text in ("1", "2"):
+        write(store, [text], WIDE)
+        assert store.info().entries == (excess == 0)
+    np.testing.assert_array_equal(read(store, ["1", "2"], WIDE)[:, 0], [False, excess == 0])
+
+
+def test_what_is_larger_than_the_bound_is_not_kept_and_drives_out_nothing(store):
+    write(store, TEXTS[:4], layout_of([0]))
+    store.limit = 3000
+    write(store, ["large"], WIDE)
+    assert read(store, TEXTS[:4], layout_of([0])).all()
+    assert not read(store, ["large"], WIDE).any()
+
+
+def test_a_call_with_more_than_fits_keeps_some_of_it(store):
+    store.limit = 100_000  # 24 rows
+    texts = [f"text {i}" for i in range(100)]
+    write(store, texts, WIDE)
+    assert store.info().n_bytes <= store.limit
+    assert 12 <= read(store, texts, WIDE).sum() <= 24
 
 
 @pytest.mark.parametrize("limit", ["2GB", -1, float("inf"), float("nan"), None])
@@ -203,65 +255,119 @@ def test_a_bound_that_is_no_number_of_bytes_is_refused(store, limit):
         store.limit = limit
 
 
-def test_threads_may_share_a_store(store):
-    texts = [f"text {i}" for i in range(300)]
+@pytest.mark.parametrize("n_texts", [1, 50])
+def test_the_bytes_counted_in_memory_are_at_least_those_taken(n_texts):
+    store = open_store("memory")
+    store.clear()
+    layout = Layout((Segment(None, 0, "hidden", "mean", 384),))
+    row, out = np.zeros((n_texts, 384), np.float32), np.empty((n_texts, 384), np.float32)
+    tracemalloc.start()
+    for i in range(1000 // n_texts):
+        for missing in store.look_up("", [f"{i} {k}" for k in range(n_texts)], layout, out):
+            missing.add(np.arange(n_texts), row)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    counted = store.info().n_bytes
+    store.clear()
+    assert 0.9 * counted < taken <= counted
+
+
+# Threads
+
+
+def in_threads(*steps):
+    """Run steps in threads until one of them fails or all are done."""
     failures = []
 
-    def work(seed):
+    def run(step):
         try:
-            order = np.random.default_rng(seed).permutation(len(texts))
-            for start in range(0, len(texts), 20):
-                some = [texts[i] for i in order[start : start + 20]]
-                write(store, some, SEGMENTS)
-                assert read(store, some, SEGMENTS).all()
+            with warnings.catch_warnings():
+                step()
         except BaseException as failure:
             failures.append(failure)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=run, args=(step,)) for step in steps]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures
-    assert read(store, texts, SEGMENTS).all()
+    assert not failures, failures
+
+
+def test_threads_may_share_a_store(store):
+    texts = [f"text {i}" for i in range(300)]
+
+    def work(seed):
+        order = np.random.default_rng(seed).permutation(len(texts))
+        for start in range(0, len(texts), 6):
+            some = [texts[i] for i in order[start : start + 6]]
+            write(store, some, ALL)
+            assert read(store, some, ALL).all()
+
+    in_threads(*(lambda seed=seed: work(seed) for seed in range(4)))
+    assert read(store, texts, ALL).all()
     assert store.info().entries == len(texts) * len(SEGMENTS)
+
+
+def test_threads_read_what_is_right_while_others_make_room(store):
+    store.limit = 30 * 4300  # 30 of 100 texts
+    texts, n_found, rounds = [f"text {i}" for i in range(100)], [], 150
+
+    def work(seed, step):
+        rng = np.random.default_rng(seed)
+        for _ in range(rounds):
+            step([texts[i] for i in rng.permutation(100)[:10]])
+
+    def count_found(some):
+        n_found.append(read(store, some, WIDE).sum())  # checks the rows
+
+    steps = [lambda some: write(store, some, WIDE), count_found]
+    in_threads(*(lambda i=i: work(i, steps[i % 2]) for i in range(4)))
+    assert 0 < sum(n_found) < 10 * len(n_found)
+    assert store.info().n_bytes <= store.limit
+
+
+# Opening
 
 
 def test_no_store_keeps_nothing():
     store = open_store(None)
-    write(store, TEXTS, SEGMENTS)
+    write(store, TEXTS, ALL)
     store.put_metadata("shape", 1)
-    store.clear()
-    assert store.get_metadata("shape") is None
-    assert not read(store, TEXTS, SEGMENTS).any()
+    assert open_store(None).get_metadata("shape") is None
+    assert not read(store, TEXTS, ALL).any()
     assert store.info() == StoreInfo()
 
 
-def test_clones_share_one_store(tmp_path):
+def test_one_folder_has_one_store_however_it_is_written(tmp_path, monkeypatch):
     assert open_store("memory") is open_store("memory")
-    assert (
-        open_store(tmp_path)
-        is open_store(str(tmp_path))
-        is open_store(tmp_path / ".." / tmp_path.name)
-    )
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["real", "link", "./real/", "~/real", tmp_path / "link" / ".." / "real"]
+    assert len({id(open_store(name)) for name in names}) == 1
 
 
 @pytest.mark.parametrize("cache", [3, True, ["memory"]])
 def test_what_is_no_store_is_refused(cache):
     with pytest.raises(TypeError, match="'memory', a folder or None"):
         open_store(cache)
+    with pytest.raises(ValueError, match="names no folder"):
+        open_store("")
 
 
 def test_memory_goes_back_to_the_system():
     code = """
 import numpy as np, psutil
-from skspin._layout import Segment
+from skspin._layout import Layout, Segment
 from skspin._store import open_store
-store, segments = open_store(), [Segment(None, 0, "hidden", "mean", 2000)]
-used = psutil.Process().memory_info
+store, layout = open_store(), Layout((Segment(None, 0, "hidden", "mean", 2000),))
+out, used = np.ones((50, 2000), np.float32), psutil.Process().memory_info
 before = used().rss
 for i in range(100):
-    store.write("", [f"{i} {k}" for k in range(50)], segments, np.ones((50, 2000), np.float32))
+    for missing in store.look_up("", [f"{i} {k}" for k in range(50)], layout, out):
+        missing.add(np.arange(50), np.ones((50, 2000), np.float32))
 full = used().rss - before
 store.clear()
 assert full > 35e6 > 4 * (used().rss - before), (full, used().rss - before)

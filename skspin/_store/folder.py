@@ -1,0 +1,184 @@
+"""Where chunks live: a folder that processes share."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from contextlib import suppress
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from secrets import token_hex
+
+import numpy as np
+from numpy.lib import format as npy
+
+from skspin._store.chunk import Chunk, DamagedChunk, text_digests
+from skspin._store.memory import Entry
+from skspin._system import warn
+
+FORMAT = 2  # another version's folder lies beside ours, and neither touches the other's
+_CHUNK = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{16}){2}\.npy")
+_METADATA = re.compile(r"[0-9a-f]{32}\.json(\.[0-9a-f]{16}\.tmp)?")
+# Windows removes no file that somebody has mapped.
+_CANNOT_REMOVE = (FileNotFoundError, *([PermissionError] if os.name == "nt" else []))
+
+
+class Folder:
+    """Chunks and metadata, each a file that is written under another name and renamed whole.
+
+    So nothing is ever half written, and there is nothing to lock: whatever happens to a file while
+    it is read, its map stays. A writer that was killed leaves a ``.tmp`` file, which counts, and is
+    removed as a chunk is when room is made.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._home = self.path / f"skspin-{FORMAT}"
+        self._chunks, self._metadata = self._home / "chunks", self._home / "metadata"
+        self._latest_use = 0
+
+    def __str__(self) -> str:
+        """Name it to people."""
+        return str(self.path)
+
+    def make(self) -> None:
+        """Make the folder, readable by its owner alone, if it is not there."""
+        for folder in (self.path, self._home, self._chunks, self._metadata):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """List the names of chunks, whoever put them there."""
+        return [name for name in os.listdir(self._chunks) if _CHUNK.fullmatch(name)]
+
+    def scan(self) -> dict[str, Entry]:
+        """List all that takes room, also what is not whole."""
+        entries = {}
+        with os.scandir(self._chunks) as files:
+            for file in files:
+                if _CHUNK.fullmatch(file.name.removesuffix(".tmp")):
+                    with suppress(FileNotFoundError):  # another process has just removed it
+                        status = file.stat()
+                        entries[file.name] = Entry(status.st_size, status.st_mtime_ns)
+                        self._latest_use = max(self._latest_use, status.st_mtime_ns)
+        return entries
+
+    def size_of(self, chunk: Chunk) -> int:
+        """Count the bytes that a chunk takes here."""
+        record = chunk.record
+        is_mapped = isinstance(record, np.memmap)
+        return record.nbytes + (record.offset if is_mapped else len(_header(record.dtype)))
+
+    def open(self, name: str) -> np.ndarray:
+        """Map a chunk's record into memory."""
+        path = self._chunks / name
+        try:
+            record: np.memmap = np.load(path, mmap_mode="r", allow_pickle=False)
+            n_bytes = record.offset + record.nbytes
+        except OSError:
+            raise
+        except Exception as error:  # whatever NumPy makes of a damaged header
+            raise DamagedChunk(f"{path} is damaged") from error
+        if os.path.getsize(path) != n_bytes:
+            raise DamagedChunk(f"{path} was cut off or has grown")
+        return record
+
+    def put(self, chunk: Chunk) -> None:
+        """Write a chunk."""
+        rows = chunk.record.reshape(1).view(np.uint8).data
+        path = self._chunks / chunk.name
+        _write_whole(path, f"{chunk.name}.tmp", _header(chunk.record.dtype), rows)
+
+    def remove(self, name: str) -> None:
+        """Remove a chunk, if it is there."""
+        with suppress(*_CANNOT_REMOVE):
+            os.unlink(self._chunks / name)
+
+    def touch(self, chunk: Chunk) -> bool:
+        """Note in its file's time that a chunk is used, and say whether the file is whole.
+
+        The time is later than all others are, even if the machine's clock was set back.
+        """
+        path = self._chunks / chunk.name
+        with suppress(OSError):  # removed, or somebody else's
+            status = os.stat(path)
+            if status.st_size != self.size_of(chunk):
+                return False
+            self._latest_use = max(time.time_ns(), self._latest_use + 1, status.st_mtime_ns)
+            os.utime(path, ns=(self._latest_use, self._latest_use))
+        return True
+
+    @property
+    def limit(self) -> int:
+        """Bound in bytes, a quarter of the disk unless assigned; kept here for all processes."""
+        limit = _read_json(self._home / "limit.json", "limit")
+        return shutil.disk_usage(self.path).total // 4 if limit is None else int(limit)
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        _write_json(self._home / "limit.json", "limit", str(limit))
+
+    def read_metadata(self, name: str) -> str | None:
+        """Return a JSON text by its name; None if it is not there."""
+        return _read_json(self._metadata_path(name), name)
+
+    def write_metadata(self, name: str, text: str) -> None:
+        """Keep a JSON text under a name."""
+        _write_json(self._metadata_path(name), name, text)
+
+    def clear_metadata(self) -> None:
+        """Remove all metadata."""
+        for path in self._metadata.iterdir():
+            if _METADATA.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def _metadata_path(self, name: str) -> Path:
+        return self._metadata / f"{text_digests([name])[0].hex()}.json"
+
+
+@lru_cache(maxsize=64)
+def _header(record_type: np.dtype) -> bytes:
+    file = BytesIO()
+    description = {"descr": npy.dtype_to_descr(record_type), "fortran_order": False, "shape": ()}
+    npy.write_array_header_1_0(file, description)
+    return file.getvalue()
+
+
+def _write_whole(path: Path, temporary: str, *contents: bytes | memoryview) -> None:
+    unnamed = path.with_name(temporary)
+    try:
+        with open(unnamed, "xb") as file:
+            for content in contents:
+                file.write(content)
+        with suppress(FileNotFoundError):  # removed by another process that makes room
+            os.replace(unnamed, path)
+    except BaseException:  # a full disk, or Ctrl-C
+        with suppress(OSError):
+            os.unlink(unnamed)
+        raise
+
+
+def _write_json(path: Path, name: str, text: str) -> None:
+    record = {"name": name, "value": text, "checksum": _checksum(name, text)}
+    _write_whole(path, f"{path.name}.{token_hex(8)}.tmp", json.dumps(record).encode())
+
+
+def _read_json(path: Path, name: str) -> str | None:
+    """Return the JSON text in a file; None if there is none, or, with a warning, a damaged one."""
+    try:
+        record = json.loads(path.read_bytes())
+        if record["name"] == name and record["checksum"] == _checksum(name, record["value"]):
+            return record["value"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    warn(f"{path} is damaged. It will be made again.")
+    return None
+
+
+def _checksum(name: str, text: str) -> str:
+    return text_digests([json.dumps([name, text])])[0].hex()

@@ -1,0 +1,450 @@
+"""Look up, add, merge, evict: the one algorithm, wherever chunks live.
+
+Nobody waits for anybody. Chunks are written once and never changed, so threads and processes that
+use a store at once can at worst keep something twice, or compute it twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count, repeat
+from numbers import Real
+from secrets import token_hex
+from typing import Any
+
+import numpy as np
+
+from skspin._layout import Layout
+from skspin._store.chunk import (
+    About,
+    Chunk,
+    Common,
+    DamagedChunk,
+    find_common,
+    merge,
+    name_of_key,
+    pieces,
+    text_digests,
+)
+from skspin._store.folder import Folder
+from skspin._store.memory import Memory
+from skspin._system import return_free_memory, warn
+
+_WAITING_BYTES = 1 << 24  # of rows, at most, that wait to be written
+_SHARE = 20  # writing takes at most one part in so many of a call's time
+_CHUNKS_IN_LIMIT = 16  # room is made by whole chunks, so this is how finely
+_MERGED_AT_ONCE = 16  # chunks of about one size
+_MOST_MERGED = 1 << 26  # bytes of a merged chunk, so that merging never takes long
+_SMALL_BYTES = 1 << 16  # of a chunk that is not read back from its file to be mapped
+_ROW = (1 << 32) - 1  # a text's position is its row, and above these bits its chunk's number
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store holds.
+
+    Parameters
+    ----------
+    entries : int
+        Number of activations kept: one for each text, layer, site and pooling.
+    n_bytes : int
+        Bytes that they take.
+    limit : int
+        Bound in bytes. What was used longest ago makes room for what is new.
+    models : dict of str to int
+        Entries by the name of the model that they come from.
+    """
+
+    entries: int = 0
+    n_bytes: int = 0
+    limit: int = 0
+    models: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """Distinct texts and their rows in the caller's array, which are filled as far as is found."""
+
+    about: About
+    layout: Layout
+    digests: list[bytes]
+    rows: np.ndarray  # (n_texts,), int
+    out: np.ndarray  # (n_rows, n_columns), float32
+    found: np.ndarray  # (n_texts, n_segments), bool
+
+
+class Missing:
+    """Distinct texts that lack the same columns, for the caller to compute."""
+
+    def __init__(self, store: Store, texts: Sequence[str], request: _Request, lacks: np.ndarray):
+        members = np.flatnonzero((request.found != lacks).all(axis=1))
+        segments = np.flatnonzero(lacks).tolist()
+        self.layout = Layout(tuple(request.layout.segments[i] for i in segments))
+        self._rows = request.rows[members]
+        self.texts = [texts[row] for row in self._rows.tolist()]
+        self._digests = [request.digests[i] for i in members.tolist()]
+        self._about = About.of(request.about.key, self.layout, request.about.model)
+        self._store, self._out = store, request.out
+        self._copies = [(slice(None), slice(None))]  # from columns computed to columns asked for
+        if not lacks.all():
+            targets = (request.layout.slices[i] for i in segments)
+            self._copies = list(zip(self.layout.slices, targets, strict=True))
+        self._waiting: list[int] = []  # positions of texts whose rows are not stored yet
+        self._written, self._took = time.monotonic(), 0.0
+
+    def add(self, positions: np.ndarray, values: np.ndarray) -> None:
+        """Take rows (k, n_columns) of the texts at ``positions`` (k,), to fill in and to store."""
+        rows = self._rows[positions]
+        for source, target in self._copies:
+            self._out[rows, target] = values[:, source]
+        self._waiting.extend(positions.tolist())
+        # A quick model gets few large chunks, and what a slow one computed is stored at once.
+        is_due = time.monotonic() - self._written >= _SHARE * self._took
+        if is_due or len(self._waiting) * values[:1].nbytes >= _WAITING_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Store what waits."""
+        if self._waiting:
+            begun = time.monotonic()
+            chunk = Chunk.blank(self._about, [self._digests[i] for i in self._waiting])
+            rows = self._rows[self._waiting]
+            for source, target in self._copies:
+                chunk.rows[:, source] = self._out[rows, target]
+            self._store.add(chunk.seal())
+            self._waiting.clear()
+            self._written = time.monotonic()
+            self._took = self._written - begun
+
+
+class Store:
+    """Activations by key, text and layout; and metadata, small JSON documents by name.
+
+    Threads may share a store, and processes a folder. Whatever goes wrong with a folder, the caller
+    gets on: there is one warning, nothing more is written there, nor read if reading failed, and
+    memory is used in its place.
+    """
+
+    def __init__(self, place: Memory | Folder, memory: Store | None = None) -> None:
+        self._place = place
+        self._memory = memory
+        self._metadata: dict[str, str] = {}
+        self._count = count()
+        self._chunks: dict[int, Chunk] = {}
+        self._opened: set[str] = set()  # names
+        self._abouts: dict[str, About] = {}  # by how the names of their chunks begin,
+        self._positions: dict[str, dict[bytes, int]] = defaultdict(dict)  # and so their texts
+        self._reads = self._writes = True
+        with self._surviving("make"):
+            place.make()
+
+    @contextmanager
+    def _surviving(self, action: str) -> Iterator[None]:
+        """Go on without the folder, or without writing to it, if ``action`` fails."""
+        try:
+            yield
+        except OSError as error:
+            is_first = self._reads and self._writes
+            self._writes = False
+            self._reads = self._reads and action == "write to"
+            if is_first:
+                warn(
+                    f"Could not {action} the store in {self._place}: {error}. Going on without it: "
+                    "results stay the same, but activations may have to be computed again. Make "
+                    "room or grant access, or pass another folder as `cache`."
+                )
+
+    # Looking up
+
+    def look_up(
+        self, key: str, texts: Sequence[str], layout: Layout, out: np.ndarray, *, model: str = ""
+    ) -> Iterator[Missing]:
+        """Fill ``out`` with what is stored, and yield what is missing, to be added.
+
+        Parameters
+        ----------
+        key : str
+            Everything but text and column that decides the numbers.
+        texts : sequence of str, length n_texts
+            In any order, with or without repetitions.
+        layout : Layout
+            The columns of ``out``.
+        out : ndarray of shape (n_texts, n_columns), float32
+            Complete when the iteration has ended, if all that was missing was added.
+        model : str, default=""
+            The name under which `info` counts what is added; decides nothing else.
+        """
+        digests = text_digests(texts)
+        n_texts = len(digests)
+        first = dict(zip(reversed(digests), range(n_texts - 1, -1, -1), strict=True))  # its row
+        rows = np.sort(np.fromiter(first.values(), np.int64, len(first)))
+        distinct = [digests[row] for row in rows.tolist()]
+        found = np.zeros((len(rows), len(layout.segments)), bool)
+        request = _Request(About.of(key, layout, model), layout, distinct, rows, out, found)
+        self._fill(request)
+        lacking = ~found[~found.all(axis=1)]
+        all_alike = (lacking == lacking[:1]).all()  # as most often, which is quick to see
+        for lacks in lacking[:1] if all_alike else np.unique(lacking, axis=0):
+            missing = Missing(self, texts, request, lacks)
+            try:
+                yield missing
+            finally:  # also when the caller fails or is interrupted
+                missing.flush()
+        if len(first) < n_texts:
+            source = np.array([first[digest] for digest in digests])
+            again = np.flatnonzero(source != np.arange(n_texts))
+            for piece in pieces(len(again), 4 * layout.n_columns):
+                out[again[piece]] = out[source[again[piece]]]
+
+    def _fill(self, request: _Request) -> None:
+        """Fill in what is here and was not found yet."""
+        key = name_of_key(request.about.key)
+        if self._reads:
+            with self._surviving("read"):
+                self._refresh(key)
+        # What another thread merges meanwhile is found where it was, or else in a chunk yet newer.
+        chunks = dict(self._chunks)
+        # First where all columns may be.
+        for name in sorted(self._names(key), key=lambda name: name != request.about.name):
+            common = find_common(self._abouts[name], request.about)
+            lacking = np.flatnonzero(~request.found[:, common.asked].all(axis=1))
+            digests = (request.digests[i] for i in lacking.tolist())
+            found = map(self._positions[name].get, digests, repeat(-1))
+            positions = np.fromiter(found, np.int64, len(lacking))
+            order = np.argsort(positions, kind="stable")
+            order = order[np.count_nonzero(positions < 0) :]
+            positions, lacking = positions[order], lacking[order]
+            numbers = positions >> 32
+            starts = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
+            for start, end in zip(starts, [*starts[1:], None], strict=False):
+                number = int(numbers[start])
+                chunk = chunks.get(number) or self._chunks.get(number)
+                if chunk is not None and self._is_whole(chunk):
+                    rows = positions[start:end] & _ROW
+                    self._copy(chunk, rows, request, lacking[start:end], common)
+        if self._memory is not None and not (self._reads and self._writes):
+            self._memory._fill(request)
+
+    def _names(self, key: str) -> list[str]:
+        return [name for name in list(self._abouts) if name.startswith(key)]
+
+    def _copy(
+        self, chunk: Chunk, rows: np.ndarray, request: _Request, texts: np.ndarray, common: Common
+    ) -> None:
+        """Copy rows of a chunk to where they are asked for."""
+        sound = np.empty(len(rows), bool)
+        parts = pieces(len(rows), chunk.row_bytes)
+        buffer = np.empty((len(rows[parts[0]]), chunk.rows.shape[1]), "<f4")
+        for part in parts:
+            values, targets = buffer[: len(rows[part])], request.rows[texts[part]]
+            sound[part] = good = chunk.take(rows[part], values)
+            if not good.all():  # nothing damaged is copied over what was found before
+                values, targets = values[good], targets[good]
+            for source, target in common.copies:
+                request.out[targets, target] = values[:, source]
+        request.found[texts[sound][:, None], common.asked] = True
+        if not sound.all():
+            damaged = [request.digests[i] for i in texts[~sound].tolist()]
+            _warn(f"The activations of {len(damaged)} texts in {self._place} are damaged")
+            for digest in damaged:
+                self._positions[chunk.about.name].pop(digest, None)
+            if self._writes:
+                with self._surviving("write to"):
+                    self._replace([chunk], self.limit)
+
+    # What is there
+
+    def _refresh(self, key: str = "") -> None:
+        """Learn which chunks there are, and open those whose names begin with ``key``."""
+        for attempt in range(5):
+            known = list(self._opened)
+            names = set(self._place.names())
+            new = [n for n in names if n.startswith(key) and n not in self._opened]
+            gone = [name for name in known if name not in names]
+            # If another process was just merging chunks, then what it made of them is there now.
+            if all([self._open(name) for name in new]) and (attempt or not gone):
+                break
+        for name in gone:
+            self._forget(name)
+
+    def _open(self, name: str) -> bool:
+        """Open a chunk; False if it has just been removed."""
+        try:
+            self._learn(Chunk(self._place.open(name), name))
+        except FileNotFoundError:
+            return False
+        except DamagedChunk as error:
+            self._give_up(name, error)
+        return True
+
+    def _learn(self, chunk: Chunk) -> None:
+        start = next(self._count) << 32
+        positions = zip(chunk.digests, range(start, start + len(chunk.digests)), strict=True)
+        # Another thread may look a text up at any moment, so its chunk is there before it is.
+        self._chunks[start >> 32] = chunk
+        self._abouts[chunk.about.name] = chunk.about
+        self._positions[chunk.about.name].update(positions)
+        self._opened.add(chunk.name)  # Ctrl-C may come at any moment, so this is last
+
+    def _is_whole(self, chunk: Chunk) -> bool:
+        """Note that a chunk is used, unless its file was cut off under the map."""
+        if self._place.touch(chunk):
+            return True
+        self._forget(chunk.name)
+        self._give_up(chunk.name, f"{chunk.name} in {self._place} was cut off")
+        return False
+
+    def _give_up(self, name: str, trouble: object) -> None:
+        """Warn of a file that is of no use, remove it if possible, and never open it again."""
+        _warn(trouble)
+        self._opened.add(name)
+        if self._writes:
+            with self._surviving("write to"):
+                self._place.remove(name)
+
+    def _forget(self, name: str) -> None:
+        """Forget a chunk that is no longer there."""
+        self._opened.discard(name)
+        for number, chunk in list(self._chunks.items()):
+            if chunk.name == name:
+                positions = self._positions[chunk.about.name]
+                for position, digest in enumerate(chunk.digests, number << 32):
+                    if positions.get(digest) == position:
+                        positions.pop(digest, None)
+                self._chunks.pop(number, None)
+
+    # Adding
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep a chunk: in the folder, or if that can't be written to, in memory."""
+        if self._writes:
+            with self._surviving("write to"):
+                limit = self.limit
+                for part in chunk.cut(limit // _CHUNKS_IN_LIMIT):
+                    self._put(part, limit)
+                self._merge_small(chunk.about.name, limit)
+                return
+        if self._memory is not None:
+            self._memory.add(chunk)
+
+    def _put(self, chunk: Chunk, limit: int) -> None:
+        n_bytes = self._place.size_of(chunk)
+        if n_bytes <= limit:
+            self._make_room(n_bytes, limit)
+            chunk.name = f"{chunk.about.name}{token_hex(8)}.npy"
+            self._place.put(chunk)
+            self._place.touch(chunk)
+            if chunk.record.nbytes <= _SMALL_BYTES:
+                self._learn(chunk)
+            else:  # from now on the system decides how long its rows stay in memory
+                self._open(chunk.name)
+
+    def _make_room(self, n_bytes: int, limit: int) -> None:
+        """Remove what was used longest ago until ``n_bytes`` more fit into ``limit``."""
+        entries = self._place.scan()
+        free = limit - sum(entry.n_bytes for entry in entries.values())
+        for name in sorted(entries, key=lambda name: entries[name].last_use):
+            if free >= n_bytes:
+                break
+            self._forget(name)
+            self._place.remove(name)
+            free += entries[name].n_bytes
+
+    def _merge_small(self, about: str, limit: int) -> None:
+        """Merge chunks of one key and layout where there are many of about one size."""
+        most = min(limit // _CHUNKS_IN_LIMIT, _MOST_MERGED)
+        alike: defaultdict[int, list[Chunk]] = defaultdict(list)
+        for chunk in list(self._chunks.values()):
+            if chunk.about.name == about and chunk.record.nbytes <= most // 2:
+                alike[chunk.record.nbytes.bit_length() // 4].append(chunk)
+        for chunks in alike.values():
+            if len(chunks) >= _MERGED_AT_ONCE:
+                chunks.sort(key=lambda chunk: chunk.record.nbytes)
+                n_fit = int(np.searchsorted(np.cumsum([c.record.nbytes for c in chunks]), most))
+                self._replace(chunks[: max(2, n_fit)], limit)
+
+    def _replace(self, chunks: Sequence[Chunk], limit: int) -> None:
+        """Write the sound rows of some chunks as one, and remove those."""
+        merged = merge(chunks)
+        if merged is not None:
+            self._put(merged, limit)
+        for chunk in chunks:
+            self._forget(chunk.name)
+            self._place.remove(chunk.name)
+
+    # What people ask
+
+    @property
+    def limit(self) -> int:
+        """Bound in bytes, a quarter of the machine's memory or of the disk. Assign to change it."""
+        return self._place.limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        if not isinstance(limit, Real) or not 0 <= limit < math.inf:
+            raise ValueError(
+                f"limit={limit!r}, but it must be a number of bytes that is not negative, e.g. "
+                "2 * 1024**3."
+            )
+        self._place.limit = int(limit)
+        self._make_room(0, int(limit))
+
+    def info(self) -> StoreInfo:
+        """Count what is kept."""
+        if self._reads:
+            with self._surviving("read"):
+                self._refresh()
+                n_bytes = sum(entry.n_bytes for entry in self._place.scan().values())
+                models: Counter[str] = Counter()
+                for name in self._names(""):
+                    positions = np.array(list(self._positions[name].values()), np.int64)
+                    numbers, n_texts = np.unique(positions >> 32, return_counts=True)
+                    for number, n in zip(numbers.tolist(), n_texts.tolist(), strict=True):
+                        about = self._chunks[number].about
+                        models[about.model or about.key] += n * len(about.segments)
+                return StoreInfo(sum(models.values()), n_bytes, self.limit, dict(models))
+        return StoreInfo()
+
+    def clear(self) -> None:
+        """Forget everything, metadata too, for all processes, and give the space back."""
+        self._metadata.clear()
+        if self._reads:
+            for name in self._place.scan():
+                self._place.remove(name)
+            self._place.clear_metadata()
+            self._refresh()
+        if self._memory is not None and not self._writes:
+            self._memory.clear()
+        return_free_memory()
+
+    def get_metadata(self, name: str) -> Any:
+        """Return the JSON document of this name, or None."""
+        text = self._metadata.get(name)
+        if text is None and self._reads:
+            with self._surviving("read"):
+                text = self._place.read_metadata(name)
+        if text is None:
+            return None
+        self._metadata[name] = text
+        return json.loads(text)
+
+    def put_metadata(self, name: str, document: Any) -> None:
+        """Keep a JSON document under a name; a later one replaces it.
+
+        Other processes may go on with the one that they have read, so a name should say enough for
+        its document never to change.
+        """
+        self._metadata[name] = text = json.dumps(document)
+        if self._writes:
+            with self._surviving("write to"):
+                self._place.write_metadata(name, text)
+
+
+def _warn(trouble: object) -> None:
+    warn(f"{trouble}; what is missing will be computed again.")
