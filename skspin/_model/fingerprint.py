@@ -114,7 +114,10 @@ def _place_fingerprint(place: Place, pickled: bool, cards: Cards | None) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    return value.to_dict() if hasattr(value, "to_dict") else repr(value)
+    value = value.to_dict() if hasattr(value, "to_dict") else value
+    if isinstance(value, dict):  # a configuration and what it writes of itself are the same
+        return {str(name): _as_json(one) for name, one in value.items()}
+    return value if isinstance(value, str) else repr(value)
 
 
 def digest_folder(folder: Path, pickled: bool, cards: Cards | None) -> str:
