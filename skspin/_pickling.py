@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from copy import deepcopy
 from pathlib import PurePath
@@ -74,6 +75,7 @@ class ModelSharingEstimator(VersionedState, BaseEstimator):
 
     model: Any
     tokenizer: Any
+    model_kwargs: Any
 
     @property
     def _model_name(self) -> str:
@@ -104,10 +106,16 @@ class ModelSharingEstimator(VersionedState, BaseEstimator):
         return twin
 
     def __getstate__(self):
-        """Leave a model in memory out of the pickle."""
-        state = super().__getstate__()
+        """Leave a model in memory out of the pickle, and types of torch's as far as it can."""
+        state = dict(super().__getstate__())
         if not isinstance(self.model, str | os.PathLike | DetachedModel):
-            state = {**state, "model": DetachedModel(type(self.model).__name__)}
+            state["model"] = DetachedModel(type(self.model).__name__)
+        options = self.model_kwargs or {}
+        config = options.get("quantization_config")
+        if config is not None and hasattr(config, "to_dict"):
+            # Transformers takes the dict as well, and skops can't write a torch.dtype.
+            plain = json.loads(json.dumps(config.to_dict()))
+            state["model_kwargs"] = {**options, "quantization_config": plain}
         return state
 
 

@@ -156,8 +156,8 @@ def only_step(estimator: Any, kind: type[_Step]) -> _Step:
     if len(found) != 1:
         advice = instead_of(estimator) or " Pass the one that is meant."
         raise ValueError(
-            f"{type(estimator).__name__} has {len(found)} steps that are a {kind.__name__}, but "
-            f"one is needed.{advice}"
+            f"{type(estimator).__name__} has {len(found)} steps of type {kind.__name__}, but one "
+            f"is needed.{advice}"
         )
     return found[0]
 

@@ -64,15 +64,16 @@ def prune(pipeline):
         ``best_estimator_`` of a search. The transformer may be inside a
         :class:`~sklearn.compose.ColumnTransformer` or a :class:`~sklearn.pipeline.FeatureUnion`.
         Steps in between that treat each column by itself (such as
-        :class:`~sklearn.preprocessing.StandardScaler`) are narrowed, others stay whole. Columns to
-        which a linear classifier gives no weight in any class, as under an L1 penalty, are left out
-        as well.
+        :class:`~sklearn.preprocessing.StandardScaler`) are narrowed, others stay whole, and those
+        that act in ``fit`` only, such as samplers, do not count. Columns to which a linear
+        classifier gives no weight in any class, as under an L1 penalty, are left out as well.
+        Pipeline and steps may be inside a :class:`~sklearn.frozen.FrozenEstimator`.
 
     Returns
     -------
     pruned : Pipeline
         A new fitted pipeline with the same steps, of which the selector selects all that is left
-        (one of another kind than :class:`SalientNeuronSelector` is inside a step that does so). It
+        (a step of another kind that was narrowed is inside one that gives what is left of it). It
         shares the language model, and fitted parts that did not change, with ``pipeline``, which is
         left as it was. Fitting it again does what fitting ``pipeline`` does, from all layers on;
         only the members of a FeatureUnion that were of no use have become "drop" for good.
@@ -80,7 +81,7 @@ def prune(pipeline):
     Raises
     ------
     TypeError
-        If ``pipeline`` is no Pipeline.
+        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If it has no activation transformer, or needs all columns of one.
     NotFittedError

@@ -122,12 +122,10 @@ def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:
 def _first_paragraphs(path: Path) -> list[str]:
     module = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
     nodes: list[ast.Module | ast.ClassDef | ast.FunctionDef] = [module]
-    for node in _public(module.body):
-        nodes.append(node)
-        if isinstance(node, ast.ClassDef):
-            nodes += [
-                member for member in _public(node.body) if isinstance(member, ast.FunctionDef)
-            ]
+    for definition in _public(module.body):
+        nodes.append(definition)
+        if isinstance(definition, ast.ClassDef):
+            nodes += [m for m in _public(definition.body) if isinstance(m, ast.FunctionDef)]
     paragraphs = []
     for node in nodes:
         docstring = ast.get_docstring(node) or ""

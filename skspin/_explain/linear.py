@@ -12,7 +12,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_selection import SelectorMixin
-from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multiclass import OneVsOneClassifier, OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
 from sklearn.svm import SVC, NuSVC
@@ -178,11 +178,11 @@ def _why_not(head: Any) -> str:
             f"{name} averages probabilities, which are no sums over tokens. Explain a pipeline "
             "that ends in a classifier inside it: calibrated_classifiers_[0].estimator."
         )
-    if isinstance(head, SVC | NuSVC) and head.kernel == "linear":
+    if isinstance(head, OneVsOneClassifier) or getattr(head, "kernel", None) == "linear":
         return (
-            f"{name} with {len(head.classes_)} classes takes the votes of all pairs of classes, "
-            f"which are no sums over tokens. Use OneVsRestClassifier({name}(kernel='linear')) or "
-            "LinearSVC, which have a decision value for each class."
+            f"{name} with {len(head.classes_)} classes takes the votes of pairs of classes, which "
+            "are no sums over tokens. Use OneVsRestClassifier around a linear classifier, or "
+            "LinearSVC: they have a decision value for each class."
         )
     return (
         f"{name} is not linear in its columns, so its decisions are no sum over tokens. Use a "

@@ -43,7 +43,8 @@ class TokenExplanation:
         What no token adds.
     classes : ndarray of shape (n_classes,)
         The classifier's classes. Two classes share one decision value, which is in favour of the
-        second.
+        second. For a :class:`~sklearn.multioutput.MultiOutputClassifier` the numbers of its outputs
+        or, where one has more than two classes, pairs of output and class.
 
     Examples
     --------
@@ -222,10 +223,15 @@ def explain_tokens(pipeline, texts):
         Fitted: an :class:`LLMActivationTransformer`, steps that are linear in the columns
         (selectors; :class:`~sklearn.preprocessing.StandardScaler` and other scalers;
         :class:`~sklearn.decomposition.PCA`), and a linear classifier, such as
-        :class:`~sklearn.linear_model.LogisticRegression`, :class:`~sklearn.svm.LinearSVC`, or
-        :class:`~sklearn.multiclass.OneVsRestClassifier` around one. A pruned pipeline will do.
+        :class:`~sklearn.linear_model.LogisticRegression`, :class:`~sklearn.svm.LinearSVC`,
+        :class:`~sklearn.discriminant_analysis.LinearDiscriminantAnalysis`,
+        :class:`~sklearn.svm.SVC` with ``kernel="linear"`` and two classes (with more it takes
+        votes), or :class:`~sklearn.multiclass.OneVsRestClassifier` or
+        :class:`~sklearn.multioutput.MultiOutputClassifier` around one. A pruned or a frozen
+        pipeline will do. Steps that act in ``fit`` only, such as samplers, do not count.
     texts : list, tuple, array, Series or one-column frame of str
-        The texts to explain. They go through the model once more, as tokens are not stored.
+        The texts to explain. They go through the model once more, as tokens are not stored. Steps
+        ahead of the activations change them first, and the tokens are of what the model reads.
 
     Returns
     -------
@@ -234,6 +240,8 @@ def explain_tokens(pipeline, texts):
 
     Raises
     ------
+    TypeError
+        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If the classifier or a step is not linear, or the tokenizer does not tell where in the text
         its tokens are.

@@ -45,7 +45,7 @@ def fingerprint(source: Source, store: Store | None = None) -> str:
     else:
         model = _files_fingerprint(source.files, pickled, store)
     extras = {
-        name: value.to_dict() if hasattr(value, "to_dict") else repr(value)
+        name: _as_json(value)
         for name, value in source.options.items()
         if name not in NEUTRAL_OPTIONS
     }
@@ -63,6 +63,13 @@ def _files_fingerprint(files: Files, pickled: bool, store: Store | None) -> str:
         return f"folder:{_digest_folder(Path(files.name, files.subfolder), pickled, store)}"
     within = f"/{files.subfolder}" if files.subfolder else ""
     return f"hub:{files.name}{within}@{files.commit}"
+
+
+def _as_json(value: Any) -> Any:
+    value = value.to_dict() if hasattr(value, "to_dict") else value
+    if isinstance(value, dict):  # a configuration and what it writes of itself are the same
+        return {str(name): _as_json(one) for name, one in value.items()}
+    return value if isinstance(value, str) else repr(value)
 
 
 def _digest_folder(folder: Path, pickled: bool, store: Store | None) -> str:

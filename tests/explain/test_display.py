@@ -7,11 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import loguniform
+from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
-from sklearn.pipeline import Pipeline
+from sklearn.pipeline import FeatureUnion, Pipeline
 
 from skspin import (
     LayerSalienceDisplay,
@@ -67,6 +69,19 @@ def test_layers_are_drawn_with_their_scores_and_counts(selector):
     assert display.ax_.get_ylabel() and display.count_ax_.get_ylabel()
     assert display.count_ax_.get_xlabel() == "layer"
     assert display.ax_.get_legend() is None  # one curve needs no name
+
+
+def test_the_selector_is_found_in_a_pipeline(data):
+    whole = spin().fit(*data)
+    columns = ColumnTransformer([("all", spin()[:1], slice(0, 60))]).fit(*data)
+    for fitted in (whole, FrozenEstimator(whole), columns, Pipeline([("one", whole)])):
+        display = LayerSalienceDisplay.from_estimator(fitted)
+        np.testing.assert_array_equal(display.layer_scores, whole["select"].layer_scores_)
+    two = FeatureUnion([("one", whole[0]), ("two", whole[0])])
+    with pytest.raises(ValueError, match="FeatureUnion has 2 steps of type Salient.*Pass the one"):
+        LayerSalienceDisplay.from_estimator(two)
+    with pytest.raises(ValueError, match="LogisticRegression has 0 steps of type Salient"):
+        LayerSalienceDisplay.from_estimator(whole["classify"])
 
 
 def test_sites_and_stacks_are_told_apart_by_more_than_colour():
@@ -233,9 +248,16 @@ def test_axes_without_a_place_in_a_grid_are_refused(selector):
         LayerSalienceDisplay.from_estimator(selector, ax=ax)
 
 
-def test_what_is_not_fitted_is_refused():
-    with pytest.raises(NotFittedError):
-        LayerSalienceDisplay.from_estimator(SalientNeuronSelector())
+def test_what_is_not_fitted_or_no_search_is_refused(data, search):
+    for unfitted in (SalientNeuronSelector(), spin(), clone(search)):
+        with pytest.raises(NotFittedError):
+            LayerSalienceDisplay.from_estimator(unfitted)
+    with pytest.raises(ValueError, match="GridSearchCV has 0 steps.*Pass its best_estimator_"):
+        LayerSalienceDisplay.from_estimator(search)
+    with pytest.raises(
+        TypeError, match="search is a Pipeline, but from_search takes.*GridSearchCV"
+    ):
+        SparsityPathDisplay.from_search(search.best_estimator_)
     with pytest.raises(NotFittedError):
         SparsityPathDisplay.from_search(GridSearchCV(spin(), {"select__sparsity": SPARSITY}))
 

@@ -267,13 +267,17 @@ def test_pruning_twice_changes_nothing(data):
     assert_same_predictions(prune(once), once, test)
 
 
-def test_the_best_of_a_search_is_pruned_and_the_search_is_refused(data):
-    train, test, y_train, _ = data
-    grid = {"salientneuronselector__sparsity": [0.4, 0.8]}
-    search = GridSearchCV(spin(), grid, cv=2).fit(train, y_train)
-    assert_same_predictions(prune(search.best_estimator_), search, test)
-    with pytest.raises(TypeError, match="GridSearchCV.*Pass its best_estimator_"):
+def test_a_search_is_refused_before_its_fit_too():
+    search = GridSearchCV(spin(), {"salientneuronselector__sparsity": [0.4, 0.8]}, cv=2)
+    with pytest.raises(TypeError, match="GridSearchCV.*Pass its best_estimator_, after a fit"):
         prune(search)
+
+
+def test_frames_asked_for_after_pruning_leave_the_fitted_pipeline_alone(data):
+    train, test, y_train, _ = data
+    whole = spin(StandardScaler()).set_output(transform="default").fit(train, y_train)
+    prune(whole).set_output(transform="pandas")
+    assert isinstance(whole[:-1].transform(test), np.ndarray)
 
 
 def test_what_can_not_be_pruned_is_refused_with_the_reason(data):

@@ -4,11 +4,13 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import skops.io
 import torch
+from sklearn.base import clone
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import InconsistentVersionWarning
 from sklearn.feature_selection import SelectFromModel
@@ -17,7 +19,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, BitsAndBytesConfig
 
 import skspin
 from skspin import (
@@ -171,6 +173,53 @@ def test_the_list_of_trusted_types_is_complete_and_no_longer_than_needed(savable
     for estimator in savable:
         found.update(skops.io.get_untrusted_types(data=skops.io.dumps(estimator)))
     assert sorted(found) == TRUSTED_TYPES
+
+
+DOCUMENTED = [
+    *[("layers", value) for value in (range(3), range(0, -3, -1), np.arange(2), [0, -1], (1,), 1)],
+    *[("layers", value) for value in (np.int64(1), [np.int64(0), np.int64(2)])],
+    ("site", ("hidden", "mlp")),
+    ("site", ["hidden"]),
+    ("pooling", ("mean", "max")),
+    ("pooling", np.array(["mean", "last"]).tolist()),
+    ("stack", ("encoder",)),
+    ("prompt", "Review: {text} Good?"),
+    ("device", ["cpu"]),
+    ("device", ("cpu", "cpu")),
+    ("batch_tokens", np.int64(512)),
+    *[("cache", value) for value in (None, Path("store"), "store")],
+    ("output_folder", Path("output")),
+    ("model_kwargs", {"attn_implementation": "eager", "device_map": "cpu", "token": False}),
+    ("model_kwargs", {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}),
+    *[("C", value) for value in ([3.0, 10.0], (3, 10), np.array([3.0, 10.0]), np.float64(10))],
+    *[("layer_sizes", value) for value in (48, [24, 24], np.array([16, 32]), range(48, 49), None)],
+    *[("class_weight", value) for value in ("balanced", {0: 1, 1: 2.5}, {np.int64(1): 2.0})],
+    *[("sparsity", value) for value in (np.float64(0.5), np.float32(0.5))],
+    ("max_layer", np.int64(0)),
+    ("max_layer", range(1, 7)[0]),
+    ("random_state", np.random.RandomState(0)),
+    ("device", None),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), DOCUMENTED, ids=str)
+def test_skops_loads_every_value_that_a_parameter_may_have(name, value, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    if name in LLMActivationTransformer().get_params():
+        estimator, X = LLMActivationTransformer(folder, **{name: value}), TEXTS
+    else:
+        estimator = SalientNeuronSelector(**{"C": 10.0, "layer_sizes": 24, name: value})
+        X = LLMActivationTransformer(folder, layers=range(3)).fit_transform(TEXTS)
+    unfitted = skops.io.loads(skops.io.dumps(estimator), trusted=TRUSTED_TYPES)
+    expected, given = estimator.get_params()[name], unfitted.get_params()[name]
+    if name == "random_state":
+        assert given.randint(9999) == clone(estimator).random_state.randint(9999)
+    elif "quantization_config" not in str(value):
+        assert type(given) is type(expected) and np.array_equal(given, expected)
+    fitted = estimator.fit(X, LABELS)
+    loaded = skops.io.loads(skops.io.dumps(fitted), trusted=TRUSTED_TYPES)
+    for one in (loaded, clone(loaded).fit(X, LABELS), unfitted.fit(X, LABELS)):
+        np.testing.assert_array_equal(one.transform(X), fitted.transform(X))
 
 
 @pytest.mark.parametrize(
