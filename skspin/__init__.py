@@ -14,7 +14,7 @@ from skspin._selector import SalientNeuronSelector
 from skspin._show_versions import show_versions
 from skspin._store import open_store
 from skspin._transformer import LLMActivationTransformer
-from skspin._version import __version__
+from skspin._version import __version__ as __version__
 
 __all__ = [
     "LLMActivationTransformer",
@@ -24,7 +24,6 @@ __all__ = [
     "SparsityPathDisplay",
     "TRUSTED_TYPES",
     "TokenContributionDisplay",
-    "__version__",
     "explain_neurons",
     "explain_tokens",
     "make_spin_pipeline",

@@ -21,10 +21,10 @@ from statistics import median
 
 import numpy as np
 from record import write_record
+from skspin._store.digest import array_digest
 
 from skspin._layout import Segment
 from skspin._store import open_store
-from skspin._store.digest import array_digest
 
 TEXTS = [f"a text that is about as long as a sentence of a film review, {i}" for i in range(9613)]
 SEGMENTS = [Segment(None, layer, "hidden", "mean", 384) for layer in range(7)]

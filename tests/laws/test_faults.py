@@ -169,7 +169,7 @@ def test_a_store_removed_in_use_costs_a_warning_and_no_row(tiny, tmp_path):
 
 def test_a_process_that_is_killed_is_resumed_where_it_was(folder, tmp_path):
     code = """
-        import os, signal, sys, numpy as np
+        import os, signal, sys, time, numpy as np
         from skspin import LLMActivationTransformer
         from skspin._model import batches
         texts = [f"text {i} " + "word " * (i % 20) for i in range(60)]
@@ -180,6 +180,7 @@ def test_a_process_that_is_killed_is_resumed_where_it_was(folder, tmp_path):
             if sum(n_computed) > most:
                 os.kill(os.getpid(), signal.SIGKILL)
             n_computed.append(len(ids))
+            time.sleep(0.1)  # a model that takes its time
             return run(backbone, ids, segments)
 
         batches._try_batch = counting

@@ -16,7 +16,6 @@ import skspin._texts
 from skspin import LLMActivationTransformer, SalientNeuronSelector
 from skspin._layout import Layout, Segment, layout_of
 from skspin._store import open_store
-from skspin._store.recall import recall_or_compute
 from skspin._texts import open_texts
 from skspin.datasets import demo_model
 
@@ -93,13 +92,14 @@ def test_no_more_than_one_chunk_of_texts_is_held(small_chunks):
     layout = Layout((Segment(None, 0, "hidden", "mean", 1),))
     out = np.empty((2000, 1), dtype=np.float32)
 
-    def extract(texts, segments):
-        yield np.arange(len(texts)), np.array([[len(text)] for text in texts], dtype=np.float32)
-
+    store, start = open_store(None), 0
     tracemalloc.start()
-    recall_or_compute(
-        open_texts(Corpus(2000)), layout, out, context="", store=open_store(None), extract=extract
-    )
+    for texts in open_texts(Corpus(2000)):
+        rows = out[start : start + len(texts)]
+        start += len(texts)
+        for missing in store.look_up("", texts, layout, rows):
+            values = np.array([[len(text)] for text in missing.texts], dtype=np.float32)
+            missing.add(np.arange(len(values)), values)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_array_equal(out[:, 0], [len(text) for text in Corpus(2000)])

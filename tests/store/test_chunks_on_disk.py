@@ -39,30 +39,30 @@ def test_a_chunk_is_a_numpy_file_without_pickles(tmp_path):
 
 @pytest.mark.parametrize("layout", [LAYOUT, FIRST], ids=["all columns", "others"])
 def test_a_damaged_row_is_missing_and_replaced_here_and_elsewhere(tmp_path, layout):
-    path = write_one_chunk(tmp_path)
-    flip(path, -33 * ROW_BYTES + 4 * 40)  # of text 7, in the last segment
+    flip(write_one_chunk(tmp_path), -33 * ROW_BYTES + 4 * 40)  # of text 7, in the last segment
+    folder = shutil.copytree(tmp_path, tmp_path / "copy")
+    store = open_store(folder)
     with pytest.warns(UserWarning, match="1 texts.*damaged.*computed again") as caught:
-        found = read(open_store(tmp_path), TEXTS, layout)
-        np.testing.assert_array_equal(read(open_store(tmp_path), TEXTS, layout), found)
+        found = read(store, TEXTS, layout)
+        np.testing.assert_array_equal(read(store, TEXTS, layout), found)
     assert len(caught) == 1
     np.testing.assert_array_equal(np.flatnonzero(~found.all(axis=1)), [7])
-    assert not read(as_new_process(tmp_path), TEXTS[7:8]).any()  # and nobody need be warned again
-    write(open_store(tmp_path), TEXTS)
-    assert read(open_store(tmp_path), TEXTS).all() and read(as_new_process(tmp_path), TEXTS).all()
+    assert not read(as_new_process(folder), TEXTS[7:8]).any()  # and nobody is warned again
+    write(store, TEXTS)
+    assert read(store, TEXTS).all() and read(as_new_process(folder), TEXTS).all()
 
 
 def test_a_damaged_row_is_not_copied_over_one_that_was_found(tmp_path):
-    write_one_chunk(tmp_path / "a", TEXTS[:3])
-    write(open_store(tmp_path / "a"), TEXTS[:3], FIRST, "more")
-    write(open_store(tmp_path / "b"), TEXTS[:3], FIRST)
-    for path in chunks(tmp_path / "b"):
-        shutil.copy(path, chunks(tmp_path / "a")[0].parent)
-    for path in chunks(tmp_path / "a"):
-        if os.path.getsize(path) > 1000:
-            flip(path, -1)
+    write(open_store(tmp_path), TEXTS, FIRST)
+    sound = chunks(tmp_path)
+    write(open_store(tmp_path / "other"), TEXTS)
+    for path in chunks(tmp_path / "other"):
+        flip(path, -1)
+        shutil.copy(path, sound[0].parent)
+    store = as_new_process(tmp_path)
     with pytest.warns(UserWarning, match="damaged"):
-        found = read(open_store(tmp_path / "a"), TEXTS[:3])  # checks what was found
-    np.testing.assert_array_equal(found[2], [True, False, False])
+        found = read(store, TEXTS)  # and checks what was found
+    assert found[:, 0].all() and not found.all()
 
 
 def test_every_bit_of_a_chunk_may_be_wrong(tmp_path):
@@ -78,7 +78,7 @@ def test_every_bit_of_a_chunk_may_be_wrong(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = read(open_store(copy), texts).all(axis=1)
-            assert found.sum() in (0, 2), at
+            assert found.sum() in (0, 2, 3), at  # 3: a few bits of NumPy's header say nothing
             write(open_store(copy), texts)
         assert read(open_store(copy), texts).all() and read(as_new_process(copy), texts).all()
         shutil.rmtree(copy)
@@ -100,16 +100,19 @@ def test_a_chunk_that_was_cut_off_or_has_grown_is_computed_again(tmp_path, n_byt
 
 
 def test_a_row_is_never_taken_for_another_text_or_model(tmp_path):
-    path = write_one_chunk(tmp_path / "a")
+    write_one_chunk(tmp_path / "a")
     other = write_one_chunk(tmp_path / "b", TEXTS[::-1])
-    write(open_store(tmp_path / "c"), TEXTS, key="another model")
-    path.write_bytes(other.read_bytes())  # where this process has mapped it
+    (path,) = chunks(shutil.copytree(tmp_path / "a", tmp_path / "c"))
+    store = open_store(tmp_path / "c")
+    assert read(store, TEXTS).all()
+    path.write_bytes(other.read_bytes())  # while it is mapped
     with pytest.warns(UserWarning, match="40 texts.*damaged"):
-        assert not read(open_store(tmp_path / "a"), TEXTS).any()
-    for path in chunks(tmp_path / "c"):
-        shutil.copy(path, other)
+        assert not read(store, TEXTS).any()
+    write(open_store(tmp_path / "d"), TEXTS, key="another model")
+    shutil.copy(chunks(tmp_path / "d")[0], other)
+    store = as_new_process(tmp_path / "b")
     with pytest.warns(UserWarning, match="computed again"):
-        assert not read(as_new_process(tmp_path / "b"), TEXTS).any()
+        assert not read(store, TEXTS).any()
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"name": "shape"}', None])
@@ -189,7 +192,7 @@ def test_the_bound_is_kept_in_the_folder_for_all(tmp_path):
 @pytest.mark.parametrize("years", [-50, 50])
 def test_a_clock_that_was_wrong_does_not_change_what_makes_room(tmp_path, years):
     store = open_store(tmp_path)
-    store.limit = 16 * 2000  # bytes; a chunk of eight texts has nearly 2,000
+    store.limit = 15 * 2400  # bytes; a chunk of eight texts has nearly 2,400
     for start in range(0, 64, 8):
         write_texts(store, [f"text {i}" for i in range(start, start + 8)])
     # Two chunks were used, in this order, when the clock was wrong.
@@ -198,7 +201,7 @@ def test_a_clock_that_was_wrong_does_not_change_what_makes_room(tmp_path, years)
         os.utime(path, (time, time))
     store = as_new_process(tmp_path)
     read(store, ["text 24"])
-    for start in range(1000, 1048, 8):
+    for start in range(1000, 1096, 8):
         write_texts(store, [f"text {i}" for i in range(start, start + 8)])
     assert not read(store, [f"text {i}" for i in range(64)]).all()
     assert read(store, ["text 24"]).all()

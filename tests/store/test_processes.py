@@ -109,7 +109,8 @@ store.limit = 40_000_000
 def add(number):
     out = np.empty((2, 500_000), np.float32)
     for missing in store.look_up("", [f"{number} {k}" for k in range(2)], wide, out):
-        missing.add(np.arange(2), np.full((2, 500_000), number, np.float32))
+        n_texts = len(missing.texts)
+        missing.add(np.arange(n_texts), np.full((n_texts, 500_000), number, np.float32))
 
 def is_there(number):
     out = np.full((2, 500_000), number, np.float32)
@@ -206,7 +207,7 @@ assert read(store, [f"{me} {i}" for me in (0, 1, 2, "parent") for i in range(100
 
 def test_a_full_disk_warns_once_and_the_computation_goes_on(tmp_path):
     code = """
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 store = open_store(sys.argv[1])
 texts = [f"text {i}" for i in range(400)]
 with warnings.catch_warnings(record=True) as caught:
