@@ -32,8 +32,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     ----------
     model : str, path or PreTrainedModel, default="distilbert/distilbert-base-uncased"
         Hub id, local folder, or a loaded model. A loaded model (a PEFT-wrapped one too) is used
-        where it is and as it is, shared by clones, and left out of pickles; it needs ``tokenizer``
-        unless one can be found under its name.
+        where it is and as it is, shared by clones, and left out of pickles; it needs ``tokenizer``.
+        Of a loaded ``SentenceTransformer`` the language model, the tokenizer and
+        ``max_seq_length`` are used, not what comes after them.
     tokenizer : str, path, tokenizer or None, default=None
         None takes the model's own.
     revision : str or None, default=None
@@ -298,7 +299,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             source,
             fingerprint(source, store),
             prompt=self.prompt,
-            max_length=self.max_length,
+            max_length=min(self.max_length, source.longest or self.max_length),
             device=self.device,
             dtype=self.dtype,
             batch_tokens=self.batch_tokens,

@@ -44,7 +44,7 @@ def fingerprint(source: Source, store: Store | None = None) -> str:
         model = f"memory:{_digest_model(source.model)}"
     else:
         model = _files_fingerprint(source.files, pickled, store)
-    extras = {
+    extras: dict[str, Any] = {
         name: _as_json(value)
         for name, value in source.options.items()
         if name not in NEUTRAL_OPTIONS
@@ -58,6 +58,10 @@ def fingerprint(source: Source, store: Store | None = None) -> str:
     return f"{model}+{_digest([json.dumps(extras, sort_keys=True)])}" if extras else model
 
 
+def _neutral(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _NEUTRAL_SETTINGS}
+
+
 def _files_fingerprint(files: Files, pickled: bool, store: Store | None) -> str:
     if files.is_folder:
         return f"folder:{_digest_folder(Path(files.name, files.subfolder), pickled, store)}"
@@ -66,7 +70,7 @@ def _files_fingerprint(files: Files, pickled: bool, store: Store | None) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    value = value.to_dict() if hasattr(value, "to_dict") else value
+    value = _neutral(value.to_dict()) if hasattr(value, "to_dict") else value
     if isinstance(value, dict):  # a configuration and what it writes of itself are the same
         return {str(name): _as_json(one) for name, one in value.items()}
     return value if isinstance(value, str) else repr(value)
@@ -186,12 +190,10 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _settings(model: Any) -> str:
-    config = model.config.to_dict()
-    config = {name: value for name, value in config.items() if name not in _NEUTRAL_SETTINGS}
     adapters = getattr(model, "peft_config", None) or {}
     settings = {
         "class": type(model).__qualname__,
-        "config": config,
+        "config": _neutral(model.config.to_dict()),
         "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
         "switches": [
             [getattr(module, switch, None) for switch in _ADAPTER_SWITCHES]
