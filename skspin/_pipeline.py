@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skspin._selector import SalientNeuronSelector
 from skspin._sklearn import _check_feature_names_in, _safe_indexing
-from skspin._texts import open_texts
+from skspin._texts import TextChunks, open_texts
 from skspin._transformer import LLMActivationTransformer
 
 _Step = TypeVar("_Step")
@@ -162,13 +162,13 @@ def only_step(estimator: Any, kind: type[_Step]) -> _Step:
     return found[0]
 
 
-def read_texts(estimator: Any, transformer: LLMActivationTransformer, texts: Any) -> list[str]:
+def read_texts(estimator: Any, transformer: LLMActivationTransformer, texts: Any) -> TextChunks:
     """Take texts through the steps of a pipeline that come before its activation transformer."""
     steps = list(flatten(estimator))
     if any(step is transformer for step in steps):
         for step in takewhile(lambda step: step is not transformer, steps):
             texts = step.transform(texts)
-    return open_texts(texts).to_list()
+    return open_texts(texts)
 
 
 class PrunedStep(SelectorMixin, BaseEstimator):

@@ -1,9 +1,10 @@
-"""Texts as people pass them, and the tokens that a text became."""
+"""Texts and conversations as people pass them, and the tokens that a text became."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 # As many as batches are sorted among, so that reading in chunks costs no speed.
 _CHUNK = 16_384
 _ALLOWED = (
-    "a list, tuple, 1-D array, pandas, polars or pyarrow Series of str, a one-column frame, or "
+    "a list, tuple, 1-D array, pandas, polars or pyarrow Series of str (or of conversations, lists "
+    "of messages), a one-column frame, or "
     "another container with a length, such as a column of a datasets.Dataset"
 )
 # Letters, digits and underscores, with apostrophes inside; any other mark is a word of its own.
@@ -21,10 +23,12 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def open_texts(X: Any) -> TextChunks:
-    """Open a container of texts, to be read a chunk at a time as plain str; refuse what is none.
+    """Open a container of texts or conversations, to be read a chunk at a time as plain str.
 
-    Texts of a container that is not in memory are looked at when they are read.
+    What a container that is not in memory holds is looked at when it is read.
     """
+    if isinstance(X, TextChunks):
+        return X
     if isinstance(X, str | bytes):
         raise TypeError(
             f"X is a single {type(X).__name__}, but {_ALLOWED} is needed. Wrap one text in a list: "
@@ -35,16 +39,22 @@ def open_texts(X: Any) -> TextChunks:
     if not n_texts:
         raise ValueError("X holds no text (0 samples), but at least one is needed.")
     in_memory = _as_list(X)
+    first = next(iter(X if in_memory is None else in_memory), None)
+    conversations = _is_conversation(first.as_py() if hasattr(first, "as_py") else first)  # Arrow's
     if in_memory is not None:
-        return TextChunks(n_texts, None, _check(in_memory, 0))
-    return TextChunks(n_texts, X)
+        return TextChunks(n_texts, conversations, None, _check(in_memory, 0, conversations))
+    return TextChunks(n_texts, conversations, X)
 
 
 @dataclass(frozen=True)
 class TextChunks:
-    """Texts in order, in lists: one of all texts if they are in memory, else as they are read."""
+    """Texts in order, in lists: one of all texts if they are in memory, else as they are read.
+
+    A conversation is written as JSON.
+    """
 
     n_texts: int
+    conversations: bool
     container: Any  # not in memory; None where `texts` has them all
     texts: list[str] | None = None
 
@@ -54,31 +64,67 @@ class TextChunks:
 
     def __iter__(self) -> Iterator[list[str]]:
         """Read the texts from the first on."""
-        return _read(self.container, self.n_texts) if self.texts is None else iter([self.texts])
+        return iter([self.texts]) if self.texts is not None else _read(self)
+
+    def distinct(self) -> TextChunks:
+        """Read all texts into memory, each of them once."""
+        texts = list(dict.fromkeys(self.to_list()))
+        return TextChunks(len(texts), self.conversations, None, texts)
 
     def to_list(self) -> list[str]:
         """Read all texts into memory."""
         return [text for chunk in self for text in chunk]
 
 
-def _check(texts: list[Any], start: int) -> list[str]:
-    for position, text in enumerate(texts, start):
+def _is_conversation(item: Any) -> bool:
+    return isinstance(item, list | tuple | np.ndarray)
+
+
+def _check(items: list[Any], start: int, conversations: bool) -> list[str]:
+    """Turn a chunk into plain str, or refuse it with the position at fault."""
+    if conversations:
+        return [_to_json(item, f"X[{at}]") for at, item in enumerate(items, start)]
+    for position, text in enumerate(items, start):
         if not isinstance(text, str):
             raise ValueError(
                 f"X[{position}] is a {type(text).__name__} ({_shorten(text)}), but every text must "
                 f"be a str. {_advice(text)}"
             )
-    return [str(text) for text in texts]  # numpy.str_ is a str, but not the tokenizers' kind
+    return [str(text) for text in items]  # numpy.str_ is a str, but not the tokenizers' kind
 
 
-def _read(X: Any, n_texts: int) -> Iterator[list[str]]:
+def _to_json(conversation: Any, at: str) -> str:
+    """Write a conversation down, the same for equal ones."""
+    if not _is_conversation(conversation) or not len(conversation):
+        raise ValueError(
+            f"{at} is a {type(conversation).__name__} ({_shorten(conversation)}), but X[0] is a "
+            "conversation, so every item must be one: a list of at least one message, such as "
+            "[{'role': 'user', 'content': 'Hello.'}]. Pass texts and conversations in calls of "
+            "their own."
+        )
+    for number, message in enumerate(conversation):
+        said = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(said.get(name), str) for name in ("role", "content")):
+            raise ValueError(
+                f"{at}[{number}] is {_shorten(message)}, but a message must be a dict with the str "
+                "'role' and 'content', such as {'role': 'user', 'content': 'Hello.'}."
+            )
+    try:
+        messages = [dict(message) for message in conversation]
+        return json.dumps(messages, ensure_ascii=False, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"{at} holds what can't be written as JSON: {error}.") from error
+
+
+def _read(chunks: TextChunks) -> Iterator[list[str]]:
+    X, n_texts = chunks.container, chunks.n_texts
     parts = _slices(X, n_texts) if _can_slice(X) else _runs(X)
     start = 0
     for part in parts:
         end = start + len(part)
         if end > n_texts:
             break
-        yield _check(part, start)
+        yield _check(part, start, chunks.conversations)
         start = end
     else:
         end = start
@@ -115,6 +161,8 @@ def _only_column(X: Any) -> Any:
     shape = getattr(X, "shape", None)
     if not isinstance(shape, tuple) or len(shape) == 1:
         return X
+    if isinstance(X, np.ndarray) and X.ndim == 2 and X.size and isinstance(X.flat[0], Mapping):
+        return list(X)  # conversations of equally many messages
     if len(shape) != 2 or shape[1] != 1:
         raise ValueError(
             f"X has shape {shape}, but texts are one column. Select it, e.g. X['text'], or give "
@@ -153,6 +201,10 @@ def _shorten(value: Any) -> str:
 
 
 def _advice(text: Any) -> str:
+    if isinstance(text, Mapping):
+        return "If X is one conversation, wrap it in a list: [conversation]."
+    if _is_conversation(text):
+        return "X[0] is a text; pass texts and conversations in calls of their own."
     if isinstance(text, bytes):
         return 'Decode it first, e.g. text.decode("utf-8").'
     missing = text is None or type(text).__name__ in ("NAType", "NaTType")
@@ -168,18 +220,22 @@ class TextTokens:
     Parameters
     ----------
     text : str
-        The text, without the prompt around it.
+        The text, without the prompt around it; a conversation as the chat template writes it.
     tokens : list of str of length n_tokens
         As the tokenizer writes them, special tokens and the prompt's tokens included.
     starts, ends : ndarray of shape (n_tokens,), int
         Characters of ``text`` that each token stands for, the end not included; 0 and 0 for a
         token that is not in the text.
+    messages : ndarray of shape (n_tokens,), int
+        Number of the message of a conversation that each token belongs to, 0 for a plain text; -1
+        for special tokens and those of a prompt or a chat template.
     """
 
     text: str
     tokens: list[str]
     starts: np.ndarray
     ends: np.ndarray
+    messages: np.ndarray
 
     @property
     def in_text(self) -> np.ndarray:
@@ -209,4 +265,4 @@ class TextTokens:
         first = np.flatnonzero(np.diff(groups, prepend=-1))  # (n_groups,)
         ends = np.maximum.reduceat(self.ends, first)
         names = [self.tokens[i] for i in first]
-        return TextTokens(self.text, names, self.starts[first], ends)
+        return TextTokens(self.text, names, self.starts[first], ends, self.messages[first])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from numbers import Integral
 
 import numpy as np
@@ -55,8 +55,21 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     prompt : str or None, default=None
         A template that holds ``{text}``, e.g. ``"Review: {text} Sentiment:"``.
     max_length : int, default=512
-        The most tokens per text, special tokens included; what is beyond is cut off, with a
-        warning. A model that has fewer positions cuts there.
+        The most tokens that the model reads at a time, special tokens and prompt included; fewer
+        where it has fewer positions.
+    long_texts : {"truncate", "windows"}, default="truncate"
+        What becomes of a text that has more tokens. "truncate" cuts off its end, with a warning
+        (its beginning, if the tokenizer's ``truncation_side`` is "left"). "windows" reads all of it
+        in stretches, each with the prompt and special tokens around it, and merges them: the mean
+        over all their tokens, the largest of their maxima, the first token of the first window, the
+        last of the last one. Time grows with the length, memory does not.
+    overlap : int, default=0
+        Tokens that neighbouring windows have in common. Each counts once, in the window where it
+        has the longer context.
+    pool_over : {"all", "text"}, str or tuple of str, default="all"
+        Which tokens are pooled: "all", or "text" for those of the text alone, without special
+        tokens and those of a prompt or chat template. In conversations, a role or several, e.g.
+        ``("user", "assistant")``. A text that has no token of its own gets those around it.
     device : str, sequence of str or None, default=None
         Torch device; None takes a GPU where there is one. Several, e.g. ``["cuda:0", "cuda:1"]``,
         share the work: each holds a copy of the model and is kept busy by a thread.
@@ -130,6 +143,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         "stack": [StrOptions(set(STACKS)), tuple, list],
         "prompt": [str, None],
         "max_length": [Interval(Integral, 1, None, closed="left")],
+        "long_texts": [StrOptions({"truncate", "windows"})],
+        "overlap": [Interval(Integral, 0, None, closed="left")],
+        "pool_over": [str, tuple, list],
         "device": [str, list, tuple, None],
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
         "batch_tokens": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
@@ -157,6 +173,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         stack="encoder",
         prompt=None,
         max_length=512,
+        long_texts="truncate",
+        overlap=0,
+        pool_over="all",
         device=None,
         dtype="auto",
         batch_tokens="auto",
@@ -176,6 +195,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         self.stack = stack
         self.prompt = prompt
         self.max_length = max_length
+        self.long_texts = long_texts
+        self.overlap = overlap
+        self.pool_over = pool_over
         self.device = device
         self.dtype = dtype
         self.batch_tokens = batch_tokens
@@ -192,7 +214,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
 
         Parameters
         ----------
-        X : list, tuple, array, Series or one-column frame of str
+        X : list, tuple, array, Series or one-column frame of str or conversations
             Texts; checked, and not learnt from.
         y : None
             Ignored.
@@ -208,13 +230,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             If ``X`` is no container of texts, the model can't be found, or it does not have a layer
             or site asked for.
         """
-        open_texts(X)
-        if self.prompt is not None and "{text}" not in self.prompt:
-            raise ValueError(
-                f"prompt={self.prompt!r} has no place for the text. Write {{text}} where it goes."
-            )
+        texts = open_texts(X)
         store = open_store(self.cache)
-        recipe = self._recipe(store)
+        recipe = self._recipe(store, texts)
         shape = model_shape(recipe.source, recipe.fingerprint, store)
         self.layout_ = shape.layout(
             stack=self.stack, site=self.site, layers=self.layers, pooling=self.pooling
@@ -229,9 +247,11 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
 
         Parameters
         ----------
-        X : list, tuple, array, Series or one-column frame of str
+        X : list, tuple, array, Series or one-column frame of str or conversations
             Texts, or another container of them with a length, such as a column of a
-            ``datasets.Dataset``, which is read in chunks. A text that tokenizes to nothing, not
+            ``datasets.Dataset``, which is read in chunks. A conversation is a list of messages,
+            ``{"role": "user", "content": "Hello."}``, and is written as the tokenizer's chat
+            template has it. A text that tokenizes to nothing, not
             even special tokens, gets the activations of the tokenizer's BOS, CLS, EOS or padding
             token, whichever is there first.
 
@@ -258,7 +278,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         check_is_fitted(self, "layout_")
         texts = open_texts(X)
         store = open_store(self.cache)
-        recipe = self._recipe(store)
+        recipe = self._recipe(store, texts)
         recipe.check_fingerprint(self.model_fingerprint_)
         shape = (len(texts), self.layout_.n_columns)
         with open_output(self.output_folder, shape, f"{recipe.key}{self.layout_}") as output:
@@ -281,8 +301,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         check_is_fitted(self, "layout_")
         return self.layout_.feature_names()
 
-    def _recipe(self, store: Store) -> Recipe:
+    def _recipe(self, store: Store, texts: TextChunks) -> Recipe:
         """Gather what decides the numbers, and how they are computed."""
+        pool_over = self._check_text_params(texts)
         if isinstance(self.model, DetachedModel):
             raise ValueError(
                 f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
@@ -300,12 +321,48 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             fingerprint(source, store),
             prompt=self.prompt,
             max_length=min(self.max_length, source.longest or self.max_length),
+            long_texts=self.long_texts,
+            overlap=self.overlap,
+            pool_over=pool_over,
+            conversations=texts.conversations,
             device=self.device,
             dtype=self.dtype,
             batch_tokens=self.batch_tokens,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
         )
+
+    def _check_text_params(self, texts: TextChunks) -> str | tuple[str, ...]:
+        """Refuse parameters that do not fit each other or the texts; give ``pool_over`` a form."""
+        if self.prompt is not None and "{text}" not in self.prompt:
+            raise ValueError(
+                f"prompt={self.prompt!r} has no place for the text. Write {{text}} where it goes."
+            )
+        if self.prompt is not None and texts.conversations:
+            raise ValueError(
+                f"prompt={self.prompt!r}, but X holds conversations, which the tokenizer's chat "
+                "template writes. Leave prompt=None, or pass texts."
+            )
+        if self.overlap and self.long_texts == "truncate":
+            raise ValueError(
+                f"overlap={self.overlap} is for windows, but long_texts='truncate'. Set "
+                "long_texts='windows' or overlap=0."
+            )
+        over = self.pool_over
+        if isinstance(over, str) and over in ("all", "text"):
+            return over
+        roles = (over,) if isinstance(over, str) else tuple(over)
+        if not roles or not all(isinstance(role, str) for role in roles):
+            raise ValueError(
+                f"pool_over={over!r} must be 'all', 'text', a role of a conversation such as "
+                "'user', or a tuple of roles."
+            )
+        if not texts.conversations:
+            raise ValueError(
+                f"pool_over={over!r} names roles of conversations, but X holds texts. Use 'all' or "
+                "'text'."
+            )
+        return tuple(sorted(set(roles)))
 
     def _fill(self, output: Output, texts: TextChunks, recipe: Recipe, store: Store) -> None:
         """Take rows from the store, and compute and store those that it lacks."""
@@ -323,7 +380,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         if n_truncated:
             warn(
                 f"{n_truncated} of {n_computed} texts are longer than max_length={self.max_length} "
-                "tokens, or than the model has positions, and were truncated."
+                "tokens, or than the model has positions, and were truncated. Set "
+                "long_texts='windows' to read all of them."
             )
 
     def _restrict_to(self, columns: np.ndarray) -> LLMActivationTransformer:
@@ -332,11 +390,11 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         narrowed.layout_ = self.layout_.keep(columns)
         return narrowed
 
-    def _read_tokens(self, texts: Sequence[str]) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-        """Compute activations (n_tokens, n_columns) at each token of distinct texts."""
-        recipe = self._recipe(open_store(self.cache))
+    def _read_tokens(self, texts: TextChunks) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
+        """Compute activations (n_tokens, n_columns) at the pooled tokens of each distinct text."""
+        recipe = self._recipe(open_store(self.cache), texts)
         recipe.check_fingerprint(self.model_fingerprint_)
-        return token_activations(recipe, texts, self.layout_)
+        return token_activations(recipe, texts.distinct().to_list(), self.layout_)
 
     def _sk_visual_block_(self):
         facts = _layout_facts(self.layout_) if hasattr(self, "layout_") else []

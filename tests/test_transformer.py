@@ -11,6 +11,7 @@ from sklearn.base import clone
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model
 
 from skspin import LLMActivationTransformer, ModelMismatchError
+from skspin._texts import open_texts
 from skspin.datasets import demo_model
 
 TEXTS = [
@@ -162,7 +163,7 @@ def test_the_same_weights_serve_all_instances():
     one, other = transformer(layers=1), clone(transformer(layers=2))
     one.fit_transform(TEXTS), other.fit_transform(TEXTS)
     first, second = (
-        load_backbone(each._recipe(open_store(None)).source, None, "float32")
+        load_backbone(each._recipe(open_store(None), open_texts(TEXTS)).source, None, "float32")
         for each in (one, other)
     )
     assert first.model is second.model
@@ -220,7 +221,7 @@ def test_a_decoder_without_padding_token_is_handled(tmp_path):
     assert tokenizer.pad_token is None
     with torch.inference_mode():
         tokens = tokenizer(TEXTS[1], return_tensors="pt")
-        states = model(tokens["input_ids"], output_hidden_states=True).hidden_states
+        states = model(**tokens, output_hidden_states=True).hidden_states
     expected = np.concatenate([state[0, -1].numpy() for state in states])
     np.testing.assert_allclose(X[1], expected, atol=1e-5)
 

@@ -132,8 +132,10 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     columns = narrowed.get_feature_names_out()
     best: list[list[tuple[float, int, NeuronHit]]] = [[] for _ in columns]
     texts = read_texts(estimator, transformer, texts)
-    number_of = {text: number for number, text in reversed(list(enumerate(texts)))}
-    for text, tokens, activations in narrowed._read_tokens(list(number_of)):
+    number_of = {text: number for number, text in reversed(list(enumerate(texts.to_list())))}
+    written: dict[str, str] = {}  # a conversation as its chat template has it
+    for text, tokens, activations in narrowed._read_tokens(texts):
+        written[text] = tokens.text
         inside = np.flatnonzero(tokens.in_text)
         if not len(inside):
             continue
@@ -150,7 +152,8 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
         name: [hit for *_, hit in sorted(heap, key=lambda row: row[:2], reverse=True)]
         for name, heap in zip(columns, best, strict=True)
     }
-    return NeuronExplanation({name: hits[name] for name in names}, texts)
+    shown = [written[text] for text in texts.to_list()]
+    return NeuronExplanation({name: hits[name] for name in names}, shown)
 
 
 def _find_columns(transformer: LLMActivationTransformer, names: list[str]) -> np.ndarray:

@@ -274,8 +274,9 @@ def explain_tokens(pipeline, texts):
     used[0] |= not used.any()  # something has to be read for the tokens to be known
     narrowed = transformer._restrict_to(used)
     weights, offsets = form.weights[:, used].T, form.offsets[:, used].T
-    distinct = list(dict.fromkeys(texts))
-    pooled = dict(zip(distinct, np.asarray(narrowed.transform(distinct)), strict=True))
+    distinct = texts.distinct()
+    rows = np.asarray(narrowed.transform(distinct))
+    pooled = dict(zip(distinct.to_list(), rows, strict=True))
     found: dict[str, tuple[TextTokens, np.ndarray]] = {}
     for text, tokens, activations in narrowed._read_tokens(distinct):
         # Two passes through the model differ by rounding, which a scaler may magnify: the pass
@@ -283,8 +284,8 @@ def explain_tokens(pipeline, texts):
         split = _split(narrowed.layout_, activations, pooled[text], weights, offsets)
         found[text] = tokens, split
     return TokenExplanation(
-        tokens=[found[text][0] for text in texts],
-        contributions=[found[text][1] for text in texts],
+        tokens=[found[text][0] for text in texts.to_list()],
+        contributions=[found[text][1] for text in texts.to_list()],
         intercept=form.intercept,
         classes=classes,
     )

@@ -1,8 +1,8 @@
 """Texts in batches of similar length, under a budget of tokens.
 
-Texts are tokenized in the background, sorted by length within windows, and run the longest first,
-so that memory falls short at once or not at all. A batch that does not fit into memory is halved,
-and the model remembers.
+Texts are tokenized in the background, sorted by length within groups, and run the longest first, so
+that memory falls short at once or not at all. A batch that does not fit into memory is halved, and
+the model remembers. What is batched are windows: one of most texts, several of long ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,16 @@ from torch import Tensor
 
 from skspin._layout import Layout
 from skspin._model.forward import pooled_forward
+from skspin._model.pooling import WindowMerge
 from skspin._model.positions import most_tokens
 from skspin._model.recipe import Recipe, Rows
 from skspin._model.registry import Backbone
-from skspin._model.tokens import TextEncoder, TokenInputs
+from skspin._model.tokens import Encoded, TextEncoder, Window
 from skspin._system import return_free_memory
 
 # Texts are sorted by length within as many tokens as fill this many batches; fewer leave more
 # padding (SST-2: 11.6% with 8 batches, 3.6% with 32, 2.2% with 64 and more).
-_WINDOW_BATCHES = 128
+_GROUP_BATCHES = 128
 # Tokenized at once: bounds what tokenizing takes in memory, whatever the texts' length.
 _CHUNK_TEXTS = 1024
 _CHUNK_CHARACTERS = 1 << 21
@@ -52,16 +52,37 @@ def extract(
     backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout
 ) -> Iterator[Rows]:
     """Run texts through a loaded model and read their pooled activations."""
-    encoder = TextEncoder(
-        backbone.tokenizer, recipe.prompt, most_tokens(backbone.model, recipe.max_length)
-    )
     budget = TokenBudget(backbone, recipe.batch_tokens)
-    for window in _ahead(_windows(texts, encoder, budget)):
-        for batch, values in _run(backbone, window.inputs, layout, budget):
+    for group in _ahead(_groups(texts, encoder_of(backbone, recipe), budget)):
+        merges: dict[int, WindowMerge] = {}  # of long texts, by their number in the group
+        for batch, values in _run(backbone, group.windows, layout, budget):
             _check_finite(values, layout, backbone.dtype)
-            n_tokens = sum(len(window.inputs[row]["input_ids"]) for row in batch)
-            n_truncated = int(window.truncated[batch].sum())
-            yield Rows(window.start + batch, values, n_tokens, n_truncated)
+            n_tokens = sum(len(group.windows[i]) for i in batch)
+            owners = group.owners[batch]
+            whole = group.n_windows[owners] == 1  # (n_windows,)
+            if whole.all():
+                n_truncated = int(group.truncated[owners].sum())
+                yield Rows(group.start + owners, values, n_tokens, n_truncated)
+                continue
+            rows, ready = [values[whole]], [owners[whole]]
+            for place in np.flatnonzero(~whole):
+                text = int(owners[place])
+                if text not in merges:
+                    merges[text] = WindowMerge(group.tokens_of(text), layout)
+                row = merges[text].add(int(group.numbers[batch[place]]), values[place])
+                if row is not None:
+                    rows.append(row[None])
+                    ready.append([text])
+                    del merges[text]
+            done = np.concatenate(ready).astype(np.intp)
+            n_truncated = int(group.truncated[done].sum())
+            yield Rows(group.start + done, np.concatenate(rows), n_tokens, n_truncated)
+
+
+def encoder_of(backbone: Backbone, recipe: Recipe) -> TextEncoder:
+    """Make the encoder that a recipe asks for, within the positions that a model has."""
+    max_length = most_tokens(backbone.model, recipe.max_length)
+    return TextEncoder(backbone.tokenizer, recipe, max_length, False)
 
 
 class TokenBudget:
@@ -104,29 +125,37 @@ def _good_size(backbone: Backbone) -> int:
     return _WIDEST_BYTES.get(backbone.device.type, _OTHER_DEVICE_BYTES) // n_bytes
 
 
-@dataclass
-class _Window:
-    """Tokenized texts that are sorted together."""
+class _Group:
+    """The windows of some texts, which are sorted by length together."""
 
-    start: int  # the place of the first among all texts
-    inputs: list[TokenInputs]
-    truncated: np.ndarray  # (n_texts,), bool
+    def __init__(self, start: int, encoded: list[Encoded]):
+        self.start = start  # the place of the first of them among all texts
+        self.truncated = np.array([text.is_truncated for text in encoded], bool)  # (n_texts,)
+        self.n_windows = np.array([len(text.windows) for text in encoded])  # (n_texts,)
+        self.windows = [window for text in encoded for window in text.windows]
+        self.owners = np.repeat(np.arange(len(encoded)), self.n_windows)  # (n_windows,)
+        firsts = np.cumsum(self.n_windows) - self.n_windows  # (n_texts,)
+        self.numbers = np.arange(len(self.windows)) - firsts[self.owners]  # (n_windows,)
+        self._firsts = firsts
+
+    def tokens_of(self, text: int) -> list[int]:
+        """Count the pooled tokens of each window of a text."""
+        first = self._firsts[text]
+        return [window.n_pooled for window in self.windows[first : first + self.n_windows[text]]]
 
 
-def _windows(texts: Sequence[str], encoder: TextEncoder, budget: TokenBudget) -> Iterator[_Window]:
+def _groups(texts: Sequence[str], encoder: TextEncoder, budget: TokenBudget) -> Iterator[_Group]:
     """Tokenize texts chunk by chunk, and gather them until there are enough to sort."""
     start = end = n_tokens = 0
-    inputs: list[TokenInputs] = []
-    truncated: list[np.ndarray] = []
+    encoded: list[Encoded] = []
     for chunk in _chunks(texts):
-        found, cut = encoder.encode(chunk)
-        inputs += found
-        truncated.append(cut)
+        found = encoder.encode(chunk)
+        encoded += found
         end += len(chunk)
-        n_tokens += sum(len(row["input_ids"]) for row in found)
-        if n_tokens >= _WINDOW_BATCHES * budget.tokens or end == len(texts):
-            yield _Window(start, inputs, np.concatenate(truncated))
-            start, n_tokens, inputs, truncated = end, 0, [], []
+        n_tokens += sum(len(window) for text in found for window in text.windows)
+        if n_tokens >= _GROUP_BATCHES * budget.tokens or end == len(texts):
+            yield _Group(start, encoded)
+            start, n_tokens, encoded = end, 0, []
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -139,27 +168,27 @@ def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
             start, n_characters = end, 0
 
 
-def _ahead(windows: Iterator[_Window]) -> Iterator[_Window]:
-    """Make the next window in a thread while this one runs: tokenizers release Python's lock."""
+def _ahead(groups: Iterator[_Group]) -> Iterator[_Group]:
+    """Make the next group in a thread while this one runs: tokenizers release Python's lock."""
     with ThreadPoolExecutor(1, "skspin-tokenize") as pool:
-        coming = pool.submit(next, windows, None)
-        while (window := coming.result()) is not None:
-            coming = pool.submit(next, windows, None)
-            yield window
+        coming = pool.submit(next, groups, None)
+        while (group := coming.result()) is not None:
+            coming = pool.submit(next, groups, None)
+            yield group
 
 
 def _run(
-    backbone: Backbone, inputs: list[TokenInputs], layout: Layout, budget: TokenBudget
+    backbone: Backbone, windows: list[Window], layout: Layout, budget: TokenBudget
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Run one window; give each batch's rows of the window and their activations."""
-    lengths = np.array([len(row["input_ids"]) for row in inputs])
+    """Run the windows of one group; give each batch's numbers and their activations."""
+    lengths = np.array([len(window) for window in windows])
     order = np.argsort(-lengths, kind="stable")
     ahead = _AHEAD if backbone.device.type == "cuda" else 0
     running: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
     start = n_batches = 0
     while start < len(order):
         batch = order[start : start + budget.n_texts(lengths[order[start:]])]
-        result = _try_batch(backbone, [inputs[row] for row in batch], layout)
+        result = _try_batch(backbone, [windows[i] for i in batch], layout)
         if result is None:
             _release_memory(backbone.device)
             budget.halve(len(batch) * int(lengths[batch[0]]))
@@ -177,18 +206,18 @@ def _run(
 
 
 def _try_batch(
-    backbone: Backbone, inputs: list[TokenInputs], layout: Layout
+    backbone: Backbone, windows: list[Window], layout: Layout
 ) -> Callable[[], np.ndarray] | None:
     """Start a batch; None if it did not fit into memory (whose frames are gone by then)."""
     try:
-        padded = _pad(inputs, backbone.device)
+        padded = _pad(windows, backbone.device)
         return _to_host(pooled_forward(backbone.model, backbone.anatomy, padded, layout.segments))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        if len(inputs) == 1:
+        if len(windows) == 1:
             raise MemoryError(
-                f"One text of {len(inputs[0]['input_ids'])} tokens does not fit into the memory of "
+                f"One text of {len(windows[0])} tokens does not fit into the memory of "
                 f"{backbone.device}. Use a smaller max_length, another dtype or another device."
             ) from error
         return None
@@ -210,16 +239,20 @@ def _release_memory(device: torch.device) -> None:
         return_free_memory()
 
 
-def _pad(inputs: list[TokenInputs], device: torch.device) -> dict[str, Tensor]:
-    """Put texts into rectangles (n_texts, n_tokens), the longest first, padded on the right."""
-    lengths = np.array([len(row["input_ids"]) for row in inputs])
-    mask = np.arange(lengths[0]) < lengths[:, None]  # (n_texts, n_tokens)
-    padded = {"attention_mask": mask.astype(np.int64)}
-    for name in inputs[0]:
+def _pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
+    """Put windows into rectangles (n_windows, n_tokens), the longest first, padded on the right."""
+    lengths = np.array([len(window) for window in windows])
+    real = np.arange(lengths[0]) < lengths[:, None]  # (n_windows, n_tokens)
+    padded = {"attention_mask": real.astype(np.int64)}
+    for name in windows[0].inputs:
         # Padding is never attended, so any id serves, and a tokenizer without one is as good.
-        values = np.zeros(mask.shape, dtype=np.int64)
-        values[mask] = np.concatenate([row[name] for row in inputs])
-        padded[name] = values
+        padded[name] = np.zeros(real.shape, dtype=np.int64)
+        padded[name][real] = np.concatenate([window.inputs[name] for window in windows])
+    if any(window.pooled is not None for window in windows):
+        padded["pooled"] = real.copy()
+        for row, window in zip(padded["pooled"], windows, strict=True):
+            if window.pooled is not None:
+                row[: len(window)] = window.pooled
     return {name: _to_device(values, device) for name, values in padded.items()}
 
 

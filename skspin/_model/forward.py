@@ -20,23 +20,24 @@ def pooled_forward(
 ) -> Tensor:
     """Read the pooled activations (n_texts, n_columns) of a batch, float32 on the inputs' device.
 
-    ``inputs`` are "input_ids", "attention_mask" and whatever else the model takes by token, of
-    shape (n_texts, n_tokens), padded on the right: models count positions from the left edge, and
-    causal ones never look to the right. Each text has at least one token.
+    ``inputs`` are "input_ids", "attention_mask", whatever else the model takes by token, and
+    "pooled" (bool, which tokens are) if these are not all; of shape (n_texts, n_tokens), padded on
+    the right: models count positions from the left edge, and causal ones never look to the right.
+    Each text has at least one token that is pooled.
 
     The pass ends when everything has been read, so later layers and the head cost nothing. The
     model is left as it was, also when the pass fails. Threads may share a model; a pass that its
     owner runs meanwhile is neither read nor stopped.
     """
     if not anatomy.mixes_padding:
-        return torch.cat(_read(model, anatomy, inputs, segments, pooled=True), dim=1)
+        return torch.cat(_read(model, anatomy, inputs, segments), dim=1)
     # Only texts of one length can be in a batch together where padding leaks into real tokens.
     lengths = inputs["attention_mask"].sum(1)  # (n_texts,)
     columns = torch.empty(len(lengths), sum(s.n_columns for s in segments), device=lengths.device)
     for length in lengths.unique().tolist():
         rows = lengths == length
         alike = {name: values[rows, :length] for name, values in inputs.items()}
-        columns[rows] = torch.cat(_read(model, anatomy, alike, segments, pooled=True), dim=1)
+        columns[rows] = torch.cat(_read(model, anatomy, alike, segments), dim=1)
     return columns
 
 
@@ -44,7 +45,7 @@ def token_forward(
     model: Any, anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
 ) -> Tensor:
     """Read activations (n_texts, n_tokens, n_columns) at every token; see `pooled_forward`."""
-    return torch.cat(_read(model, anatomy, inputs, segments, pooled=False), dim=2)
+    return torch.cat(_read(model, anatomy, inputs, segments, by_token=True), dim=2)
 
 
 # Not inference mode: whatever a model keeps from a pass (a table of positions, say) would then be
@@ -56,10 +57,13 @@ def _read(
     inputs: dict[str, Tensor],
     segments: Sequence[Segment],
     *,
-    pooled: bool,
+    by_token: bool = False,
 ) -> list[Tensor]:
     model = bare_model(model)
-    reader = Reader(anatomy, segments, inputs["attention_mask"].bool(), pooled)
+    inputs = dict(inputs)
+    mask = inputs["attention_mask"].bool()
+    pooled = inputs.pop("pooled", mask)
+    reader = Reader(anatomy, segments, mask, None if by_token else pooled)
     with unchanged(model), reader.hooks(), suppress(PassEnds):
         model(**_arguments(model, inputs))
     if reader.unread:

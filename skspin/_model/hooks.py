@@ -28,12 +28,15 @@ class PassEnds(BaseException):
 class Reader:
     """Takes the activations that segments ask for from one batch, as the model comes by them.
 
-    ``mask`` of shape (n_texts, n_tokens) is True for real tokens, which come before the padding.
-    Pooled, a segment's values are of shape (n_texts, n_columns); otherwise (n_texts, n_tokens,
-    n_columns). They are on the device of the mask, and float32.
+    ``mask`` of shape (n_texts, n_tokens) is True for real tokens, which come before the padding,
+    and ``pooled`` for those that are pooled. A segment's values are then of shape (n_texts,
+    n_columns); if ``pooled`` is None they are (n_texts, n_tokens, n_columns). They are on the
+    device of the mask, and float32.
     """
 
-    def __init__(self, anatomy: Anatomy, segments: Sequence[Segment], mask: Tensor, pooled: bool):
+    def __init__(
+        self, anatomy: Anatomy, segments: Sequence[Segment], mask: Tensor, pooled: Tensor | None
+    ):
         self.segments, self.mask, self.pooled = segments, mask, pooled
         self.values = [torch.empty(0)] * len(segments)
         self._unread: dict[Tap, tuple[Stack, list[int]]] = {}  # which segments read what is there
@@ -65,7 +68,9 @@ class Reader:
         activations = as_texts(activations, self.mask, tap, stack)  # (n_texts, n_tokens, n_neurons)
         for position in positions:
             segment = self.segments[position]
-            values = self._pool(activations, segment.pooling) if self.pooled else activations
+            values = activations
+            if self.pooled is not None:
+                values = self._pool(activations, self.pooled, segment.pooling)
             # Chosen after pooling, so that they are to the bit what they are among all neurons.
             # Before it, only a few in a hundred would be cheaper.
             if segment.neurons is not None:
@@ -74,10 +79,10 @@ class Reader:
         if not self._unread:
             raise PassEnds
 
-    def _pool(self, activations: Tensor, pooling: str) -> Tensor:
+    def _pool(self, activations: Tensor, pooled: Tensor, pooling: str) -> Tensor:
         device = activations.device
         if device not in self._groups:
-            self._groups[device] = group_texts(self.mask.to(device))
+            self._groups[device] = group_texts(pooled.to(device))
         return pool(activations, self._groups[device], pooling)
 
 

@@ -8,14 +8,15 @@ text. Padding never counts, whatever stands there and on whichever side it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from skspin._layout import POOLINGS
+from skspin._layout import POOLINGS, Layout
 
 
 def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -64,30 +65,63 @@ class TextGroup:
     """Neighbouring texts that are pooled in one go."""
 
     rows: slice  # which texts of the batch
-    n_tokens: int  # how many tokens to look at
-    mask: Tensor | None  # (n_texts of the group, n_tokens), bool; None if all tokens are real
+    tokens: slice  # which tokens to look at
+    mask: Tensor | None  # (n_texts of the group, n_tokens), bool; None if all of these count
 
 
 def group_texts(mask: Tensor) -> list[TextGroup]:
-    """Split a batch, padded on the right, into groups that are fast to pool.
+    """Split a batch into groups that are fast to pool; ``mask`` (n_texts, n_tokens) is as above.
 
     On a CPU, pooling is bound by memory, and overwriting the padding means to read and write all
-    activations once more: so texts of one length go together, and their padding is not looked at.
-    They are neighbours in a batch that is sorted by length. On other devices it takes longer to
-    start several kernels than to pass over the padding.
+    activations once more: so texts that are pooled over the same stretch of tokens go together, and
+    what is outside is not looked at. They are neighbours in a batch that is sorted by length. On
+    other devices it takes longer to start several kernels than to pass over the padding.
     """
+    everything = slice(None)
     if mask.device.type != "cpu":
-        return [TextGroup(slice(None), mask.shape[1], mask)]
+        return [TextGroup(everything, everything, mask)]
+    first = mask.int().argmax(1)  # (n_texts,)
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (n_texts,)
+    if ((last - first + 1) != mask.sum(1)).any():  # not stretches
+        return [TextGroup(everything, everything, mask)]
     groups = []
     start = 0
-    for length, run in groupby(mask.sum(1).tolist()):
+    for (begin, end), run in groupby(zip(first.tolist(), last.tolist(), strict=True)):
         stop = start + len(list(run))
-        groups.append(TextGroup(slice(start, stop), length, None))
+        groups.append(TextGroup(slice(start, stop), slice(begin, end + 1), None))
         start = stop
     return groups
 
 
 def pool(hidden: Tensor, groups: list[TextGroup], pooling: str) -> Tensor:
     """Pool a batch, group by group; gives a float32 Tensor of shape (n_texts, n_neurons)."""
-    rows = [FUNCTIONS[pooling](hidden[g.rows, : g.n_tokens], g.mask) for g in groups]
+    rows = [FUNCTIONS[pooling](hidden[g.rows, g.tokens], g.mask) for g in groups]
     return torch.cat(rows)
+
+
+class WindowMerge:
+    """The row of a long text, made of the rows of its windows, which come in any order.
+
+    A mean is weighted by tokens, a maximum is that of the maxima, and the first and the last token
+    are those of the first and the last window.
+    """
+
+    def __init__(self, windows_tokens: Sequence[int], layout: Layout):
+        self._shares = np.array(windows_tokens) / np.sum(windows_tokens)  # (n_windows,)
+        self._layout = layout
+        self._row = np.zeros(layout.n_columns)
+        self._n_left = len(self._shares)
+
+    def add(self, number: int, values: np.ndarray) -> np.ndarray | None:
+        """Take the row (n_columns,) of one window; give the text's own with the last of them."""
+        is_new = self._n_left == len(self._shares)
+        for segment, columns in zip(self._layout.segments, self._layout.slices, strict=True):
+            part, window = self._row[columns], values[columns]
+            if segment.pooling == "mean":
+                part += self._shares[number] * window
+            elif segment.pooling == "max":
+                np.maximum(-np.inf if is_new else part, window, out=part)
+            elif number == {"first": 0, "last": len(self._shares) - 1}[segment.pooling]:
+                part[:] = window
+        self._n_left -= 1
+        return None if self._n_left else self._row.astype(np.float32)

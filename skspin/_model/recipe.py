@@ -30,6 +30,10 @@ class Recipe:
     fingerprint: str
     prompt: str | None = None
     max_length: int = 512
+    long_texts: str = "truncate"
+    overlap: int = 0
+    pool_over: str | tuple[str, ...] = "all"
+    conversations: bool = False  # whether texts are conversations, written as JSON
     device: str | Sequence[str] | None = None
     dtype: str = "auto"
     batch_tokens: int | str = "auto"
@@ -54,7 +58,16 @@ class Recipe:
     @property
     def key(self) -> str:
         """Digest of everything but text and column that decides a number."""
-        decisive = [self.fingerprint, self.prompt, int(self.max_length), self.number_format]
+        decisive = [
+            self.fingerprint,
+            self.prompt,
+            int(self.max_length),
+            self.long_texts,
+            int(self.overlap),
+            self.pool_over,
+            self.conversations,
+            self.number_format,
+        ]
         return xxhash.xxh3_128_hexdigest(json.dumps(decisive).encode())
 
     @property

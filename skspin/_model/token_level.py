@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from skspin._layout import Layout
-from skspin._model.batches import TokenBudget
+from skspin._model.batches import TokenBudget, encoder_of
 from skspin._model.forward import token_forward
-from skspin._model.positions import most_tokens
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
-from skspin._model.tokens import TextEncoder, TokenInputs
+from skspin._model.tokens import Window
 from skspin._texts import TextTokens
 
 _MOST_VALUES = 2**24  # in a batch: 64 MiB of float32
@@ -23,35 +22,42 @@ _MOST_VALUES = 2**24  # in a batch: 64 MiB of float32
 def token_activations(
     backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-    """Read activations (n_tokens, n_columns) of each text, in whatever order the batches run.
+    """Read activations (n_tokens, n_columns) at the pooled tokens of each text, in any order.
 
     In a decoder that the text is shifted into, a token's activations are those at the position that
     is to produce it.
     """
-    encoder = TextEncoder(
-        backbone.tokenizer, recipe.prompt, most_tokens(backbone.model, recipe.max_length)
-    )
-    by_length: dict[int, list[tuple[str, TextTokens, TokenInputs]]] = defaultdict(list)
+    encoder = encoder_of(backbone, recipe)
     found = {text: encoder.locate(text) for text in texts}
-    for text, (inputs, tokens) in found.items():
-        by_length[len(tokens.tokens)].append((text, tokens, inputs))
+    # Windows of one length go together: there is no padding to take out again.
+    by_length: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for text, (windows, _) in found.items():
+        for number, window in enumerate(windows):
+            by_length[len(window)].append((text, number))
+    read: dict[str, dict[int, np.ndarray]] = defaultdict(dict)  # until all windows of a text are
     budget = min(TokenBudget(backbone).tokens, _MOST_VALUES // layout.n_columns)
-    # Texts of one length only: there is no padding to take out again.
     for length, alike in by_length.items():
         size = max(1, budget // length)
         for start in range(0, len(alike), size):
             batch = alike[start : start + size]
-            values = _read(backbone, [inputs for *_, inputs in batch], layout)
-            for (text, tokens, _), activations in zip(batch, values, strict=True):
-                yield text, tokens, activations
+            windows = [found[text][0][number] for text, number in batch]
+            for (text, number), window, values in zip(
+                batch, windows, _read(backbone, windows, layout), strict=True
+            ):
+                read[text][number] = values if window.pooled is None else values[window.pooled]
+                if len(read[text]) == len(found[text][0]):
+                    parts = read.pop(text)
+                    activations = [parts[n] for n in range(len(parts))]
+                    yield text, found[text][1], np.concatenate(activations)
 
 
-def _read(backbone: Backbone, batch: list[TokenInputs], layout: Layout) -> np.ndarray:
-    """Read activations (n_texts, n_tokens, n_columns) of texts of one length."""
+def _read(backbone: Backbone, windows: list[Window], layout: Layout) -> np.ndarray:
+    """Read activations (n_windows, n_tokens, n_columns) of windows of one length."""
     inputs = {
-        name: torch.from_numpy(np.stack([row[name] for row in batch])).long().to(backbone.device)
-        for name in batch[0]
+        name: torch.from_numpy(np.stack([window.inputs[name] for window in windows])).long()
+        for name in windows[0].inputs
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs = {name: values.to(backbone.device) for name, values in inputs.items()}
     values = token_forward(backbone.model, backbone.anatomy, inputs, layout.segments)
     return values.cpu().numpy()

@@ -1,14 +1,22 @@
-"""Texts to token ids: prompt, truncation, and what stands for a text without tokens."""
+"""Texts to token ids: prompt or chat template, windows of a long text, which tokens are pooled.
+
+The characters that a user gave are told from the prompt's or the template's by their offsets, and
+so are the tokens: what is cut, what is read in windows and what is pooled is decided by token.
+"""
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from skspin._model.recipe import Recipe
 from skspin._texts import TextTokens
 
 # Whose activations stand for a text without tokens: the first of these that a tokenizer has.
@@ -16,139 +24,264 @@ _STANDS_FOR_NOTHING = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_toke
 # Characters per token beyond which a text is surely too long. Its offsets, which cutting needs and
 # which cost time, are asked for at once; a shorter one is tokenized again if it proves too long.
 _SURELY_LONG = 8
+_MARK = "\ue000{}\ue001"  # stands for a message while the template's own characters are looked for
+_STRIPS = (str, str.strip, str.rstrip, str.lstrip)  # what templates do to a message
 
-TokenInputs = dict[str, np.ndarray]  # "input_ids", perhaps "token_type_ids": (n_tokens,), int32
+
+@dataclass(frozen=True)
+class Window:
+    """What the model is given of a text at a time: all of it, or a stretch of a long one."""
+
+    inputs: dict[str, np.ndarray]  # "input_ids", perhaps "token_type_ids": (n_tokens,), int32
+    pooled: np.ndarray | None = None  # (n_tokens,), bool: the tokens that count; None for all
+
+    def __len__(self) -> int:
+        """Count the tokens."""
+        return len(self.inputs["input_ids"])
+
+    @property
+    def n_pooled(self) -> int:
+        """Number of tokens that count."""
+        return len(self) if self.pooled is None else int(self.pooled.sum())
+
+
+class Encoded(NamedTuple):
+    """A text's windows, and whether it lost tokens."""
+
+    windows: list[Window]
+    is_truncated: bool
+
+
+class _Span(NamedTuple):
+    """Characters that a user gave, of the string that is tokenized."""
+
+    start: int
+    end: int
+    role: str | None = None
+
+
+class _Filled(NamedTuple):
+    """What is tokenized: a text in its prompt, or a conversation in its template."""
+
+    string: str
+    spans: list[_Span]
 
 
 class TextEncoder:
-    """A tokenizer, which is left as it is, with its prompt and the most tokens of a text.
+    """A tokenizer, which is left as it is, and what a recipe says of tokens.
 
-    A text that has more loses its last ones, or its first where the tokenizer's ``truncation_side``
-    is "left"; special tokens and the prompt stay whole.
+    ``max_length`` is the recipe's, or less where the model has fewer positions. A text that has
+    more tokens loses its last ones, or its first where the tokenizer's ``truncation_side`` is
+    "left", or is read in windows; special tokens and the prompt stay whole. ``is_causal`` says that
+    a token's context is what comes before it.
     """
 
-    def __init__(self, tokenizer: Any, prompt: str | None = None, max_length: int = 512):
-        self.tokenizer = tokenizer
-        self.prompt = prompt
-        self.max_length = max_length
+    def __init__(self, tokenizer: Any, recipe: Recipe, max_length: int, is_causal: bool):
+        self.tokenizer, self.recipe, self.max_length = tokenizer, recipe, max_length
+        self.is_causal = is_causal
         self._fast = _bare_copy(tokenizer)
         self._has_types = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
+        # A template writes special tokens itself.
+        self._options = {"add_special_tokens": not recipe.conversations}
+        if recipe.pool_over != "all":
+            self._need_offsets(f"pool_over={recipe.pool_over!r}")
 
-    def encode(self, texts: Sequence[str]) -> tuple[list[TokenInputs], np.ndarray]:
-        """Tokenize texts; also say which of them lost tokens, (n_texts,) bool.
-
-        Lone surrogates, which no tokenizer reads, count as U+FFFD.
-        """
-        texts = replace_surrogates(texts)
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokenize texts. Lone surrogates, which no tokenizer reads, count as U+FFFD."""
+        filled = [self._fill(text) for text in replace_surrogates(texts)]
         if self._fast is None:
-            rows = [self._encode_slow(text) for text in texts]
-        else:
-            rows = self._encode_fast(self._fast, texts)
-        return [inputs for inputs, _ in rows], np.array([cut for _, cut in rows], dtype=bool)
-
-    def locate(self, text: str) -> tuple[TokenInputs, TextTokens]:
-        """Tokenize one text as `encode` does, and say where in it each token is."""
-        if self._fast is None:
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} does not tell where in the text its tokens are. "
-                "Use a fast tokenizer, one with a tokenizer.json."
-            )
-        [text] = replace_surrogates([text])
-        encoding = self._fast.encode(self._fill(text))
-        kept = self._kept(encoding, text)
-        inputs = self._inputs(encoding.ids, encoding.type_ids, kept)
-        ids = inputs["input_ids"]
-        if not len(kept):
-            names = [str(self.tokenizer.convert_ids_to_tokens(int(ids[0])))]
-            return inputs, TextTokens(text, names, np.zeros(1, int), np.zeros(1, int))
-        # Of a text that the prompt repeats, the first time counts as the text.
-        begin = 0 if self.prompt is None else self.prompt.index("{text}")
-        starts, ends = (np.array(encoding.offsets)[kept] - begin).clip(0, len(text)).T
-        outside = np.array(encoding.special_tokens_mask, dtype=bool)[kept] | (starts == ends)
-        starts, ends = np.where(outside, 0, starts), np.where(outside, 0, ends)
-        return inputs, TextTokens(text, [encoding.tokens[i] for i in kept], starts, ends)
-
-    def _fill(self, text: str) -> str:
-        return text if self.prompt is None else self.prompt.replace("{text}", text)
-
-    def _inputs(
-        self, ids: Sequence[int], types: Sequence[int], kept: Any = slice(None)
-    ) -> TokenInputs:
-        """Put what the model takes of a text's tokens into arrays."""
-        inputs = {"input_ids": np.asarray(ids, dtype=np.int32)[kept]}
-        if not len(inputs["input_ids"]):
-            inputs["input_ids"] = np.array([self._stand_in()], dtype=np.int32)
-            types, kept = [0], slice(None)
-        if self._has_types:
-            inputs["token_type_ids"] = np.asarray(types, dtype=np.int32)[kept]
-        return inputs
-
-    def _encode_fast(self, fast: Tokenizer, texts: list[str]) -> list[tuple[TokenInputs, bool]]:
-        long = [i for i, text in enumerate(texts) if len(text) > _SURELY_LONG * self.max_length]
-        short = sorted(set(range(len(texts))) - set(long))
-        rows: dict[int, tuple[TokenInputs, bool]] = {}
-        filled = [self._fill(texts[i]) for i in short]
-        for i, found in zip(short, fast.encode_batch_fast(filled), strict=True):
+            return [self._encode_slow(item) for item in filled]
+        n_characters = _SURELY_LONG * self.max_length
+        located = [
+            i
+            for i, item in enumerate(filled)
+            if self.recipe.pool_over != "all" or len(item.string) > n_characters
+        ]
+        short = sorted(set(range(len(filled))) - set(located))
+        rows: dict[int, Encoded] = {}
+        strings = [filled[i].string for i in short]
+        for i, found in zip(
+            short, self._fast.encode_batch_fast(strings, **self._options), strict=True
+        ):
             if len(found.ids) > self.max_length:
-                long.append(i)
+                located.append(i)
             else:
                 types = found.type_ids if self._has_types else ()
-                rows[i] = self._inputs(found.ids, types), False
-        filled = [self._fill(texts[i]) for i in long]
-        for i, found in zip(long, fast.encode_batch(filled), strict=True):
-            kept = self._kept(found, texts[i])
-            rows[i] = self._inputs(found.ids, found.type_ids, kept), len(kept) < len(found.ids)
-        return [rows[i] for i in range(len(texts))]
+                rows[i] = Encoded([self._window(found.ids, types)], False)
+        strings = [filled[i].string for i in located]
+        for i, found in zip(
+            located, self._fast.encode_batch(strings, **self._options), strict=True
+        ):
+            rows[i] = self._split(found, filled[i])[0]
+        return [rows[i] for i in range(len(filled))]
 
-    def _kept(self, encoding: Encoding, text: str) -> np.ndarray:
-        """Say which tokens are kept of a filled prompt that may be too long."""
-        places = np.arange(len(encoding.ids))
+    def locate(self, text: str) -> tuple[list[Window], TextTokens]:
+        """Tokenize one text as `encode` does, and say where in it the pooled tokens are."""
+        self._need_offsets("An explanation")
+        filled = self._fill(*replace_surrogates([text]))
+        encoding = self._fast.encode(filled.string, **self._options)  # type: ignore[union-attr]
+        encoded, places = self._split(encoding, filled)
+        # Of a text that the prompt repeats, the first time counts as the text.
+        is_text = not self.recipe.conversations
+        spans = filled.spans[:1] if is_text else filled.spans
+        begin, end = spans[0][:2] if is_text else (0, len(filled.string))
+        string = filled.string[begin:end]
+        if not len(places):
+            token = int(encoded.windows[0].inputs["input_ids"][0])
+            names, nowhere = [str(self.tokenizer.convert_ids_to_tokens(token))], np.zeros(1, int)
+            return encoded.windows, TextTokens(string, names, nowhere, nowhere, nowhere - 1)
+        messages = _spans_of(encoding, spans)[places]  # (n_tokens,)
+        starts, ends = (np.array(encoding.offsets)[places] - begin).clip(0, len(string)).T
+        outside = (messages < 0) | (starts == ends)
+        starts, ends = np.where(outside, 0, starts), np.where(outside, 0, ends)
+        names = [encoding.tokens[i] for i in places]
+        return encoded.windows, TextTokens(string, names, starts, ends, messages)
+
+    # What is tokenized
+
+    def _fill(self, text: str) -> _Filled:
+        if self.recipe.conversations:
+            return self._render(json.loads(text))
+        if self.recipe.prompt is None:
+            return _Filled(text, [_Span(0, len(text))])
+        head, *parts = self.recipe.prompt.split("{text}")
+        string, spans = head, []
+        for part in parts:
+            spans.append(_Span(len(string), len(string) + len(text)))
+            string += text + part
+        return _Filled(string, spans)
+
+    def _render(self, conversation: list[dict[str, Any]]) -> _Filled:
+        """Write a conversation with the chat template, and find its messages in it."""
+        rendered = self._apply_template(conversation)
+        # Rendered once more with marks for messages: what is not a mark is the template's.
+        marks = [_MARK.format(number) for number in range(len(conversation))]
+        marked = self._apply_template(
+            [{**said, "content": mark} for said, mark in zip(conversation, marks, strict=True)]
+        )
+        spans, at = [], 0
+        for said, mark in zip(conversation, marks, strict=True):
+            before, found, marked = marked.partition(mark)
+            start = at + len(before)
+            shapes = (strip(said["content"]) for strip in _STRIPS)
+            content = next((shape for shape in shapes if rendered.startswith(shape, start)), None)
+            if content is None or not (found and rendered.startswith(before, at)):
+                return self._unmarked(rendered)
+            at = start + len(content)
+            spans.append(_Span(start, at, said["role"]))
+        return _Filled(rendered, spans) if rendered[at:] == marked else self._unmarked(rendered)
+
+    def _unmarked(self, rendered: str) -> _Filled:
+        """Take the whole of a conversation whose template changes what people say."""
+        if self.recipe.pool_over != "all":
+            raise ValueError(
+                f"pool_over={self.recipe.pool_over!r} needs to know which characters are whose, "
+                "but the tokenizer's chat template changes the messages of a conversation (such as "
+                f"{rendered[:80]!r}). Use pool_over='all'."
+            )
+        return _Filled(rendered, [_Span(0, len(rendered))])
+
+    def _apply_template(self, conversation: list[dict[str, Any]]) -> str:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"X holds conversations, but {type(self.tokenizer).__name__} of this model has no "
+                "chat template. Use an instruct model, set tokenizer.chat_template, or pass texts."
+            )
+        try:
+            return self.tokenizer.apply_chat_template(conversation, tokenize=False)
+        except Exception as error:  # A template is a program, and may raise whatever it likes.
+            roles = [message["role"] for message in conversation]
+            raise ValueError(
+                f"The model's chat template refuses a conversation with the roles {roles}: {error}"
+            ) from error
+
+    # Tokens to windows
+
+    def _split(self, encoding: Encoding, filled: _Filled) -> tuple[Encoded, np.ndarray]:
+        """Cut a text's tokens into windows; also give the places of the tokens that are pooled."""
+        ids, types = np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids)
+        if not len(ids):
+            return Encoded([self._window(ids, types)], False), ids
+        span = _spans_of(encoding, filled.spans)  # (n_tokens,)
+        wanted = self._wanted(span, filled.spans)  # (n_tokens,)
+        windows, places = [], []
+        for chosen, counted in self._stretches(span >= 0):
+            pooled = wanted[chosen] & counted
+            if pooled.any():
+                window = self._window(ids[chosen], types[chosen], pooled)
+                windows.append(window)
+                places.append(chosen[pooled])
+        if not windows:
+            raise ValueError(
+                f"max_length={self.max_length} cuts off all tokens that pool_over="
+                f"{self.recipe.pool_over!r} asks for. Use a larger max_length, or "
+                "long_texts='windows'."
+            )
+        is_truncated = self.recipe.long_texts == "truncate" and len(ids) > self.max_length
+        return Encoded(windows, is_truncated), np.concatenate(places)
+
+    def _wanted(self, span: np.ndarray, spans: list[_Span]) -> np.ndarray:
+        """Say which tokens are pooled, (n_tokens,) bool."""
+        over = self.recipe.pool_over
+        if over == "all":
+            return np.ones(len(span), dtype=bool)
+        if over == "text":
+            # A text without tokens of its own gets those around it.
+            return span >= 0 if (span >= 0).any() else np.ones(len(span), dtype=bool)
+        roles = (over,) if isinstance(over, str) else over
+        wanted = np.isin(span, [i for i, said in enumerate(spans) if said.role in roles])
+        if not wanted.any():
+            raise ValueError(
+                f"A conversation has no token of pool_over={over!r}; its roles are "
+                f"{[said.role for said in spans]}. Leave it out, or pool over other roles."
+            )
+        return wanted
+
+    def _stretches(self, of_text: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Give the places of each window's tokens, and which of them count there."""
+        places = np.arange(len(of_text))
         excess = len(places) - self.max_length
         if excess <= 0:
-            return places
-        of_text = ~np.array(encoding.special_tokens_mask, dtype=bool)  # (n_tokens,)
-        if self.prompt is not None and self.prompt.count("{text}") == 1:
-            begin = self.prompt.index("{text}")
-            starts, ends = np.array(encoding.offsets).T
-            of_text &= (ends > begin) & (starts < begin + len(text))
-        if of_text.sum() <= excess:
+            yield places, np.ones(len(places), dtype=bool)
+            return
+        own, around = places[of_text], places[~of_text]
+        room = self.max_length - len(around)  # for the text's own tokens
+        overlap = self.recipe.overlap if self.recipe.long_texts == "windows" else 0
+        if room <= overlap:
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for text: prompt and special tokens "
-                f"take {(~of_text).sum()}. Use a larger max_length or a shorter prompt."
+                f"take {len(around)}{f', and overlap={overlap}' * bool(overlap)}. Use a larger "
+                "max_length or a shorter prompt."
             )
-        left = self.tokenizer.truncation_side == "left"
-        dropped = places[of_text][:excess] if left else places[of_text][-excess:]
-        return np.delete(places, dropped)
+        if self.recipe.long_texts == "truncate":
+            left = self.tokenizer.truncation_side == "left"
+            kept = np.delete(places, own[:excess] if left else own[-excess:])
+            yield kept, np.ones(len(kept), dtype=bool)
+            return
+        # A token that two windows share counts where it has the longer context; a causal model's
+        # context is what comes before.
+        earlier = overlap if self.is_causal else (overlap + 1) // 2  # count in the earlier window
+        for start in range(0, len(own) - overlap, room - overlap):
+            stretch = own[start : start + room]
+            counts = np.ones(len(stretch), dtype=bool)
+            if start:
+                counts[:earlier] = False
+            if start + room < len(own):
+                counts[len(counts) - (overlap - earlier) :] = False
+            chosen = np.union1d(around, stretch)
+            yield chosen, ~np.isin(chosen, stretch[~counts])
 
-    def _encode_slow(self, text: str) -> tuple[TokenInputs, bool]:
-        found = self._tokenize(self._fill(text))
-        cut = len(found["input_ids"]) > self.max_length
-        if cut:
-            found = self._tokenize_short(text)
-        types = found.get("token_type_ids") or [0] * len(found["input_ids"])
-        return self._inputs(found["input_ids"], types), cut
-
-    def _tokenize_short(self, text: str) -> Any:
-        """Tokenize what fits of a text that is too long."""
-        if self.prompt is None:
-            return self.tokenizer(text, truncation=True, max_length=self.max_length)
-        # Without offsets the tokens of the text are not known, but its longest start that fits is.
-        kept = bisect_right(
-            range(len(text) + 1),
-            self.max_length,
-            key=lambda n_characters: len(
-                self._tokenize(self._fill(text[:n_characters]))["input_ids"]
-            ),
-        )
-        if kept <= 1:
-            raise ValueError(
-                f"max_length={self.max_length} leaves no room for text beside the prompt. Use a "
-                "larger max_length or a shorter prompt."
-            )
-        return self._tokenize(self._fill(text[: kept - 1]))
-
-    def _tokenize(self, text: str) -> Any:
-        return self.tokenizer(text, verbose=False)
+    def _window(
+        self, ids: Sequence[int], types: Sequence[int], pooled: np.ndarray | None = None
+    ) -> Window:
+        """Put what the model takes of some tokens into arrays."""
+        inputs = {"input_ids": np.asarray(ids, dtype=np.int32)}
+        if not len(ids):
+            inputs = {"input_ids": np.array([self._stand_in()], dtype=np.int32)}
+            types, pooled = [0], None
+        if self._has_types:
+            inputs["token_type_ids"] = np.asarray(types, dtype=np.int32)
+        return Window(inputs, None if pooled is None or pooled.all() else pooled)
 
     def _stand_in(self) -> int:
         for name in _STANDS_FOR_NOTHING:
@@ -159,6 +292,71 @@ class TextEncoder:
             "A text has no tokens, and the tokenizer has no BOS, CLS, EOS or padding token to "
             "stand in. Give it one, e.g. tokenizer.eos_token = '</s>', or drop empty texts."
         )
+
+    # Tokenizers written in Python, which do not tell where tokens are
+
+    def _need_offsets(self, what: str) -> None:
+        if self._fast is None:
+            raise ValueError(
+                f"{what} needs a fast tokenizer, one with a tokenizer.json: "
+                f"{type(self.tokenizer).__name__} does not tell where in the text its tokens are."
+            )
+
+    def _encode_slow(self, filled: _Filled) -> Encoded:
+        found = self._tokenize(filled.string)
+        if len(found["input_ids"]) <= self.max_length:
+            return Encoded([self._slow_window(found)], False)
+        if self.recipe.long_texts == "windows":
+            if self.recipe.overlap:
+                self._need_offsets(f"overlap={self.recipe.overlap}")
+            pieces = self._pieces(filled)
+            return Encoded([self._slow_window(self._tokenize(piece)) for piece in pieces], False)
+        if self.recipe.prompt is None and not self.recipe.conversations:
+            found = self.tokenizer(filled.string, truncation=True, max_length=self.max_length)
+        else:
+            found = self._tokenize(next(self._pieces(filled)))
+        return Encoded([self._slow_window(found)], True)
+
+    def _pieces(self, filled: _Filled) -> Iterator[str]:
+        """Cut a text into its longest stretches that fit, each with what is around it."""
+        if len(filled.spans) != 1:
+            self._need_offsets("A prompt with several texts, or a conversation, that is too long")
+        start, end, _ = filled.spans[0]
+        head, text, tail = filled.string[:start], filled.string[start:end], filled.string[end:]
+        while text:
+            # Nothing but trying tells how many characters make up so many tokens.
+            lengths = range(min(len(text), 64 * self.max_length) + 1)
+            n_tokens = partial(self._count, head, text, tail)
+            n_characters = bisect_right(lengths, self.max_length, key=n_tokens) - 1
+            if n_characters < 1:
+                raise ValueError(
+                    f"max_length={self.max_length} leaves no room for text beside the prompt. Use "
+                    "a larger max_length or a shorter prompt."
+                )
+            yield head + text[:n_characters] + tail
+            text = text[n_characters:]
+
+    def _count(self, head: str, text: str, tail: str, n_characters: int) -> int:
+        return len(self._tokenize(head + text[:n_characters] + tail)["input_ids"])
+
+    def _slow_window(self, found: Any) -> Window:
+        ids = found["input_ids"]
+        return self._window(ids, found.get("token_type_ids") or [0] * len(ids))
+
+    def _tokenize(self, text: str) -> Any:
+        return self.tokenizer(text, verbose=False, **self._options)
+
+
+def _spans_of(encoding: Encoding, spans: list[_Span]) -> np.ndarray:
+    """Give the number of the span that each token has a character of, (n_tokens,) int; else -1."""
+    if not encoding.ids:
+        return np.empty(0, dtype=int)
+    starts, ends = np.array(encoding.offsets).T  # (n_tokens,)
+    found = np.full(len(starts), -1)
+    for number, span in enumerate(spans):
+        found[(ends > span.start) & (starts < span.end)] = number
+    special = np.array(encoding.special_tokens_mask, dtype=bool)
+    return np.where(special, -1, found)
 
 
 def _bare_copy(tokenizer: Any) -> Tokenizer | None:

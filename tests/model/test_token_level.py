@@ -5,6 +5,7 @@ import pytest
 from tiny_models import TINY, tiny_tokenizer
 
 from skspin import LLMActivationTransformer
+from skspin._texts import open_texts
 
 POOLED = {
     "mean": lambda values: values.mean(axis=0),
@@ -59,10 +60,10 @@ def test_tokens_pool_to_the_transformers_output(name, prompt, padding_side):
     transformer = fitted(name, prompt, padding_side)
     pooled = np.asarray(transformer.transform(TEXTS))
     seen = set()
-    for text, tokens, activations in transformer._read_tokens(TEXTS):
+    for text, tokens, activations in transformer._read_tokens(open_texts(TEXTS)):
         seen.add(text)
         row = pooled[TEXTS.index(text)]
-        assert len(tokens.ids) == len(activations) <= 12
+        assert len(tokens.tokens) == len(activations) <= 12
         layout = transformer.layout_
         for segment, columns in zip(layout.segments, layout.slices, strict=True):
             by_hand = POOLED[segment.pooling](activations[:, columns].astype(np.float64))
