@@ -39,7 +39,7 @@ def open_texts(X: Any) -> TextChunks:
     if not n_texts:
         raise ValueError("X holds no text (0 samples), but at least one is needed.")
     in_memory = _as_list(X)
-    first = next(iter(X if in_memory is None else in_memory), None)
+    first: Any = next(iter(X if in_memory is None else in_memory), None)
     conversations = _is_conversation(first.as_py() if hasattr(first, "as_py") else first)  # Arrow's
     if in_memory is not None:
         return TextChunks(n_texts, conversations, None, _check(in_memory, 0, conversations))

@@ -243,7 +243,7 @@ def _pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
     """Put windows into rectangles (n_windows, n_tokens), the longest first, padded on the right."""
     lengths = np.array([len(window) for window in windows])
     real = np.arange(lengths[0]) < lengths[:, None]  # (n_windows, n_tokens)
-    padded = {"attention_mask": real.astype(np.int64)}
+    padded: dict[str, np.ndarray] = {"attention_mask": real.astype(np.int64)}
     for name in windows[0].inputs:
         # Padding is never attended, so any id serves, and a tokenizer without one is as good.
         padded[name] = np.zeros(real.shape, dtype=np.int64)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from tokenizers import Encoding, Tokenizer
 
 from skspin._model.recipe import Recipe
@@ -271,12 +272,10 @@ class TextEncoder:
             chosen = np.union1d(around, stretch)
             yield chosen, ~np.isin(chosen, stretch[~counts])
 
-    def _window(
-        self, ids: Sequence[int], types: Sequence[int], pooled: np.ndarray | None = None
-    ) -> Window:
+    def _window(self, ids: ArrayLike, types: ArrayLike, pooled: np.ndarray | None = None) -> Window:
         """Put what the model takes of some tokens into arrays."""
         inputs = {"input_ids": np.asarray(ids, dtype=np.int32)}
-        if not len(ids):
+        if not len(inputs["input_ids"]):
             inputs = {"input_ids": np.array([self._stand_in()], dtype=np.int32)}
             types, pooled = [0], None
         if self._has_types:

@@ -98,6 +98,8 @@ DECIDES = {
     "tokenizer": write_other_tokenizer,
     "prompt": set_params(prompt="Review: {text}"),
     "max_length": set_params(max_length=100),
+    "long_texts": set_params(long_texts="windows"),
+    "pool_over": set_params(pool_over="text"),
     "dtype": set_params(dtype="bfloat16"),
     "site": set_params(site="mlp"),
     "pooling": set_params(pooling="max"),
@@ -115,6 +117,14 @@ def test_what_decides_a_number_is_in_the_key(folder, store, read, change):
     found = activations(folder, store, **params)
     assert read() == 2 * len(TEXTS)
     np.testing.assert_array_equal(found, activations(folder, None, **params))
+
+
+def test_the_overlap_of_windows_is_in_the_key(folder, store, read):
+    params = {"long_texts": "windows", "max_length": 5}
+    expected = activations(folder, store, **params)
+    before = read()
+    assert not np.array_equal(activations(folder, store, overlap=1, **params), expected)
+    assert read() > before
 
 
 EXTRA_TOKENS = (  # renamed in transformers 5
