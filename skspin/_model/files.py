@@ -266,8 +266,9 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
     if random:
         raise ValueError(
             f"The weights of {source.model!r} lack {len(random)} of the model's parameters, or "
-            f"have them in another shape, e.g. {min(random)!r}. These would be random numbers. Give "
-            "a complete checkpoint, and a configuration (config.json, model_kwargs) that fits it."
+            f"have them in another shape, e.g. {min(random)!r}. These would be random numbers. "
+            "Give a complete checkpoint, and a configuration (config.json, model_kwargs) that fits "
+            "it."
         )
     model.eval().requires_grad_(False)
     if "device_map" not in options and model.device != torch.device(device):

@@ -69,8 +69,9 @@ class Folder:
     def size_of(self, chunk: Chunk) -> int:
         """Count the bytes that a chunk takes here."""
         record = chunk.record
-        is_mapped = isinstance(record, np.memmap)
-        return record.nbytes + (record.offset if is_mapped else len(_header(record.dtype)))
+        if isinstance(record, np.memmap):
+            return record.nbytes + record.offset
+        return record.nbytes + len(_header(record.dtype))
 
     def open(self, name: str) -> np.ndarray:
         """Map a chunk's record into memory."""

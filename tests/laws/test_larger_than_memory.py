@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 from sklearn.linear_model import SGDClassifier
 from sklearn.utils import gen_batches
-from skspin._store.recall import recall_or_compute
 
 import skspin._texts
 from skspin import LLMActivationTransformer, SalientNeuronSelector
