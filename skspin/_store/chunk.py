@@ -14,12 +14,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 import xxhash
 
-from skspin._layout import Layout
+from skspin._layout import Layout, Segment
+from skspin._system import warn
 
 _PIECE_BYTES = 1 << 20  # of rows copied at a time, so that they are checked from the CPU's cache
-
-# Of each segment what decides its numbers: key, width, and the neurons chosen, None for all.
-Segments = tuple[tuple[str, int, tuple[int, ...] | None], ...]
 
 
 def text_digests(texts: Iterable[str]) -> list[bytes]:
@@ -41,42 +39,32 @@ def pieces(n_rows: int, row_bytes: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class About:
-    """What a chunk says of itself: its key and columns, and the model's name for people."""
+    """What a chunk says of itself: its key, its columns, and the model's name for people."""
 
     key: str
-    segments: Segments
+    layout: Layout
     model: str = field(default="", compare=False)
-
-    @classmethod
-    def of(cls, key: str, layout: Layout, model: str) -> About:
-        """Describe rows of a layout."""
-        return cls(key, tuple((s.key, s.width, s.neurons) for s in layout.segments), model)
 
     @classmethod
     @lru_cache(maxsize=64)  # most chunks of a store say the same
     def from_json(cls, encoded: bytes) -> About:
         """Read what `encoded` wrote."""
         key, segments, model = json.loads(encoded)
-        return cls(
-            key, tuple((k, w, None if n is None else tuple(n)) for k, w, n in segments), model
-        )
+        layout = tuple(Segment(*[*s[:5], s[5] and tuple(s[5])]) for s in segments)
+        return cls(key, Layout(layout), model)
 
     @cached_property
     def encoded(self) -> bytes:
         """Write it down as JSON."""
-        text = json.dumps([self.key, self.segments, self.model], separators=(",", ":")).encode()
+        segments = [list(vars(segment).values()) for segment in self.layout.segments]
+        text = json.dumps([self.key, segments, self.model], separators=(",", ":")).encode()
         return text + b" " * (-len(text) % 8)  # keeps all that follows aligned
 
     @cached_property
     def name(self) -> str:
         """How the names of chunks of this key and layout begin."""
-        segments = json.dumps(self.segments).encode()
-        return f"{name_of_key(self.key)}{xxhash.xxh3_64_hexdigest(segments)}-"
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """Where each segment's columns end."""
-        return np.cumsum([w if n is None else len(n) for _, w, n in self.segments]).tolist()
+        columns = json.dumps([(s.key, s.width, s.neurons) for s in self.layout.segments])
+        return f"{name_of_key(self.key)}{xxhash.xxh3_64_hexdigest(columns.encode())}-"
 
 
 @dataclass(frozen=True)
@@ -88,29 +76,35 @@ class Common:
 
 
 @lru_cache(maxsize=64)
-def find_common(stored: About, wanted: About) -> Common:
+def find_common(stored: Layout, wanted: Layout) -> Common:
     """Find what rows of one layout have of another; chosen neurons may be some of those stored."""
-    if stored.segments == wanted.segments:
+    if stored == wanted:
         return Common(np.arange(len(wanted.segments)), [(slice(None), slice(None))])
     there = {
-        segment[:2]: (segment[2], start)
-        for segment, start in zip(stored.segments, [0, *stored.ends], strict=False)
+        (segment.key, segment.width): (segment.neurons, columns)
+        for segment, columns in zip(stored.segments, stored.slices, strict=True)
     }
     asked, copies = [], []
-    targets = map(slice, [0, *wanted.ends], wanted.ends)
-    for i, ((key, width, chosen), target) in enumerate(zip(wanted.segments, targets, strict=True)):
-        neurons, start = there.get((key, width), ((), 0))
-        source: slice | np.ndarray = slice(start, start + target.stop - target.start)
-        if neurons != chosen:
-            column = {
-                n: c for c, n in enumerate(range(width) if neurons is None else neurons, start)
-            }
-            if chosen is None or not column.keys() >= set(chosen):
+    for i, segment in enumerate(wanted.segments):
+        neurons, columns = there.get((segment.key, segment.width), ((), slice(0)))
+        source: slice | np.ndarray = columns
+        if neurons != segment.neurons:
+            known = range(segment.width) if neurons is None else neurons
+            at = {neuron: column for column, neuron in enumerate(known, columns.start or 0)}
+            if segment.neurons is None or not at.keys() >= set(segment.neurons):
                 continue
-            source = np.array([column[neuron] for neuron in chosen])
+            source = np.array([at[neuron] for neuron in segment.neurons])
         asked.append(i)
-        copies.append((source, target))
+        copies.append((source, wanted.slices[i]))
     return Common(np.array(asked, int), copies)
+
+
+def warn_of_damage(n_texts: int, where: object) -> None:
+    """Warn of rows that are not what was written."""
+    warn(
+        f"The activations of {n_texts} texts in {where} are damaged; what is missing will be "
+        "computed again."
+    )
 
 
 class DamagedChunk(ValueError):
@@ -125,16 +119,16 @@ class Chunk:
         try:
             encoded, n_texts = record["about"].tobytes(), len(record["texts"])
             self.about = About.from_json(encoded)
-            expected = _record_type(len(encoded), n_texts, self.about.ends[-1])
+            expected = _record_type(len(encoded), n_texts, self.about.layout.n_columns)
         except (ValueError, TypeError, IndexError) as error:
             raise DamagedChunk(f"What {name} says of itself is damaged") from error
         if record.dtype != expected or record.shape or not name.startswith(self.about.name):
             raise DamagedChunk(f"{name} is not what it says of itself")
         self.digests: list[bytes] = record["texts"].tolist()
         self.rows = np.asarray(record["rows"])  # (n_texts, n_columns), "<f4"
+        self.row_bytes = 4 * self.rows.shape[1]
         self._checksums = np.asarray(record["checksums"])
-        self.row_bytes = 4 * self.about.ends[-1]
-        # The seeds of checksums: no row is taken for another text's, model's or layout's.
+        # Their seeds: no row is taken for that of another text, model or layout.
         halves = np.array(record["texts"]).view("<u8").reshape(-1, 2)
         about = np.uint64(xxhash.xxh3_64_intdigest(encoded))
         self._seeds = halves[:, 0] ^ (halves[:, 1] * np.uint64(3)) ^ about
@@ -142,7 +136,8 @@ class Chunk:
     @classmethod
     def blank(cls, about: About, digests: Sequence[bytes]) -> Chunk:
         """Make room for the rows of texts; fill in ``rows``, then call `seal`."""
-        record = np.empty((), _record_type(len(about.encoded), len(digests), about.ends[-1]))
+        shape = len(about.encoded), len(digests), about.layout.n_columns
+        record = np.empty((), _record_type(*shape))
         record["about"] = np.frombuffer(about.encoded, np.uint8)
         record["texts"] = np.frombuffer(b"".join(digests), "V16")
         return cls(record, about.name)
@@ -158,51 +153,44 @@ class Chunk:
         # The copy is summed up, not the map, which another process could change in between.
         return _checksums(into, self._seeds[numbers]) == self._checksums[numbers]
 
+    def only(self, numbers: Sequence[int] | np.ndarray) -> Chunk:
+        """Copy some rows to a chunk of their own."""
+        chunk = Chunk.blank(self.about, [self.digests[i] for i in numbers])
+        chunk.rows[...] = self.rows[numbers]
+        return chunk.seal()
+
     def cut(self, n_bytes: int) -> list[Chunk]:
         """Cut into chunks of at most so many bytes of rows, or of one row."""
-        step = max(1, n_bytes // self.row_bytes)
-        if step >= len(self.digests):
+        n_texts, step = len(self.digests), max(1, n_bytes // self.row_bytes)
+        if n_texts <= step:
             return [self]
-        parts = []
-        for start in range(0, len(self.digests), step):
-            part = Chunk.blank(self.about, self.digests[start : start + step])
-            part.rows[...] = self.rows[start : start + step]
-            parts.append(part.seal())
-        return parts
+        starts = range(0, n_texts, step)
+        return [self.only(range(start, min(start + step, n_texts))) for start in starts]
 
 
-def merge(chunks: Sequence[Chunk]) -> Chunk | None:
-    """Put the sound rows of chunks of one key and layout into one, each text once."""
-    where = {text: (i, row) for i, c in enumerate(chunks) for row, text in enumerate(c.digests)}
-    owners, rows = np.array(list(where.values())).T
-    merged = Chunk.blank(chunks[-1].about, list(where))
+def merge(chunks: Sequence[Chunk], where: object) -> Chunk | None:
+    """Put the sound rows of chunks of one layout into one, each text once; None if none is."""
+    at = {text: (i, row) for i, c in enumerate(chunks) for row, text in enumerate(c.digests)}
+    owners, rows = np.array(list(at.values())).T
+    merged = Chunk.blank(chunks[-1].about, list(at))
     sound = np.empty(len(rows), bool)
     for i, chunk in enumerate(chunks):
         members = np.flatnonzero(owners == i)
         for piece in pieces(len(members), chunk.row_bytes):
             to = members[piece]
-            values = np.empty((len(to), merged.rows.shape[1]), "<f4")
+            values = np.empty((len(to), chunk.rows.shape[1]), "<f4")
             sound[to] = chunk.take(rows[to], values)
             merged.rows[to] = values
-    if not sound.any():
-        return None
-    if not sound.all():
-        damaged = merged
-        merged = Chunk.blank(damaged.about, [damaged.digests[i] for i in np.flatnonzero(sound)])
-        merged.rows[...] = damaged.rows[sound]
-    return merged.seal()
+    if sound.all():
+        return merged.seal()
+    warn_of_damage(int((~sound).sum()), where)
+    return merged.only(np.flatnonzero(sound)) if sound.any() else None
 
 
 @lru_cache(maxsize=64)
 def _record_type(n_about: int, n_texts: int, n_columns: int) -> np.dtype:
-    return np.dtype(
-        [
-            ("about", "u1", (n_about,)),
-            ("texts", "V16", (n_texts,)),
-            ("checksums", "<u8", (n_texts,)),
-            ("rows", "<f4", (n_texts, n_columns)),
-        ]
-    )
+    texts = [("texts", "V16", (n_texts,)), ("checksums", "<u8", (n_texts,))]
+    return np.dtype([("about", "u1", (n_about,)), *texts, ("rows", "<f4", (n_texts, n_columns))])
 
 
 def _checksums(rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:

@@ -17,12 +17,11 @@ import numpy as np
 from numpy.lib import format as npy
 
 from skspin._store.chunk import Chunk, DamagedChunk, text_digests
-from skspin._store.memory import Entry
 from skspin._system import warn
 
-FORMAT = 2  # another version's folder lies beside ours, and neither touches the other's
+FORMAT = 2  # another version's folder lies beside this one, and neither touches the other's
 _CHUNK = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{16}){2}\.npy")
-_METADATA = re.compile(r"[0-9a-f]{32}\.json(\.[0-9a-f]{16}\.tmp)?")
+_METADATA = re.compile(r"[0-9a-f]{32}\.json")
 # Windows removes no file that somebody has mapped.
 _CANNOT_REMOVE = (FileNotFoundError, *([PermissionError] if os.name == "nt" else []))
 
@@ -36,42 +35,41 @@ class Folder:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self._home = self.path / f"skspin-{FORMAT}"
+        self._path = Path(path)
+        self._home = self._path / f"skspin-{FORMAT}"
         self._chunks, self._metadata = self._home / "chunks", self._home / "metadata"
         self._latest_use = 0
 
     def __str__(self) -> str:
         """Name it to people."""
-        return str(self.path)
+        return str(self._path)
 
     def make(self) -> None:
         """Make the folder, readable by its owner alone, if it is not there."""
-        for folder in (self.path, self._home, self._chunks, self._metadata):
+        for folder in (self._path, self._home, self._chunks, self._metadata):
             os.makedirs(folder, mode=0o700, exist_ok=True)
 
     def names(self) -> list[str]:
         """List the names of chunks, whoever put them there."""
         return [name for name in os.listdir(self._chunks) if _CHUNK.fullmatch(name)]
 
-    def scan(self) -> dict[str, Entry]:
-        """List all that takes room, also what is not whole."""
+    def scan(self) -> dict[str, tuple[int, int]]:
+        """List all that takes room, also what is not whole: when it was last used, its bytes."""
         entries = {}
         with os.scandir(self._chunks) as files:
             for file in files:
                 if _CHUNK.fullmatch(file.name.removesuffix(".tmp")):
                     with suppress(FileNotFoundError):  # another process has just removed it
                         status = file.stat()
-                        entries[file.name] = Entry(status.st_size, status.st_mtime_ns)
+                        entries[file.name] = status.st_mtime_ns, status.st_size
                         self._latest_use = max(self._latest_use, status.st_mtime_ns)
         return entries
 
     def size_of(self, chunk: Chunk) -> int:
         """Count the bytes that a chunk takes here."""
-        record = chunk.record
-        if isinstance(record, np.memmap):
-            return record.nbytes + record.offset
-        return record.nbytes + len(_header(record.dtype))
+        if isinstance(chunk.record, np.memmap):
+            return chunk.record.offset + chunk.record.nbytes
+        return len(_header(chunk.record.dtype)) + chunk.record.nbytes
 
     def open(self, name: str) -> np.ndarray:
         """Map a chunk's record into memory."""
@@ -89,9 +87,8 @@ class Folder:
 
     def put(self, chunk: Chunk) -> None:
         """Write a chunk."""
-        rows = chunk.record.reshape(1).view(np.uint8).data
-        path = self._chunks / chunk.name
-        _write_whole(path, f"{chunk.name}.tmp", _header(chunk.record.dtype), rows)
+        content = _header(chunk.record.dtype), chunk.record.reshape(1).view(np.uint8).data
+        _write_whole(self._chunks / chunk.name, f"{chunk.name}.tmp", *content)
 
     def remove(self, name: str) -> None:
         """Remove a chunk, if it is there."""
@@ -116,7 +113,7 @@ class Folder:
     def limit(self) -> int:
         """Bound in bytes, a quarter of the disk unless assigned; kept here for all processes."""
         limit = _read_json(self._home / "limit.json", "limit")
-        return shutil.disk_usage(self.path).total // 4 if limit is None else int(limit)
+        return shutil.disk_usage(self._path).total // 4 if limit is None else int(limit)
 
     @limit.setter
     def limit(self, limit: int) -> None:
@@ -133,11 +130,11 @@ class Folder:
     def clear_metadata(self) -> None:
         """Remove all metadata."""
         for path in self._metadata.iterdir():
-            if _METADATA.fullmatch(path.name):
+            if _METADATA.match(path.name):  # also what was not written to its end
                 path.unlink(missing_ok=True)
 
     def _metadata_path(self, name: str) -> Path:
-        return self._metadata / f"{text_digests([name])[0].hex()}.json"
+        return self._metadata / f"{_digest(name)}.json"
 
 
 @lru_cache(maxsize=64)
@@ -163,7 +160,7 @@ def _write_whole(path: Path, temporary: str, *contents: bytes | memoryview) -> N
 
 
 def _write_json(path: Path, name: str, text: str) -> None:
-    record = {"name": name, "value": text, "checksum": _checksum(name, text)}
+    record = {"name": name, "value": text, "checksum": _digest(json.dumps([name, text]))}
     _write_whole(path, f"{path.name}.{token_hex(8)}.tmp", json.dumps(record).encode())
 
 
@@ -171,7 +168,8 @@ def _read_json(path: Path, name: str) -> str | None:
     """Return the JSON text in a file; None if there is none, or, with a warning, a damaged one."""
     try:
         record = json.loads(path.read_bytes())
-        if record["name"] == name and record["checksum"] == _checksum(name, record["value"]):
+        checksum = _digest(json.dumps([name, record["value"]]))
+        if record["name"] == name and record["checksum"] == checksum:
             return record["value"]
     except FileNotFoundError:
         return None
@@ -181,5 +179,5 @@ def _read_json(path: Path, name: str) -> str | None:
     return None
 
 
-def _checksum(name: str, text: str) -> str:
-    return text_digests([json.dumps([name, text])])[0].hex()
+def _digest(text: str) -> str:
+    return text_digests([text])[0].hex()

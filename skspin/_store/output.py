@@ -15,20 +15,15 @@ from skspin._store.chunk import text_digests
 
 
 class Output:
-    """A matrix (n_texts, n_columns), float32, and a digest of what it is the answer to."""
+    """A matrix (n_texts, n_columns), float32; and a digest of its columns and texts."""
 
-    def __init__(self, matrix: np.ndarray, key: str) -> None:
-        self.matrix = matrix
-        self._digest = xxhash.xxh3_128(key.encode())
+    def __init__(self, matrix: np.ndarray, digest: xxhash.xxh3_128 | None = None) -> None:
+        self.matrix, self._digest = matrix, digest
 
     def note(self, texts: Iterable[str]) -> None:
-        """Count the next texts in to the name of the file."""
-        self._digest.update(b"".join(text_digests(texts)))
-
-    @property
-    def name(self) -> str:
-        """What to call the file: the same for the same texts in the same order, and key."""
-        return f"activations-{self._digest.hexdigest()}.npy"
+        """Count the next texts in to the name of the file, if there is one."""
+        if self._digest is not None:
+            self._digest.update(b"".join(text_digests(texts)))
 
 
 @contextmanager
@@ -41,7 +36,7 @@ def open_output(
     if that fails (a process that is killed leaves it behind).
     """
     if folder is None:
-        yield Output(np.empty(shape, np.float32), key)
+        yield Output(np.empty(shape, np.float32))
         return
     if not os.fspath(folder):
         raise ValueError("output_folder='' names no folder. Give one, or None to use memory.")
@@ -53,12 +48,13 @@ def open_output(
             f"output_folder={str(folder)!r}, but {error.filename} is a file. Give a folder, which "
             "is made if it is not there."
         ) from error
+    digest = xxhash.xxh3_128(key.encode())
     handle, path = tempfile.mkstemp(suffix=".part", prefix="activations-", dir=folder)
     part = Path(path)
     try:
         with os.fdopen(handle, "r+b") as file:
             try:
-                output = Output(np.lib.format.open_memmap(part, "w+", np.float32, shape), key)
+                output = Output(np.lib.format.open_memmap(part, "w+", np.float32, shape), digest)
                 if hasattr(os, "posix_fallocate"):
                     # To write to a mapping when the disk is full would end the process.
                     os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
@@ -73,8 +69,9 @@ def open_output(
         yield output
         output.matrix.flush()  # type: ignore[attr-defined]
         output.matrix = np.empty(0)  # some systems rename no file that is mapped
-        os.replace(part, folder / output.name)
+        whole = folder / f"activations-{digest.hexdigest()}.npy"
+        os.replace(part, whole)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    output.matrix = np.load(folder / output.name, mmap_mode="r")
+    output.matrix = np.load(whole, mmap_mode="r")

@@ -31,6 +31,7 @@ from skspin._store.chunk import (
     name_of_key,
     pieces,
     text_digests,
+    warn_of_damage,
 )
 from skspin._store.folder import Folder
 from skspin._store.memory import Memory
@@ -72,7 +73,6 @@ class _Request:
     """Distinct texts and their rows in the caller's array, which are filled as far as is found."""
 
     about: About
-    layout: Layout
     digests: list[bytes]
     rows: np.ndarray  # (n_texts,), int
     out: np.ndarray  # (n_rows, n_columns), float32
@@ -84,16 +84,16 @@ class Missing:
 
     def __init__(self, store: Store, texts: Sequence[str], request: _Request, lacks: np.ndarray):
         members = np.flatnonzero((request.found != lacks).all(axis=1))
-        segments = np.flatnonzero(lacks).tolist()
-        self.layout = Layout(tuple(request.layout.segments[i] for i in segments))
+        segments, wanted = np.flatnonzero(lacks).tolist(), request.about.layout
+        self.layout = Layout(tuple(wanted.segments[i] for i in segments))
         self._rows = request.rows[members]
         self.texts = [texts[row] for row in self._rows.tolist()]
         self._digests = [request.digests[i] for i in members.tolist()]
-        self._about = About.of(request.about.key, self.layout, request.about.model)
+        self._about = About(request.about.key, self.layout, request.about.model)
         self._store, self._out = store, request.out
         self._copies = [(slice(None), slice(None))]  # from columns computed to columns asked for
         if not lacks.all():
-            targets = (request.layout.slices[i] for i in segments)
+            targets = [wanted.slices[i] for i in segments]
             self._copies = list(zip(self.layout.slices, targets, strict=True))
         self._waiting: list[int] = []  # positions of texts whose rows are not stored yet
         self._written, self._took = time.monotonic(), 0.0
@@ -186,7 +186,7 @@ class Store:
         rows = np.sort(np.fromiter(first.values(), np.int64, len(first)))
         distinct = [digests[row] for row in rows.tolist()]
         found = np.zeros((len(rows), len(layout.segments)), bool)
-        request = _Request(About.of(key, layout, model), layout, distinct, rows, out, found)
+        request = _Request(About(key, layout, model), distinct, rows, out, found)
         self._fill(request)
         lacking = ~found[~found.all(axis=1)]
         all_alike = (lacking == lacking[:1]).all()  # as most often, which is quick to see
@@ -211,33 +211,30 @@ class Store:
         # What another thread merges meanwhile is found where it was, or else in a chunk yet newer.
         chunks = dict(self._chunks)
         # First where all columns may be.
-        for name in sorted(self._names(key), key=lambda name: name != request.about.name):
-            common = find_common(self._abouts[name], request.about)
+        names = [name for name in list(self._abouts) if name.startswith(key)]
+        for name in sorted(names, key=lambda name: name != request.about.name):
+            common = find_common(self._abouts[name].layout, request.about.layout)
             lacking = np.flatnonzero(~request.found[:, common.asked].all(axis=1))
             digests = (request.digests[i] for i in lacking.tolist())
             found = map(self._positions[name].get, digests, repeat(-1))
             positions = np.fromiter(found, np.int64, len(lacking))
-            order = np.argsort(positions, kind="stable")
-            order = order[np.count_nonzero(positions < 0) :]
-            positions, lacking = positions[order], lacking[order]
             numbers = positions >> 32
-            starts = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
-            for start, end in zip(starts, [*starts[1:], None], strict=False):
-                number = int(numbers[start])
+            for number in sorted(set(numbers.tolist()) - {-1}):
                 chunk = chunks.get(number) or self._chunks.get(number)
-                if chunk is not None and self._is_whole(chunk):
-                    rows = positions[start:end] & _ROW
-                    self._copy(chunk, rows, request, lacking[start:end], common)
+                here = np.flatnonzero(numbers == number)
+                if chunk is not None and self._place.touch(chunk):
+                    self._copy(chunk, positions[here] & _ROW, request, lacking[here], common)
+                elif chunk is not None:
+                    self._give_up(chunk.name, f"{chunk.name} in {self._place} was cut off")
         if self._memory is not None and not (self._reads and self._writes):
             self._memory._fill(request)
-
-    def _names(self, key: str) -> list[str]:
-        return [name for name in list(self._abouts) if name.startswith(key)]
 
     def _copy(
         self, chunk: Chunk, rows: np.ndarray, request: _Request, texts: np.ndarray, common: Common
     ) -> None:
         """Copy rows of a chunk to where they are asked for."""
+        in_file = np.argsort(rows)  # a disk is read in order
+        rows, texts = rows[in_file], texts[in_file]
         sound = np.empty(len(rows), bool)
         parts = pieces(len(rows), chunk.row_bytes)
         buffer = np.empty((len(rows[parts[0]]), chunk.rows.shape[1]), "<f4")
@@ -250,13 +247,13 @@ class Store:
                 request.out[targets, target] = values[:, source]
         request.found[texts[sound][:, None], common.asked] = True
         if not sound.all():
-            damaged = [request.digests[i] for i in texts[~sound].tolist()]
-            _warn(f"The activations of {len(damaged)} texts in {self._place} are damaged")
-            for digest in damaged:
-                self._positions[chunk.about.name].pop(digest, None)
+            for i in texts[~sound].tolist():
+                self._positions[chunk.about.name].pop(request.digests[i], None)
             if self._writes:
                 with self._surviving("write to"):
                     self._replace([chunk], self.limit)
+            else:
+                warn_of_damage(int((~sound).sum()), self._place)
 
     # What is there
 
@@ -292,17 +289,10 @@ class Store:
         self._positions[chunk.about.name].update(positions)
         self._opened.add(chunk.name)  # Ctrl-C may come at any moment, so this is last
 
-    def _is_whole(self, chunk: Chunk) -> bool:
-        """Note that a chunk is used, unless its file was cut off under the map."""
-        if self._place.touch(chunk):
-            return True
-        self._forget(chunk.name)
-        self._give_up(chunk.name, f"{chunk.name} in {self._place} was cut off")
-        return False
-
     def _give_up(self, name: str, trouble: object) -> None:
         """Warn of a file that is of no use, remove it if possible, and never open it again."""
-        _warn(trouble)
+        warn(f"{trouble}; what is missing will be computed again.")
+        self._forget(name)
         self._opened.add(name)
         if self._writes:
             with self._surviving("write to"):
@@ -326,9 +316,10 @@ class Store:
         if self._writes:
             with self._surviving("write to"):
                 limit = self.limit
-                for part in chunk.cut(limit // _CHUNKS_IN_LIMIT):
-                    self._put(part, limit)
-                self._merge_small(chunk.about.name, limit)
+                if chunk.row_bytes <= limit:
+                    for part in chunk.cut(limit // _CHUNKS_IN_LIMIT):
+                        self._put(part, limit)
+                    self._merge_small(chunk.about.name, limit)
                 return
         if self._memory is not None:
             self._memory.add(chunk)
@@ -348,13 +339,12 @@ class Store:
     def _make_room(self, n_bytes: int, limit: int) -> None:
         """Remove what was used longest ago until ``n_bytes`` more fit into ``limit``."""
         entries = self._place.scan()
-        free = limit - sum(entry.n_bytes for entry in entries.values())
-        for name in sorted(entries, key=lambda name: entries[name].last_use):
-            if free >= n_bytes:
-                break
-            self._forget(name)
-            self._place.remove(name)
-            free += entries[name].n_bytes
+        free = limit - sum(size for _, size in entries.values())
+        for name, (_, size) in sorted(entries.items(), key=lambda entry: entry[1]):
+            if free < n_bytes:
+                self._forget(name)
+                self._place.remove(name)
+                free += size
 
     def _merge_small(self, about: str, limit: int) -> None:
         """Merge chunks of one key and layout where there are many of about one size."""
@@ -371,7 +361,7 @@ class Store:
 
     def _replace(self, chunks: Sequence[Chunk], limit: int) -> None:
         """Write the sound rows of some chunks as one, and remove those."""
-        merged = merge(chunks)
+        merged = merge(chunks, self._place)
         if merged is not None:
             self._put(merged, limit)
         for chunk in chunks:
@@ -400,15 +390,12 @@ class Store:
         if self._reads:
             with self._surviving("read"):
                 self._refresh()
-                n_bytes = sum(entry.n_bytes for entry in self._place.scan().values())
+                n_bytes = sum(size for _, size in self._place.scan().values())
                 models: Counter[str] = Counter()
-                for name in self._names(""):
-                    positions = np.array(list(self._positions[name].values()), np.int64)
-                    numbers, n_texts = np.unique(positions >> 32, return_counts=True)
-                    for number, n in zip(numbers.tolist(), n_texts.tolist(), strict=True):
-                        about = self._chunks[number].about
-                        models[about.model or about.key] += n * len(about.segments)
-                return StoreInfo(sum(models.values()), n_bytes, self.limit, dict(models))
+                for name, about in list(self._abouts.items()):
+                    n_entries = len(self._positions[name]) * len(about.layout.segments)
+                    models[about.model or about.key] += n_entries
+                return StoreInfo(models.total(), n_bytes, self.limit, dict(+models))
         return StoreInfo()
 
     def clear(self) -> None:
@@ -444,7 +431,3 @@ class Store:
         if self._writes:
             with self._surviving("write to"):
                 self._place.write_metadata(name, text)
-
-
-def _warn(trouble: object) -> None:
-    warn(f"{trouble}; what is missing will be computed again.")

@@ -21,16 +21,15 @@ from statistics import median
 
 import numpy as np
 from record import write_record
-from skspin._store.digest import array_digest
 
-from skspin._layout import Segment
+from skspin._layout import Layout, Segment
 from skspin._store import open_store
 
 TEXTS = [f"a text that is about as long as a sentence of a film review, {i}" for i in range(9613)]
-SEGMENTS = [Segment(None, layer, "hidden", "mean", 384) for layer in range(7)]
+LAYOUT = Layout(tuple(Segment(None, layer, "hidden", "mean", 384) for layer in range(7)))
 ORDER = np.random.default_rng(1).permutation(len(TEXTS))
 BATCH = 64  # rows that come from the model at a time
-CHUNK = 2048  # rows that the transformer asks for at a time
+N_SINGLE = 2000  # texts that come one by one
 
 
 def rows():
@@ -38,19 +37,27 @@ def rows():
     return rng.standard_normal((len(TEXTS), 7 * 384), dtype=np.float32)
 
 
-def fill(store, values):
-    for start in range(0, len(TEXTS), BATCH):
-        batch = slice(start, start + BATCH)
-        store.write("benchmark", TEXTS[batch], SEGMENTS, values[batch])
+def fill(store, values, texts=TEXTS, layout=LAYOUT, key="benchmark"):
+    out = np.ones(values.shape, np.float32)  # the system has found its memory before
+    start = time.perf_counter()
+    for missing in store.look_up(key, texts, layout, out):
+        for first in range(0, len(texts), BATCH):
+            batch = np.arange(first, min(first + BATCH, len(texts)))
+            missing.add(batch, values[batch])
+    return time.perf_counter() - start
+
+
+def fill_one_by_one(store, values):
+    out = np.empty((1, LAYOUT.n_columns), np.float32)
+    for text, row in zip(TEXTS[:N_SINGLE], values, strict=False):
+        for missing in store.look_up("one by one", [text], LAYOUT, out):
+            missing.add(np.array([0]), row[None])
 
 
 def read(cache):
-    store = open_store(cache)
     texts = [TEXTS[i] for i in ORDER]
-    out = np.empty((len(texts), 7 * 384), np.float32)
-    for start in range(0, len(texts), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        assert store.read("benchmark", texts[chunk], SEGMENTS, out[chunk]).all()
+    out = np.empty((len(texts), LAYOUT.n_columns), np.float32)
+    assert not list(open_store(cache).look_up("benchmark", texts, LAYOUT, out))
     return out
 
 
@@ -65,9 +72,9 @@ def measure_numpy(folder):
 
 
 def measure_disk(folder):
-    # The first reading finds everything on disk, the second brings it to memory as well.
-    first, second, third = (seconds(read, folder) for _ in range(3))
-    return {"disk": first, "disk, again": second, "memory in front": third}
+    # The first reading also opens the files.
+    first, second = (seconds(read, folder) for _ in range(2))
+    return {"disk": first, "disk, again": second}
 
 
 def real_texts(data):
@@ -89,10 +96,7 @@ def fill_as_transformer(folder, data):
     texts = sorted(real_texts(data))
     fitted = transformer(folder).fit(texts[:1])
     values = np.random.default_rng(0).standard_normal((len(texts), 7 * 384), dtype=np.float32)
-    context, segments = fitted._frozen_model().context, fitted.layout_.segments
-    for start in range(0, len(texts), BATCH):
-        batch = slice(start, start + BATCH)
-        open_store(folder).write(context, texts[batch], segments, values[batch])
+    fill(open_store(folder), values, texts, fitted.layout_, fitted._frozen_model().context)
     np.save(folder / "real.npy", values)
 
 
@@ -103,7 +107,7 @@ def measure_transformer(folder, data):
     texts = real_texts(data)
     fitted = transformer(folder / "real")
     times = {"transformer, fit": seconds(fitted.fit, texts)}
-    for name in ("transform", "transform again", "transform, memory in front"):
+    for name in ("transform", "transform again"):
         times[f"transformer, {name}"] = seconds(fitted.transform, texts)
     assert not {"torch", "transformers"} & set(sys.modules)
     return times
@@ -115,30 +119,17 @@ def measure_real_numpy(folder, data):
 
 
 def measure_writing(folder):
-    values = rows()
+    values, memory = rows(), open_store("memory")
+    figures = {}
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
-        on_disk = seconds(fill, open_store(fresh), values)
-    in_memory = seconds(fill, open_store("memory"), values)
-    reading = seconds(read, "memory")
-    taken = open_store("memory").info().n_bytes
-    return {
-        "write to disk": on_disk,
-        "write to memory": in_memory,
-        "read from memory": reading,
-        "memory counted": taken / values.nbytes,
-    }
-
-
-def measure_digests(folder):
-    values = np.ones((65_536, 3_840), np.float32)  # 1 GB
-    part = values[:, 384:1536]
-    np.save(folder / "large.npy", values)
-    mapped = np.load(folder / "large.npy", mmap_mode="r")
-    arrays = {"C": values, "F": values.T, "columns": part, "every second": values[::2, ::2]}
-    arrays["memory map"] = mapped
-    return {f"digest, {name}": seconds(array_digest, array) for name, array in arrays.items()} | {
-        f"bytes, {name}": array.nbytes for name, array in arrays.items()
-    }
+        figures["write to disk"] = fill(open_store(fresh), values)
+        one_by_one = seconds(fill_one_by_one, open_store(fresh), values)
+        figures["one by one to disk"] = one_by_one / N_SINGLE
+    figures["write to memory"] = fill(memory, values)
+    figures["read from memory"] = seconds(read, "memory")
+    figures["memory counted"] = memory.info().n_bytes / values.nbytes
+    figures["one by one to memory"] = seconds(fill_one_by_one, memory, values) / N_SINGLE
+    return figures
 
 
 def touch_memory():
@@ -150,7 +141,6 @@ MEASURES = {
     "numpy": measure_numpy,
     "disk": measure_disk,
     "writing": measure_writing,
-    "digests": measure_digests,
 }
 REAL_MEASURES = {"real numpy": measure_real_numpy, "transformer": measure_transformer}
 
@@ -168,6 +158,8 @@ def compare(runs, n_bytes):
         row = {"what": name}
         if name == "memory counted":
             yield row | {"of_the_rows": median(figures)}
+        elif name.startswith("one by one"):
+            yield row | {"milliseconds": median(figures) * 1e3}
         else:
             ratio = median(run[name] / run["numpy"] for run in runs)
             yield row | {
@@ -185,17 +177,10 @@ def compare_real(runs):
         yield {"what": name, "milliseconds": took * 1e3, "beside_numpy": ratio}
 
 
-def digest_rates(digests):
-    for name in digests:
-        if name.startswith("digest"):
-            n_bytes = digests[name.replace("digest", "bytes")]
-            yield {"what": name, "mb_per_second": n_bytes / digests[name] / 1e6}
-
-
 def as_line(row):
     if "of_the_rows" in row:
         return f"{row['what']:38} {row['of_the_rows']:.3f} of the rows' bytes"
-    took = f"{row['milliseconds']:.1f} ms" if "milliseconds" in row else ""
+    took = f"{row['milliseconds']:.2f} ms" if "milliseconds" in row else ""
     rate = f"{row['mb_per_second']:.0f} MB/s" if "mb_per_second" in row else ""
     ratio = f"{row['beside_numpy']:.2f}" if "beside_numpy" in row else ""
     return f"{row['what']:38} {took:>12} {rate:>12} {ratio:>7}"
@@ -235,7 +220,6 @@ def main():
             }
             for _ in range(repeats)
         ]
-        digests = in_new_process("digests", folder)
         real_runs = []
         if options.data:
             fill_as_transformer(folder / "real", options.data)
@@ -245,7 +229,7 @@ def main():
                 for _ in range(repeats)
             ]
     print(f"{values.nbytes / 1e6:.0f} MB, median of {repeats}, and beside numpy by turns")
-    table = [*compare(runs, values.nbytes), *compare_real(real_runs), *digest_rates(digests)]
+    table = [*compare(runs, values.nbytes), *compare_real(real_runs)]
     print("\n".join(map(as_line, table)))
     if options.json:
         write_record(options.json, table)

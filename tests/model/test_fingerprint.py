@@ -73,7 +73,8 @@ def exchange_for_another_file(path):
 def test_weights_that_change_under_the_same_path_give_new_activations(
     folder, tmp_path, monkeypatch, change
 ):
-    monkeypatch.setattr("skspin._model.fingerprint._YOUNG_NS", -(2**62))  # trust every file
+    module = sys.modules["skspin._model.fingerprint"]  # the door has a function of this name
+    monkeypatch.setattr(module, "_YOUNG_NS", -(2**62))  # trust every file
 
     def activations(cache):
         transformer = LLMActivationTransformer(folder, cache=cache, dtype="float32")
@@ -89,10 +90,11 @@ def test_weights_that_change_under_the_same_path_give_new_activations(
 READ = """
 import sys
 from pathlib import Path
-import skspin._model.fingerprint as module
+import skspin._model.fingerprint
 from skspin import open_store
 from skspin._model.files import Source
 
+module = sys.modules["skspin._model.fingerprint"]
 model, store, young, *calls = sys.argv[1:]
 module._YOUNG_NS = int(young)
 opened = []

@@ -230,13 +230,12 @@ def test_damaged_rows_do_not_survive_a_merger(tmp_path):
     for path in chunks(tmp_path)[:2]:
         flip(path, -1)
     store = as_new_process(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        write(store, TEXTS[15:20])
+    with pytest.warns(UserWarning, match="2 texts.*damaged.*computed again") as caught:
         for text in TEXTS[20:]:
             write(store, [text])
-        lost = ~read(store, TEXTS).all(axis=1)
-    assert lost[:15].sum() == lost.sum() == 2
+    lost = ~read(store, TEXTS).all(axis=1)
+    assert len(caught) == 1
+    assert lost[:15].sum() == 2 and lost[15:20].all() and not lost[20:].any()
     write(store, TEXTS)
     assert read(store, TEXTS).all()
 
