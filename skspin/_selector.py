@@ -69,10 +69,10 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         is left of it is rounding (in float64: 7e7 times). The selected columns themselves come out
         as they went in.
     class_weight : dict, list of dict, "balanced" or None, default=None
-        Weights of classes, as in scikit-learn.
+        Weights of classes, as in scikit-learn; "balanced" counts each text by its sample weight.
     validation_fraction : float in (0, 1), default=0.2
-        Stratified share of the rows on which ``layer_scores_`` is measured and, with several values
-        of ``C``, chosen.
+        Stratified share of the distinct rows on which ``layer_scores_`` is measured and, with
+        several values of ``C``, chosen. Copies of a row are either all among them or none.
     tol : float, default=1e-3
         Relative duality gap at which a probe is solved.
     max_iter : int, default=1000
@@ -215,10 +215,10 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         ----------
         X : array-like of shape (n_texts, n_features)
             Activations, finite; layers are found as ``layer_sizes`` says.
-        y : array-like of shape (n_texts,) or (n_texts, n_labels)
+        y : {array-like, sparse matrix} of shape (n_texts,) or (n_texts, n_labels)
             Binary or multiclass labels, or a multilabel indicator.
         sample_weight : array-like of shape (n_texts,), default=None
-            Weights of the texts; 0 leaves a text out.
+            Weights of the texts: a text of weight 2 counts as the same text twice, 0 leaves it out.
 
         Returns
         -------
@@ -248,7 +248,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         # None is a fixed seed: another split at every fit would make every fit of a search solve
         # its probes afresh.
         random_state = check_random_state(0 if self.random_state is None else self.random_state)
-        validation = validation_rows(targets.strata, self.validation_fraction, random_state)
+        validation = validation_rows(X, targets, self.validation_fraction, random_state)
         settings = ProbeSettings(
             self._resolve_C(),
             self.penalty,
