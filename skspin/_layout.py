@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from numbers import Integral
 from typing import Any
 
 import numpy as np
+
+from skspin._system import warn
 
 # Every name that a segment may have; all other tables of them are keyed by these.
 SITES = ("hidden", "mlp", "attention")
 POOLINGS = ("mean", "max", "first", "last")
 STACKS = ("encoder", "decoder")
 
+# Of a column: prefix, stack, layer, site, pooling, neuron.
 _NAME = re.compile(
-    r"(?:(?P<stack>encoder|decoder)_)?layer(?P<layer>\d+)_(?P<site>[a-z]+)_(?P<pooling>[a-z]+)"
-    r"_(?P<neuron>\d+)"
+    r"(.+__)?((?:encoder|decoder)_)?layer(\d+)_([a-z]+)_([a-z]+)_(\d+)", flags=re.DOTALL
 )
 
 
@@ -50,18 +52,14 @@ class Segment:
         return self.width if self.neurons is None else len(self.neurons)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerColumns:
     """The columns that one probe sees: one layer at one site, under all its poolings."""
 
     name: str
     layer: int
-    columns: slice
-
-    @property
-    def n_columns(self) -> int:
-        """Number of columns of this layer."""
-        return self.columns.stop - self.columns.start
+    columns: np.ndarray  # int; ordered by pooling and neuron, wherever they stand in the matrix
+    place: tuple  # what layers are sorted by: prefix, stack, layer, site
 
 
 @dataclass(frozen=True)
@@ -97,16 +95,15 @@ class Layout:
         return np.asarray(names, dtype=object)
 
     def layers(self) -> list[LayerColumns]:
-        """List what one probe sees at a time, in column order."""
-        named = [
-            (f"{prefix}layer{s.layer}_{s.site}", s.layer, columns)
-            for prefix, s, columns in zip(self._prefixes, self.segments, self.slices, strict=True)
+        """List what one probe sees at a time, by stack, layer and site."""
+        members: dict[tuple, list[tuple[int, np.ndarray]]] = {}
+        for stack, s, columns in zip(self._prefixes, self.segments, self.slices, strict=True):
+            taken = _rank(POOLINGS, s.pooling), np.arange(columns.start, columns.stop)
+            members.setdefault(("", stack, s.layer, s.site), []).append(taken)
+        return [
+            _layer(place, np.concatenate([own for _, own in sorted(taken, key=lambda t: t[0])]))
+            for place, taken in members.items()
         ]
-        layers = []
-        for (name, layer), members in groupby(named, key=lambda row: row[:2]):
-            columns = [row[2] for row in members]
-            layers.append(LayerColumns(name, layer, slice(columns[0].start, columns[-1].stop)))
-        return layers
 
     def keep(self, support: np.ndarray) -> Layout:
         """Drop the columns where ``support`` is False, and the segments that are left empty."""
@@ -115,51 +112,132 @@ class Layout:
             neurons = np.arange(segment.width) if segment.neurons is None else segment.neurons
             chosen = tuple(np.asarray(neurons)[support[columns]].tolist())
             if chosen:
-                kept.append(_with_neurons(segment, chosen))
+                everything = chosen == tuple(range(segment.width))
+                kept.append(replace(segment, neurons=None if everything else chosen))
         return Layout(tuple(kept))
 
-    @classmethod
-    def from_feature_names(cls, names: Sequence[Any]) -> Layout | None:
-        """Read a layout off column names; None if any of them is not an activation's name."""
-        matches = [_NAME.fullmatch(name) if isinstance(name, str) else None for name in names]
-        if not matches or any(match is None for match in matches):
-            return None
-        places = [match.groups() for match in matches if match is not None]
-        segments = []
-        for place, members in groupby(places, key=lambda groups: groups[:4]):
-            stack, layer, site, pooling = place
-            neurons = tuple(int(groups[4]) for groups in members)
-            # The width is unknown: it is at least what holds these neurons.
-            bare = Segment(stack, int(layer), site, pooling, max(neurons) + 1)
-            segments.append(_with_neurons(bare, neurons))
-        return cls(tuple(segments))
 
-    @classmethod
-    def from_sizes(cls, sizes: Sequence[int]) -> Layout:
-        """Lay out a plain matrix whose layers are ``sizes`` columns wide, one after another."""
-        return cls(
-            tuple(Segment(None, layer, "input", "none", size) for layer, size in enumerate(sizes))
+def find_layers(
+    layer_sizes: Any,  # as SalientNeuronSelector takes it
+    layout: Layout | None,  # what X carries, as are its columns' names
+    names: Sequence[str] | None,
+    n_columns: int,
+    max_layer: int | None,
+) -> list[LayerColumns]:
+    """List the layers whose probes are to be fitted, in order."""
+    if not isinstance(layer_sizes, str):  # "auto"
+        layers = layers_from_sizes(_resolve_sizes(layer_sizes, n_columns))
+    elif layout is not None:
+        layers = layout.layers()
+    else:
+        found = None if names is None else layers_from_names(names)
+        if found is None:
+            _warn_of_no_layers(names)
+        layers = found or layers_from_sizes([n_columns])
+    n_described = sum(len(layer.columns) for layer in layers)
+    if n_described != n_columns:
+        raise ValueError(
+            f"layer_sizes={layer_sizes!r} describes {n_described} columns, but X has {n_columns}. "
+            "Give the number of columns of each layer, in order."
         )
+    chosen = [layer for layer in layers if max_layer is None or layer.layer <= max_layer]
+    if not chosen:
+        first = min(layer.layer for layer in layers)
+        raise ValueError(f"max_layer={max_layer} leaves no layer: the first in X is layer {first}.")
+    return sorted(chosen, key=lambda layer: layer.place)
 
 
-def _with_neurons(segment: Segment, neurons: tuple[int, ...]) -> Segment:
-    everything = neurons == tuple(range(segment.width))
-    return Segment(
-        segment.stack,
-        segment.layer,
-        segment.site,
-        segment.pooling,
-        segment.width,
-        None if everything else neurons,
+def layers_from_sizes(sizes: Sequence[int]) -> list[LayerColumns]:
+    """List the layers of a plain matrix, ``sizes`` columns wide, one after another."""
+    ends = np.cumsum([0, *sizes]).tolist()
+    edges = enumerate(zip(ends, ends[1:], strict=False))
+    return [_layer(("", "", i, "input"), np.arange(a, b)) for i, (a, b) in edges]
+
+
+def layers_from_names(names: Sequence[str]) -> list[LayerColumns] | None:
+    """Find layers by their columns' names; None if any of them is not an activation's name."""
+    matches = [_NAME.fullmatch(name) if isinstance(name, str) else None for name in names]
+    if not matches or any(match is None for match in matches):
+        return None
+    places = [match.groups(default="") for match in matches if match is not None]
+    if _are_one_model(places):
+        places = [("", *place[1:]) for place in places]
+    members: dict[tuple, list[tuple[int, int, int]]] = {}
+    for column, (prefix, stack, layer, site, pooling, neuron) in enumerate(places):
+        taken = _rank(POOLINGS, pooling), int(neuron), column
+        members.setdefault((prefix, stack, int(layer), site), []).append(taken)
+    return [_layer(place, np.array(sorted(taken))[:, -1]) for place, taken in members.items()]
+
+
+def _are_one_model(places: list[tuple[str, ...]]) -> bool:
+    """Whether columns under different prefixes, as of ``mean__layer3_hidden_mean_412``, are."""
+    # Names carry no model. Two models that read alike give each name twice. Where they do not, as
+    # with one pooling each, their layers seldom have the same width.
+    if len({prefix for prefix, *_ in places}) == 1:
+        return True
+    if len({tuple(rest) for _, *rest in places}) < len(places):
+        return False
+    widths: dict[tuple, dict[str, int]] = {}
+    for _, stack, layer, site, pooling, neuron in places:
+        width = widths.setdefault((stack, layer, site), {})
+        width[pooling] = max(width.get(pooling, 0), int(neuron))
+    return all(len(set(width.values())) == 1 for width in widths.values())
+
+
+def _layer(place: tuple[str, str, int, str], columns: np.ndarray) -> LayerColumns:
+    prefix, stack, layer, site = place
+    rank = prefix, _rank(STACKS, stack.rstrip("_")), layer, _rank(SITES, site)
+    return LayerColumns(f"{prefix}{stack}layer{layer}_{site}", layer, columns, rank)
+
+
+def _rank(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else len(names)
+
+
+def _resolve_sizes(layer_sizes: Any, n_columns: int) -> list[int]:
+    if layer_sizes is None:
+        return [n_columns]
+    if isinstance(layer_sizes, Integral):
+        return [int(layer_sizes)] * max(1, n_columns // int(layer_sizes))
+    sizes = list(layer_sizes)
+    if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
+        raise ValueError(
+            f"layer_sizes={layer_sizes!r} must hold one positive int per layer, the number of its "
+            "columns."
+        )
+    return sizes
+
+
+def _warn_of_no_layers(names: Sequence[str] | None) -> None:
+    reason = (
+        "it is a plain array, as a scaler, a ColumnTransformer or a FeatureUnion makes of what "
+        "LLMActivationTransformer gives (set_output(transform='pandas') keeps names, which tell)"
     )
+    if names is not None:
+        others = [name for name in names if _NAME.fullmatch(name) is None]
+        reason = f"{len(others):,} of its {len(names):,} columns, such as {others[0]!r}, are not "
+        reason += "named as LLMActivationTransformer names them, e.g. 'layer3_hidden_mean_412'"
+    warn(
+        f"X carries no layers, so all its columns are taken for one layer: {reason}. Put the "
+        "selector directly behind LLMActivationTransformer, inside any ColumnTransformer or "
+        "FeatureUnion; or say where layers are, e.g. layer_sizes=768, or layer_sizes=None for one "
+        "layer."
+    )
+
+
+def as_slice(columns: np.ndarray) -> slice | np.ndarray:
+    """Write neighbouring columns as a slice, which takes them out of an array without a copy."""
+    if len(columns) and (np.diff(columns) == 1).all():
+        return slice(int(columns[0]), int(columns[-1]) + 1)
+    return columns
 
 
 class ActivationArray(np.ndarray):
     """A plain 2-D array that also says which column is which, as long as that stays true.
 
-    Choosing rows keeps the layout. Whatever may change columns or values (choosing columns,
-    arithmetic, a scaler) gives an array without one, because a layout that is silently wrong is
-    worse than none.
+    Choosing rows keeps the layout, and joining the poolings of one model side by side joins
+    layouts. Whatever else may change columns or values (choosing columns, arithmetic, a scaler)
+    gives an array without one, because a layout that is silently wrong is worse than none.
     """
 
     layout: Layout | None  # None where the columns are no longer known
@@ -174,9 +252,35 @@ class ActivationArray(np.ndarray):
         """Start every derived array without a layout; the row operations below give it back."""
         self.layout = None
 
+    def __array_ufunc__(
+        self, ufunc: Any, method: str, *inputs: Any, out: Any = (), **kwargs: Any
+    ) -> Any:
+        """Return plain results from arithmetic; what is written over loses its layout."""
+        for array in (*out, *(inputs[:1] if method == "at" else ())):
+            if isinstance(array, ActivationArray):
+                array.layout = None
+        if out:
+            kwargs["out"] = tuple(_plain(array) for array in out)
+        return getattr(ufunc, method)(*(_plain(array) for array in inputs), **kwargs)
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Join layouts where a FeatureUnion joins columns."""
+        result = super().__array_function__(func, types, args, kwargs)
+        if func is not np.concatenate or (*args[1:], kwargs.get("axis"))[0] not in (1, -1):
+            return result
+        joined = _join([layout_of(array) for array in args[0]])
+        return result if joined is None else ActivationArray(result, joined)
+
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
-        """Return plain arrays and scalars from arithmetic."""
+        """Return plain arrays and scalars from functions that are no ufuncs."""
         return np.asarray(array)[()]  # a scalar where there is no dimension left
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Write values; the layout stays only where they can't have come from other columns."""
+        alike = isinstance(value, ActivationArray) and value.layout == self.layout
+        if np.ndim(value) and not (alike and _chooses_rows(key)):
+            self.layout = None
+        super().__setitem__(key, value)
 
     def __getitem__(self, key: Any) -> Any:
         """Index as NumPy does; the layout stays where only rows were chosen."""
@@ -196,6 +300,16 @@ class ActivationArray(np.ndarray):
     def sort(self, *args: Any, **kwargs: Any) -> None:
         """Sort in place; columns are then no longer what they were."""
         super().sort(*args, **kwargs)
+        self.layout = None
+
+    def partition(self, *args: Any, **kwargs: Any) -> None:
+        """Sort in part; columns are then no longer what they were."""
+        super().partition(*args, **kwargs)
+        self.layout = None
+
+    def put(self, *args: Any, **kwargs: Any) -> None:
+        """Write values by their positions in the flat array, and forget the layout."""
+        super().put(*args, **kwargs)
         self.layout = None
 
     def __copy__(self) -> ActivationArray:
@@ -220,9 +334,21 @@ def _chooses_rows(key: Any) -> bool:
     )
 
 
+def _plain(array: Any) -> Any:
+    return np.asarray(array) if isinstance(array, ActivationArray) else array
+
+
+def _join(layouts: Sequence[Layout | None]) -> Layout | None:
+    """Put layouts side by side; None where they may be of several models, as `_are_one_model`."""
+    segments = [s for layout in layouts if layout is not None for s in layout.segments]
+    poolings = {(s.stack, s.layer, s.site, s.pooling) for s in segments}
+    widths = {(s.stack, s.layer, s.site, s.width) for s in segments}
+    one_width = len(widths) == len({width[:-1] for width in widths})
+    if None in layouts or len(poolings) < len(segments) or not one_width:
+        return None
+    return Layout(tuple(segments))
+
+
 def layout_of(X: Any) -> Layout | None:
-    """Find the layout that ``X`` carries: on the array itself, or in a frame's column names."""
-    if isinstance(X, ActivationArray):
-        return X.layout
-    columns = getattr(X, "columns", None)
-    return None if columns is None else Layout.from_feature_names(list(columns))
+    """Find the layout that an array carries."""
+    return X.layout if isinstance(X, ActivationArray) else None

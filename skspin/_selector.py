@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from tqdm.auto import tqdm
 
-from skspin._layout import LayerColumns, Layout, layout_of
+from skspin._layout import LayerColumns, as_slice, find_layers, layers_from_names, layout_of
 from skspin._model import usable_device
 from skspin._pickling import VersionedState, pack_sparse, shallow_copy, unpack_sparse
 from skspin._probes import (
@@ -65,8 +65,13 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         needs no other pass through the language model.
     layer_sizes : "auto", int, sequence of int or None, default="auto"
         Where layers are. "auto" reads what :class:`LLMActivationTransformer` attached to its
-        output; an int says that every layer has so many columns, a sequence gives the columns of
-        each; None takes all columns for one layer.
+        output, or a frame's column names, in whatever order the columns stand. Names may have the
+        prefixes of a :class:`~sklearn.pipeline.FeatureUnion` or
+        :class:`~sklearn.compose.ColumnTransformer`: columns under several prefixes are taken for
+        one model's if, without their prefixes, no two have the same name and all poolings of a
+        layer are equally wide, as where each branch has another pooling; otherwise each prefix has
+        layers of its own. An int says that every layer has so many columns, a sequence gives the
+        number of columns of each; None takes all columns for one layer.
     standardize : bool, default=True
         Fit the probes on columns of mean 0 and variance 1. Salience compares neurons whose scales
         differ widely, so turn this off only for columns that share a scale already. A column that
@@ -74,10 +79,10 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         is left of it is rounding (in float64: 7e7 times). The selected columns themselves come out
         as they went in.
     class_weight : dict, list of dict, "balanced" or None, default=None
-        Weights of classes, as in scikit-learn.
+        Weights of classes, as in scikit-learn; "balanced" counts each text by its sample weight.
     validation_fraction : float in (0, 1), default=0.2
-        Stratified share of the rows on which ``layer_scores_`` is measured and, with several values
-        of ``C``, chosen.
+        Stratified share of the distinct rows on which ``layer_scores_`` is measured and, with
+        several values of ``C``, chosen. Copies of a row are either all among them or none.
     tol : float, default=1e-3
         Relative duality gap at which a probe is solved.
     max_iter : int, default=1000
@@ -106,8 +111,8 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         Classes seen in ``fit``; for a multilabel indicator the labels' column numbers.
     layer_names_ : list of str
         Names of the layers used, one per probe; the attributes below are in this order.
-    layer_columns_ : list of slice
-        The columns of each layer used.
+    layer_columns_ : list of ndarray of int
+        The columns of each layer used, ordered by pooling and neuron.
     layer_scores_ : ndarray of shape (n_layers,)
         Each probe's accuracy on the validation part, when fitted on the rest.
     n_selected_ : ndarray of shape (n_layers,), int
@@ -120,6 +125,8 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         Number of steps that each layer's probe took; the largest over classes.
     sparsity_ : float
         The share of columns that is dropped in the end.
+    layout_ : Layout or None
+        Which column is which, where ``X`` was an array that carries this.
     n_features_in_ : int
         Number of columns seen in ``fit``.
     feature_names_in_ : ndarray of shape (n_features,)
@@ -220,10 +227,10 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         ----------
         X : array-like of shape (n_texts, n_features)
             Activations, finite; layers are found as ``layer_sizes`` says.
-        y : array-like of shape (n_texts,) or (n_texts, n_labels)
+        y : {array-like, sparse matrix} of shape (n_texts,) or (n_texts, n_labels)
             Binary or multiclass labels, or a multilabel indicator.
         sample_weight : array-like of shape (n_texts,), default=None
-            Weights of the texts; 0 leaves a text out.
+            Weights of the texts: a text of weight 2 counts as the same text twice, 0 leaves it out.
 
         Returns
         -------
@@ -236,12 +243,13 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
             If the layers do not add up to the columns of ``X``, no layer is left by ``max_layer``,
             ``y`` has fewer than two classes, or a value of ``X`` is not finite or beyond 1e12.
         """
-        carried = layout_of(X)
+        layout = layout_of(X)
         with np.errstate(invalid="ignore"):  # scikit-learn adds all values up, and more if need be
             X, y = validate_data(
                 self, X, y, dtype=[np.float32, np.float64], multi_output=True, ensure_min_samples=2
             )
-        layers = _find_layers(self.layer_sizes, carried, X.shape[1], self.max_layer)
+        names = getattr(self, "feature_names_in_", None)
+        layers = find_layers(self.layer_sizes, layout, names, X.shape[1], self.max_layer)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
             if not sample_weight.any():  # scikit-learn says so itself from 1.8 on
@@ -253,7 +261,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         # None is a fixed seed: another split at every fit would make every fit of a search solve
         # its probes afresh.
         random_state = check_random_state(0 if self.random_state is None else self.random_state)
-        validation = validation_rows(targets.strata, self.validation_fraction, random_state)
+        validation = validation_rows(X, targets, self.validation_fraction, random_state)
         settings = ProbeSettings(
             self._resolve_C(),
             self.penalty,
@@ -263,10 +271,11 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
             None if self.device is None else usable_device(self.device),
             float(np.finfo(X.dtype).eps),
         )
-        columns = (layer.columns for layer in self._follow(layers, X, y))
+        columns = (as_slice(layer.columns) for layer in self._follow(layers, X, y))
         use_cache = self.cache is not None
         probes = list(fit_layers(X, columns, targets, validation, settings, use_cache=use_cache))
 
+        self.layout_ = layout
         self.classes_ = targets.classes
         self.layer_names_ = [layer.name for layer in layers]
         self.layer_columns_ = [layer.columns for layer in layers]
@@ -323,7 +332,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
                 f"No probe puts weight on any column at C={self.C!r}, so the first column is all "
                 "that is selected. Try a larger C."
             )
-            self.support_[self.layer_columns_[0].start] = True
+            self.support_[self.layer_columns_[0][0]] = True
         self.n_selected_ = np.array([self.support_[taken].sum() for taken in self.layer_columns_])
         self.sparsity_ = float(1 - self.support_.mean())
 
@@ -341,13 +350,61 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         for name in ("salience_", "support_", "coef_", "feature_names_in_"):
             if hasattr(self, name):
                 setattr(narrowed, name, getattr(self, name)[..., columns])
-        ends = np.cumsum([0, *columns])
-        narrowed.layer_columns_ = [
-            slice(int(ends[layer.start]), int(ends[layer.stop])) for layer in self.layer_columns_
-        ]
-        narrowed.n_selected_ = np.array([columns[layer].sum() for layer in self.layer_columns_])
+        numbers = np.cumsum(columns) - 1  # of the columns that are left
+        narrowed.layer_columns_ = [numbers[own[columns[own]]] for own in self.layer_columns_]
+        narrowed.n_selected_ = np.array([columns[own].sum() for own in self.layer_columns_])
+        if self.layout_ is not None:
+            narrowed.layout_ = self.layout_.keep(columns)
         narrowed.n_features_in_ = int(columns.sum())
         return narrowed
+
+    def transform(self, X):
+        """Take the selected columns.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_texts, n_features)
+            Activations, with the same columns as in ``fit``.
+
+        Returns
+        -------
+        X_selected : ndarray of shape (n_texts, n_selected)
+            The selected columns, as they are in ``X``.
+
+        Raises
+        ------
+        NotFittedError
+            If ``fit`` was not called.
+        ValueError
+            If ``X`` has another number of columns, or says that they are others than in ``fit``.
+        """
+        check_is_fitted(self, "support_")
+        self._refuse_other_columns(X)
+        return super().transform(X)
+
+    def _refuse_other_columns(self, X: Any) -> None:
+        # Two frames are compared by scikit-learn.
+        given = layout_of(X)
+        if given is not None:
+            known = self.layout_
+            if known == given or (known is None and not hasattr(self, "feature_names_in_")):
+                return
+            names = given.feature_names()
+            expected = self.feature_names_in_ if known is None else known.feature_names()
+        elif self.layout_ is not None and hasattr(X, "columns"):
+            names, expected = np.asarray(X.columns), self.layout_.feature_names()
+            if layers_from_names(list(names)) is None:
+                return  # scikit-learn warns of names where there were none in fit
+        else:
+            return
+        if len(names) != len(expected):
+            return  # scikit-learn says so
+        for column in np.flatnonzero(names != expected)[:1]:
+            raise ValueError(
+                f"X has other columns than in fit: column {column} is {names[column]!r}, but was "
+                f"{expected[column]!r}. Pass the output of the transformer that this selector was "
+                "fitted behind, or fit it again."
+            )
 
     def _get_support_mask(self) -> np.ndarray:
         check_is_fitted(self, "support_")
@@ -360,14 +417,23 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         return X.take(self.get_support(indices=True), axis=1)
 
     def __getstate__(self):
-        """Write of the probes' weights only those that are not zero."""
+        """Write only weights that are not zero, and neighbouring columns as a slice."""
         state = super().__getstate__()
-        return state | {name: pack_sparse(state[name]) for name in _MOSTLY_ZERO if name in state}
+        state |= {name: pack_sparse(state[name]) for name in _MOSTLY_ZERO if name in state}
+        if "layer_columns_" in state:
+            state["layer_columns_"] = [as_slice(own) for own in state["layer_columns_"]]
+        return state
 
     def __setstate__(self, state):
-        """Read the probes' weights back into arrays."""
-        arrays = {name: unpack_sparse(**state[name]) for name in _MOSTLY_ZERO if name in state}
-        super().__setstate__(state | arrays)
+        """Read weights and columns back into arrays."""
+        state = dict(state)
+        state |= {name: unpack_sparse(**state[name]) for name in _MOSTLY_ZERO if name in state}
+        if "layer_columns_" in state:
+            state["layer_columns_"] = [
+                np.arange(own.start, own.stop) if isinstance(own, slice) else own
+                for own in state["layer_columns_"]
+            ]
+        super().__setstate__(state)
 
     def _sk_visual_block_(self):
         facts = [f"sparsity {self.sparsity}"]
@@ -381,50 +447,3 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         tags.target_tags.required = True
         tags.target_tags.multi_output = True
         return tags
-
-
-def _find_layers(
-    layer_sizes: str | int | Sequence[int] | None,
-    carried: Layout | None,  # what the matrix itself says
-    n_features: int,
-    max_layer: int | None,
-) -> list[LayerColumns]:
-    """List the layers whose probes are to be fitted."""
-    layout = _find_layout(layer_sizes, carried, n_features)
-    if layout.n_columns != n_features:
-        raise ValueError(
-            f"layer_sizes={layer_sizes!r} describes {layout.n_columns} columns, but X has "
-            f"{n_features}. Give the number of columns of each layer, in order."
-        )
-    layers = layout.layers()
-    chosen = [layer for layer in layers if max_layer is None or layer.layer <= max_layer]
-    if not chosen:
-        first = min(layer.layer for layer in layers)
-        raise ValueError(f"max_layer={max_layer} leaves no layer: the first in X is layer {first}.")
-    return chosen
-
-
-def _find_layout(
-    layer_sizes: str | int | Sequence[int] | None, carried: Layout | None, n_features: int
-) -> Layout:
-    if isinstance(layer_sizes, str):  # "auto"
-        if carried is not None:
-            return carried
-        warn(
-            "X carries no layers, so all its columns are taken for one layer. If X comes from "
-            "LLMActivationTransformer, pass it on as it is (a scaler in between loses the "
-            "layers: put it after the selector); otherwise say where layers are, e.g. "
-            "layer_sizes=768, or layer_sizes=None for one layer."
-        )
-    if layer_sizes is None or isinstance(layer_sizes, str):
-        return Layout.from_sizes([n_features])
-    if isinstance(layer_sizes, Integral):
-        size = int(layer_sizes)
-        return Layout.from_sizes([size] * max(1, n_features // size))
-    sizes = list(layer_sizes)  # type: ignore[arg-type]
-    if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
-        raise ValueError(
-            f"layer_sizes={layer_sizes!r} must hold one positive int per layer, the "
-            "number of its columns."
-        )
-    return Layout.from_sizes(sizes)

@@ -113,8 +113,9 @@ def _fit_layer(
     scores = [
         targets.score(decision, validation) for decision in np.split(decisions, len(trials), axis=1)
     ]
-    # Candidates ascend, so of equals the first, and with it the sparsest probe, is taken.
-    best = int(np.argmax(scores))
+    # Candidates ascend, so of equals the first, and with it the sparsest probe, is taken; sums of
+    # the same weights may differ in their last digit.
+    best = int(np.argmax(np.array(scores) >= max(scores) - 1e-12))
     final = solved[-1] if known else solve([(settings.C[best], targets.weights)])[0]
     return LayerProbe(
         coef=final.coef,

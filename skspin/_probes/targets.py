@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import numpy as np
+import xxhash
+from scipy.sparse import issparse
+from sklearn.exceptions import DataConversionWarning
 from sklearn.preprocessing import label_binarize
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
+
+from skspin._system import warn
+
+_SOME_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Targets:
     def score(self, decision: np.ndarray, rows: np.ndarray) -> float:
         """Weigh what decisions (n_rows, n_problems) get right; of several labels, the mean."""
         signs, weights = self.signs[rows], self.weights[rows]  # (n_rows, n_problems)
+        if not weights.any():  # classes that weigh nothing
+            weights = np.ones(weights.shape)
         if self.exclusive and self.n_problems > 1:
             right = decision.argmax(axis=1) == signs.argmax(axis=1)  # (n_rows,)
             return float(np.average(right, weights=weights[:, 0]))
@@ -41,11 +51,20 @@ class Targets:
 
 
 def encode_targets(
-    y: np.ndarray,  # (n_texts,) or (n_texts, n_labels)
+    y: Any,  # array or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
     sample_weight: np.ndarray | None = None,  # (n_texts,), not negative
     class_weight: Mapping[Any, float] | list[Mapping[Any, float]] | str | None = None,
 ) -> Targets:
-    """Turn labels into problems; a text that weighs nothing is no text."""
+    """Turn labels into problems; weights count how often a text is there, 0 that it is not."""
+    if issparse(y):
+        y = y.toarray()
+    if y.ndim == 2 and y.shape[1] == 1:
+        warn(
+            "A column-vector y was passed when a 1d array was expected. Please change the shape of "
+            "y to (n_samples,), for example using ravel().",
+            DataConversionWarning,
+        )
+        y = y.ravel()
     rows: slice | np.ndarray = slice(None)
     base = np.ones(len(y)) if sample_weight is None else sample_weight.astype(np.float64)
     if not base.all():
@@ -60,8 +79,12 @@ def encode_targets(
             "indicator of zeros and ones. Fit one selector per column."
         )
     if kind == "multilabel-indicator":
+        if not np.isin(y, (0, 1)).all():
+            raise ValueError(
+                f"y is a multilabel indicator of {np.unique(y).tolist()}; allowed are 0 and 1."
+            )
         indicator = np.asarray(y) != 0  # (n_texts, n_labels)
-        weights = _label_weights(indicator, class_weight) * base[:, None]
+        weights = _label_weights(indicator, class_weight, base)
         strata = np.unique(indicator, axis=0, return_inverse=True)[1].reshape(-1)
         labels = np.arange(y.shape[1])
         return Targets(labels, rows, _signs(indicator), weights, base, strata, exclusive=False)
@@ -72,7 +95,7 @@ def encode_targets(
             f"y has one class ({classes[0]!r}), but a probe needs at least 2 classes to tell apart."
         )
     indicator = label_binarize(strata, classes=np.arange(len(classes))) != 0
-    weights = compute_sample_weight(class_weight, y) * base
+    weights = _weights(class_weight, y, base)
     weights = np.repeat(weights[:, None], indicator.shape[1], axis=1)
     return Targets(classes, rows, _signs(indicator), weights, base, strata, exclusive=True)
 
@@ -91,7 +114,16 @@ def _signs(indicator: np.ndarray) -> np.ndarray:
     return np.where(indicator, np.float32(1), np.float32(-1))
 
 
-def _label_weights(indicator: np.ndarray, class_weight: Any) -> np.ndarray:
+def _weights(class_weight: Any, y: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Multiply sample weights by class weights, (n_texts,)."""
+    if class_weight != "balanced":
+        return compute_sample_weight(class_weight, y) * base
+    classes, codes = np.unique(y, return_inverse=True)
+    counts = np.bincount(codes, weights=base)  # (n_classes,): rows, each as often as it counts
+    return (counts.sum() / (len(classes) * counts))[codes] * base
+
+
+def _label_weights(indicator: np.ndarray, class_weight: Any, base: np.ndarray) -> np.ndarray:
     # scikit-learn multiplies the weights of all labels into one; here each label is a problem by
     # itself and takes only its own weights.
     per_label = (
@@ -103,20 +135,41 @@ def _label_weights(indicator: np.ndarray, class_weight: Any) -> np.ndarray:
             "give one dict per label, 'balanced' or None."
         )
     columns = [
-        compute_sample_weight(weight, label.astype(int))
+        _weights(weight, label.astype(int), base)
         for weight, label in zip(per_label, indicator.T, strict=True)
     ]
     return np.stack(columns, axis=1)
 
 
 def validation_rows(
-    strata: np.ndarray, fraction: float, random_state: np.random.RandomState
+    X: np.ndarray, targets: Targets, fraction: float, random_state: np.random.RandomState
 ) -> np.ndarray:
-    """Choose a share of the rows, at least one, stratified, in ascending order."""
+    """Choose a share of the targets' distinct rows, at least one, stratified, in ascending order.
+
+    Copies of a row are chosen together. So rows that are repeated and rows that weigh more give the
+    same probes the same score, and no probe is asked about a row that it was fitted to.
+    """
+    numbers = _number_distinct_rows(X, targets)  # (n_texts,)
+    strata = targets.strata[np.unique(numbers, return_index=True)[1]]  # (n_distinct,)
     # Sorted by stratum and shuffled within, every (1 / fraction)-th row is taken: each stratum
     # gives its share to within one row however rare it is, where scikit-learn's splitters refuse
     # strata of one row.
     order = random_state.permutation(len(strata))
     order = order[np.argsort(strata[order], kind="stable")]
     steps = np.ceil(np.arange(len(order) + 1) * fraction)
-    return np.sort(order[np.diff(steps) > 0])
+    return np.flatnonzero(np.isin(numbers, order[np.diff(steps) > 0]))
+
+
+def _number_distinct_rows(X: np.ndarray, targets: Targets) -> np.ndarray:
+    """Give equal rows with equal labels one number, by first appearance: (n_texts,)."""
+    some = np.ascontiguousarray(X[:, -_SOME_COLUMNS:][targets.rows])
+    keys: list[Any] = [
+        (label, row.tobytes()) for label, row in zip(targets.strata, some, strict=True)
+    ]
+    alike = Counter(keys)
+    rows = np.arange(len(X))[targets.rows]  # (n_texts,)
+    for i, key in enumerate(keys):
+        if alike[key] > 1:  # most rows differ in a few columns already; the others are read whole
+            keys[i] = (*key, xxhash.xxh3_128_digest(X[rows[i]].tobytes()))
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

@@ -212,7 +212,7 @@ def fit_under_a_limit(n_megabytes, folder):
     code = f"""
         import resource, numpy as np
         from skspin import SalientNeuronSelector
-        from skspin._layout import ActivationArray, Layout
+        from skspin._layout import ActivationArray, Layout, Segment
 
         rng = np.random.default_rng(0)
         n, width, n_layers = 16_000, 1024, 12  # 12 layers of 62 MB, 750 MB in all
@@ -233,7 +233,8 @@ def fit_under_a_limit(n_megabytes, folder):
             np.ones(X.shape, np.float32)
         except MemoryError:
             print("too large")
-        X = ActivationArray(X, Layout.from_sizes([width] * n_layers))
+        layers = [Segment(None, layer, "mlp", "mean", width) for layer in range(n_layers)]
+        X = ActivationArray(X, Layout(tuple(layers)))
         selector = SalientNeuronSelector(C=0.001, cache=None, tol=0.1).fit(X, y)
         print(selector.get_support(indices=True))
     """

@@ -110,6 +110,26 @@ def test_two_models_side_by_side_each_with_its_selector(data):
     assert pipeline.fit(train, y_train).score(test, y_test) > 0.75
 
 
+@pytest.mark.parametrize("output", ["default", "pandas"])
+@pytest.mark.parametrize("prefixed", [True, False], ids=["prefixed", "plain"])
+def test_a_union_of_two_poolings_is_one_transformer_with_both(data, output, prefixed):
+    train, _, y, _ = data
+
+    def activations(pooling):
+        params = {"layers": [0, 3], "dtype": "float32"}
+        return LLMActivationTransformer(demo_model(), pooling=pooling, **params)
+
+    branches = [(pooling, activations(pooling)) for pooling in ("max", "mean")]
+    union = FeatureUnion(branches, verbose_feature_names_out=prefixed)
+    one = make_pipeline(activations(("mean", "max")), SalientNeuronSelector(C=1.0)).fit(train, y)
+    two = make_pipeline(union, SalientNeuronSelector(C=1.0)).set_output(transform=output)
+    two.fit(train, y)
+    names = [name.split("__")[-1] for name in two.get_feature_names_out()]
+    assert set(names) == set(one.get_feature_names_out())
+    assert two[-1].layer_names_ == one[-1].layer_names_ == ["layer0_hidden", "layer3_hidden"]
+    np.testing.assert_array_equal(two[-1].layer_scores_, one[-1].layer_scores_)
+
+
 def test_calibration(data):
     train, test, y_train, y_test = data
     calibrated = CalibratedClassifierCV(spin(head=LinearSVC(C=1e-3, random_state=0)), cv=3).fit(

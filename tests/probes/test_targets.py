@@ -1,11 +1,19 @@
 """Labels become two-sided problems with the right weights, and a fair validation part."""
 
 import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import sparse
+from sklearn.exceptions import DataConversionWarning
 from sklearn.metrics import accuracy_score
+from sklearn.preprocessing import MultiLabelBinarizer
+from sklearn.utils.class_weight import compute_class_weight
 
+from skspin import SalientNeuronSelector
 from skspin._probes import encode_targets, validation_rows
 
 
@@ -29,10 +37,21 @@ def test_a_multilabel_indicator_makes_one_problem_per_label():
 
 def test_class_weights_multiply_sample_weights():
     y = np.array([0, 0, 0, 1])
-    targets = encode_targets(y, np.array([1.0, 2, 3, 4]), "balanced")
-    balance = np.array([4 / 6, 4 / 6, 4 / 6, 2])  # n / (n_classes * n_in_class)
-    np.testing.assert_allclose(targets.weights[:, 0], balance * [1, 2, 3, 4])
+    targets = encode_targets(y, np.array([1, 2, 3, 4]), "balanced")
+    rows = np.repeat(y, [1, 2, 3, 4])  # what the weights stand for
+    balance = compute_class_weight("balanced", classes=np.array([0, 1]), y=rows)
+    np.testing.assert_allclose(targets.weights[:, 0], balance[y] * [1, 2, 3, 4])
     np.testing.assert_allclose(targets.row_weights, [1, 2, 3, 4])
+    given = encode_targets(y, np.array([1, 2, 3, 4]), {0: 5, 1: 2}).weights
+    assert given[:, 0].tolist() == [5, 10, 15, 8]
+
+
+def test_a_text_without_weight_is_not_there():
+    y, weight = np.array([2, 0, 1, 0]), np.array([0, 1.0, 2, 1])
+    targets, without = encode_targets(y, weight), encode_targets(y[1:], weight[1:])
+    assert targets.rows.tolist() == [1, 2, 3]
+    for name in ("classes", "signs", "weights", "row_weights", "strata"):
+        np.testing.assert_array_equal(getattr(targets, name), getattr(without, name))
 
 
 def test_each_label_is_balanced_by_itself():
@@ -48,6 +67,7 @@ def test_each_label_is_balanced_by_itself():
         (np.zeros(4), "one class"),
         (np.array([0.5, 1.5, 2.5]), "Unknown label type"),
         (np.array([[0, 2], [1, 1], [2, 0]]), "one column of classes or a multilabel indicator"),
+        (np.array([[-1, 1], [1, 1], [1, -1]]), r"indicator of \[-1, 1\]; allowed are 0 and 1"),
     ],
 )
 def test_labels_that_cannot_be_probed_are_refused(y, message):
@@ -70,15 +90,111 @@ def test_score_is_weighted_accuracy():
     assert encode_targets(y, weight).score(decision, np.arange(50)) == pytest.approx(expected)
 
 
+def test_classes_that_weigh_nothing_are_scored_all_the_same():
+    targets = encode_targets(np.array([0, 0, 1]), None, {0: 0, 1: 1})
+    assert targets.score(np.array([[-1.0], [1.0]]), np.array([0, 1])) == 0.5
+
+
 @given(
-    st.lists(st.integers(0, 5), min_size=2, max_size=60).map(np.array),
+    st.lists(st.integers(0, 5), min_size=12, max_size=60).filter(lambda y: len(set(y)) > 1),
+    st.integers(1, 3),
     st.floats(0.01, 0.99),
     st.integers(0, 9),
 )
-def test_every_stratum_gives_its_share_to_within_one_row(strata, fraction, seed):
-    rows = validation_rows(strata, fraction, np.random.RandomState(seed))
+def test_every_stratum_gives_its_share_of_distinct_rows_to_within_one(y, n_copies, fraction, seed):
+    y, X = np.tile(y, n_copies), np.tile(np.arange(len(y)), n_copies)[:, None] / 7
+    targets = encode_targets(y)
+    rows = validation_rows(X, targets, fraction, np.random.RandomState(seed))
     assert rows.tolist() == sorted(set(rows.tolist()))
-    assert 1 <= len(rows) <= len(strata)
-    for stratum in np.unique(strata):
-        taken, there = (strata[rows] == stratum).sum(), (strata == stratum).sum()
-        assert abs(taken - fraction * there) <= 1 + 1e-9
+    assert 1 <= len(rows) <= len(y)
+    assert (np.bincount((X[rows, 0] * 7).round().astype(int)) % n_copies == 0).all()
+    for label in set(y):
+        taken, there = (y[rows] == label).sum(), (y == label).sum()
+        assert abs(taken - fraction * there) <= n_copies * (1 + 1e-9)
+
+
+def test_rows_that_differ_anywhere_are_distinct_and_rows_that_do_not_are_not():
+    X = np.zeros((8, 100), dtype=np.float32)
+    X[:4, 0] = X[4:, 0] = 1, 2, 3, 4
+    y = np.arange(8) % 2
+    held_out = [
+        validation_rows(layout(X), encode_targets(y), 0.5, np.random.RandomState(0)).tolist()
+        for layout in (np.ascontiguousarray, np.asfortranarray)
+    ]
+    assert held_out[0] == held_out[1]
+    assert len(held_out[0]) == 4 and {row % 4 for row in held_out[0]} == {*held_out[0][:2]}
+
+
+# Every container of y gives what its plain form gives.
+
+rng = np.random.default_rng(0)
+X_OF_20 = rng.normal(size=(90, 20)).astype(np.float32)
+NAMES = np.where(X_OF_20[:, 0] + rng.normal(size=90) > 0, "yes", "no")
+BITS = (NAMES == "yes").astype(int)
+THREE = X_OF_20[:, :3].argmax(axis=1)
+SEVERAL = (X_OF_20[:, :3] + rng.normal(size=(90, 3)) > 0).astype(int)
+
+
+def fitted(y, **params):
+    settings = {"layer_sizes": 10, "C": [0.05, 0.5], "cache": None, **params}
+    return SalientNeuronSelector(**settings).fit(X_OF_20, y)
+
+
+def assert_same(selector, plain):
+    for name in ("classes_", "coef_", "layer_scores_", "C_", "support_"):
+        np.testing.assert_array_equal(getattr(selector, name), getattr(plain, name))
+
+
+COLUMNS = {
+    "array": (BITS[:, None], BITS),
+    "list of lists": (BITS[:, None].tolist(), BITS),
+    "frame": (pd.DataFrame({"label": BITS}), BITS),
+    "frame of str": (pd.DataFrame({"label": NAMES}), NAMES),
+    "frame of categories": (pd.DataFrame({"label": pd.Categorical(NAMES)}), NAMES),
+    "frame of nullable ints": (pd.DataFrame({"label": pd.array(BITS, dtype="Int64")}), BITS),
+    "objects": (NAMES.astype(object)[:, None], NAMES),
+    "polars": (pl.DataFrame({"label": BITS}), BITS),
+    "pyarrow": (pa.table({"label": BITS}), BITS),
+    "sparse": (sparse.csr_array(BITS[:, None]), BITS),
+    "three classes": (THREE[:, None], THREE),
+}
+PLAIN = {
+    "list": (NAMES.tolist(), NAMES),
+    "Series": (pd.Series(NAMES, index=range(90, 0, -1)), NAMES),
+    "categories": (pd.Series(pd.Categorical(NAMES)), NAMES),
+    "nullable strings": (pd.Series(NAMES, dtype="string"), NAMES),
+    "nullable ints": (pd.Series(BITS, dtype="Int64"), BITS),
+    "polars": (pl.Series(BITS), BITS),
+    "pyarrow": (pa.array(BITS), BITS),
+}
+MULTILABEL = {
+    **{form: getattr(sparse, f"{form}_matrix") for form in ("csr", "csc", "coo", "lil", "dok")},
+    **{f"{form} array": getattr(sparse, f"{form}_array") for form in ("csr", "csc", "coo", "bsr")},
+    "floats": lambda y: sparse.csc_array(y.astype(float)),
+    "bools": lambda y: sparse.csr_array(y > 0),
+    "MultiLabelBinarizer": lambda y: MultiLabelBinarizer(sparse_output=True).fit_transform(
+        [np.flatnonzero(row) for row in y]
+    ),
+    "list of lists": np.ndarray.tolist,
+    "frame": pd.DataFrame,
+    "sparse frame": lambda y: pd.DataFrame.sparse.from_spmatrix(sparse.csr_matrix(y)),
+    "polars": lambda y: pl.DataFrame(y),
+}
+
+
+@pytest.mark.parametrize(("y", "plain"), COLUMNS.values(), ids=COLUMNS)
+def test_a_column_of_labels_is_raveled_with_a_warning(y, plain):
+    with pytest.warns(DataConversionWarning, match="column-vector y was passed") as caught:
+        selector = fitted(y)
+    assert caught[0].filename == __file__
+    assert_same(selector, fitted(plain))
+
+
+@pytest.mark.parametrize(("y", "plain"), PLAIN.values(), ids=PLAIN)
+def test_every_container_of_labels_does_what_an_array_does(y, plain):
+    assert_same(fitted(y), fitted(plain))
+
+
+@pytest.mark.parametrize("contain", MULTILABEL.values(), ids=MULTILABEL)
+def test_a_sparse_indicator_does_what_a_dense_one_does(contain):
+    assert_same(fitted(contain(SEVERAL)), fitted(SEVERAL))
