@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fine_tuning import measure_fine_tuning
+from language_model import measure_language_model
 from paper_recipe import measure_paper_recipe
 from record import write_record
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -26,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from splits import load_splits
 
 from skspin import LLMActivationTransformer, make_spin_pipeline, open_store
-from skspin.datasets import demo_model
+from skspin.datasets import demo_llm, demo_model
 
 STRENGTHS = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0]
 
@@ -108,6 +109,7 @@ METHODS = {
     "spin": measure_spin,
     "paper": measure_paper_recipe,
     "fine-tuning": measure_fine_tuning,
+    "llm": measure_language_model,
 }
 QUICK_TEXTS = 200  # to learn from, and as many to test
 
@@ -130,6 +132,8 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--quick", action="store_true", help="few texts")
     parser.add_argument("--model", default=str(demo_model()))
+    parser.add_argument("--llm", help="model of the method llm; the demo LLM if it is not given")
+    parser.add_argument("--texts", type=int, help="how many to learn from; all if it is not given")
     parser.add_argument("--json", type=Path, help="where to write rows and machine")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*max_length")
@@ -137,11 +141,14 @@ def main():
     print(f"{'set':<11}{'method':<44}{'columns':>8}{'valid.':>8}{'test':>8}  chosen")
     for name in options.sets:
         splits = load_splits(options.data, name, QUICK_TEXTS if options.quick else None)
+        if options.texts:
+            splits = splits.fewer(options.texts)
         for method in options.methods:
             if method == "sentences" and not find_spec("sentence_transformers"):
                 print(f"{name:<11}sentence-transformers is not installed")
                 continue
-            for row in METHODS[method](splits, options.model):
+            model = (options.llm or demo_llm()) if method == "llm" else options.model
+            for row in METHODS[method](splits, model):
                 rows.append(row)
                 print(as_line(row), flush=True)
                 if options.json:  # at every row: the next method may take an hour

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,14 @@ class Splits:
     def folds(self):
         """The same choice for scikit-learn's searches."""
         return PredefinedSplit(np.where(self.validation, 0, -1))
+
+    def fewer(self, n_texts):
+        """Keep so many of the texts to learn from, chosen by chance; all of the others stay."""
+        learn = np.flatnonzero(~self.validation)
+        chosen = np.random.default_rng(0).permutation(learn)[:n_texts]
+        rows = np.sort(np.concatenate([chosen, np.flatnonzero(self.validation)]))
+        texts = [self.texts[i] for i in rows]
+        return replace(self, texts=texts, y=self.y[rows], validation=self.validation[rows])
 
     def part(self, validation):
         """Pick either the validation texts or the others."""
