@@ -61,9 +61,17 @@ def expected_row(model, ids, **inputs):
 
 @contextmanager
 def watching(model, see):
-    """Call ``see(ids)`` with every batch of token ids that goes into a model."""
+    """Call ``see(ids)`` with every batch of token ids that goes into a model.
+
+    A model is tried once, on ids from the middle of its vocabulary; those are passed over.
+    """
     word_embeddings = model.get_input_embeddings()
-    handle = word_embeddings.register_forward_pre_hook(lambda module, args: see(args[0]))
+
+    def hook(module, args):
+        if args[0][0, 0] != module.num_embeddings // 2:
+            see(args[0])
+
+    handle = word_embeddings.register_forward_pre_hook(hook)
     try:
         yield
     finally:

@@ -82,7 +82,7 @@ def extract(
 def encoder_of(backbone: Backbone, recipe: Recipe) -> TextEncoder:
     """Make the encoder that a recipe asks for, within the positions that a model has."""
     max_length = most_tokens(backbone.model, recipe.max_length)
-    return TextEncoder(backbone.tokenizer, recipe, max_length, False)
+    return TextEncoder(backbone.tokenizer, recipe, max_length, backbone.anatomy.is_causal)
 
 
 class TokenBudget:

@@ -14,6 +14,7 @@ from skspin._model.anatomy import Anatomy, find_anatomy
 from skspin._model.device import resolve_device, resolve_dtype, usable_device
 from skspin._model.files import Source, load_model, load_skeleton, load_tokenizer
 from skspin._model.fingerprint import fingerprint
+from skspin._model.trial import try_anatomy
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,8 @@ def resolve_placement(source: Source, device: Any = None, dtype: Any = "auto") -
 
 def _assemble(source: Source, model: Any, dtype: str, name: str) -> Backbone:
     tokenizer = load_tokenizer(source)
-    return Backbone(model, tokenizer, find_anatomy(model), _input_device(model), dtype, name)
+    device = _input_device(model)
+    return Backbone(model, tokenizer, try_anatomy(model, device, name), device, dtype, name)
 
 
 def _input_device(model: Any) -> torch.device:

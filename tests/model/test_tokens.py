@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from extracted_rows import SIZES, TEXTS, expected_row, layout_of, recipe_of, rows_of, tiny
+from extracted_rows import SIZES, TEXTS, expected_row, layout_of, recipe_of, rows_of, tiny, watching
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
@@ -37,13 +37,8 @@ def seen_ids(model, tokenizer, texts, **options):
     """Read the token ids that go into the model, text by text, in the order of the texts."""
     seen = {}
     for text in texts:
-        handle = model.get_input_embeddings().register_forward_pre_hook(
-            lambda module, args, text=text: seen.update({text: args[0][0].tolist()})
-        )
-        try:
+        with watching(model, lambda ids, text=text: seen.update({text: ids[0].tolist()})):
             rows_of(recipe_of(model, tokenizer, **options), [text], layout_of(0))
-        finally:
-            handle.remove()
     return [seen[text] for text in texts]
 
 
@@ -202,7 +197,7 @@ def test_token_types_of_the_tokenizers_template_reach_the_model(types):
 
 def test_special_tokens_at_the_end_survive_truncation():
     tokenizer = with_template("<b> $A <e>", [])
-    ids = seen_ids(tiny(vocab_size=6), tokenizer, ["good bad good bad good"], max_length=4)
+    ids = seen_ids(tiny(vocab_size=60), tokenizer, ["good bad good bad good"], max_length=4)
     assert ids == [[3, 4, 5, 1]]
 
 
