@@ -189,7 +189,7 @@ def explained(tokens, values, classes=(0, 1)):
     text = " ".join(tokens)
     ends = np.cumsum([len(token) + 1 for token in tokens]) - 1
     starts = ends - [len(token) for token in tokens]
-    located = TextTokens(text, list(tokens), starts, ends)
+    located = TextTokens(text, list(tokens), starts, ends, np.where(ends > starts, 0, -1))
     return TokenExplanation(
         [located], [np.array(values)[:, None]], np.array([0.5]), np.array(classes)
     )
