@@ -23,10 +23,8 @@ SITES = ("hidden", "mlp", "attention")
 POOLINGS = ("mean", "max", "first", "last")
 STACKS = ("encoder", "decoder")
 
-# Of a column: prefix, stack, layer, site, pooling, neuron.
-_NAME = re.compile(
-    r"(.+__)?((?:encoder|decoder)_)?layer(\d+)_([a-z]+)_([a-z]+)_(\d+)", flags=re.DOTALL
-)
+# Of a column, without its neuron: prefix, stack, layer, site, pooling.
+_NAME = re.compile(r"(.+__)?((?:encoder|decoder)_)?layer(\d+)_([a-z]+)_([a-z]+)", flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Segment:
     @property
     def key(self) -> str:
         """What decides this segment's numbers, given a model and a text; e.g. ``"3/mlp/mean"``."""
-        place = f"{self.layer}/{self.site}/{self.pooling}"
-        return place if self.stack is None else f"{self.stack}/{place}"
+        key = f"{self.layer}/{self.site}/{self.pooling}"
+        return key if self.stack is None else f"{self.stack}/{key}"
 
     @property
     def n_columns(self) -> int:
@@ -59,7 +57,7 @@ class LayerColumns:
     name: str
     layer: int
     columns: np.ndarray  # int; ordered by pooling and neuron, wherever they stand in the matrix
-    place: tuple  # what layers are sorted by: prefix, stack, layer, site
+    key: tuple  # what layers are sorted by: prefix, stack, layer, site
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,8 @@ class Layout:
             taken = _rank(POOLINGS, s.pooling), np.arange(columns.start, columns.stop)
             members.setdefault(("", stack, s.layer, s.site), []).append(taken)
         return [
-            _layer(place, np.concatenate([own for _, own in sorted(taken, key=lambda t: t[0])]))
-            for place, taken in members.items()
+            _layer(key, np.concatenate([own for _, own in sorted(taken, key=lambda t: t[0])]))
+            for key, taken in members.items()
         ]
 
     def keep(self, support: np.ndarray) -> Layout:
@@ -144,7 +142,7 @@ def find_layers(
     if not chosen:
         first = min(layer.layer for layer in layers)
         raise ValueError(f"max_layer={max_layer} leaves no layer: the first in X is layer {first}.")
-    return sorted(chosen, key=lambda layer: layer.place)
+    return sorted(chosen, key=lambda layer: layer.key)
 
 
 def layers_from_sizes(sizes: Sequence[int]) -> list[LayerColumns]:
@@ -156,36 +154,43 @@ def layers_from_sizes(sizes: Sequence[int]) -> list[LayerColumns]:
 
 def layers_from_names(names: Sequence[str]) -> list[LayerColumns] | None:
     """Find layers by their columns' names; None if any of them is not an activation's name."""
-    matches = [_NAME.fullmatch(name) if isinstance(name, str) else None for name in names]
-    if not matches or any(match is None for match in matches):
+    members: dict[str, list[tuple[int, int]]] = {}  # by name without the neuron
+    for column, name in enumerate(names):
+        head, _, neuron = name.rpartition("_") if isinstance(name, str) else ("", "", "")
+        if not neuron.isdecimal():
+            return None
+        members.setdefault(head, []).append((int(neuron), column))
+    matches = [(head, _NAME.fullmatch(head)) for head in members]
+    keys = {head: match.groups(default="") for head, match in matches if match is not None}
+    if not members or len(keys) < len(members):
         return None
-    places = [match.groups(default="") for match in matches if match is not None]
-    if _are_one_model(places):
-        places = [("", *place[1:]) for place in places]
-    members: dict[tuple, list[tuple[int, int, int]]] = {}
-    for column, (prefix, stack, layer, site, pooling, neuron) in enumerate(places):
-        taken = _rank(POOLINGS, pooling), int(neuron), column
-        members.setdefault((prefix, stack, int(layer), site), []).append(taken)
-    return [_layer(place, np.array(sorted(taken))[:, -1]) for place, taken in members.items()]
+    together = _are_one_model([(keys[head], members[head]) for head in members])
+    layers: dict[tuple, list[tuple[int, int, int]]] = {}
+    for head, (prefix, stack, layer, site, pooling) in keys.items():
+        rank = _rank(POOLINGS, pooling)
+        key = "" if together else prefix, stack, int(layer), site
+        layers.setdefault(key, []).extend((rank, *member) for member in members[head])
+    return [_layer(key, np.array(sorted(found))[:, -1]) for key, found in layers.items()]
 
 
-def _are_one_model(places: list[tuple[str, ...]]) -> bool:
+def _are_one_model(found: list[tuple[tuple[str, ...], list[tuple[int, int]]]]) -> bool:
     """Whether columns under different prefixes, as of ``mean__layer3_hidden_mean_412``, are."""
     # Names carry no model. Two models that read alike give each name twice. Where they do not, as
     # with one pooling each, their layers seldom have the same width.
-    if len({prefix for prefix, *_ in places}) == 1:
+    if len({key[0] for key, _ in found}) == 1:
         return True
-    if len({tuple(rest) for _, *rest in places}) < len(places):
-        return False
-    widths: dict[tuple, dict[str, int]] = {}
-    for _, stack, layer, site, pooling, neuron in places:
-        width = widths.setdefault((stack, layer, site), {})
-        width[pooling] = max(width.get(pooling, 0), int(neuron))
-    return all(len(set(width.values())) == 1 for width in widths.values())
+    neurons: dict[tuple[str, ...], list[int]] = {}
+    for (_, *key), members in found:
+        neurons.setdefault(tuple(key), []).extend(neuron for neuron, _ in members)
+    widths: dict[tuple[str, ...], set[int]] = {}
+    for (*layer, _), own in neurons.items():
+        widths.setdefault(tuple(layer), set()).add(max(own))
+    distinct = all(len(set(own)) == len(own) for own in neurons.values())
+    return distinct and all(len(width) == 1 for width in widths.values())
 
 
-def _layer(place: tuple[str, str, int, str], columns: np.ndarray) -> LayerColumns:
-    prefix, stack, layer, site = place
+def _layer(key: tuple[str, str, int, str], columns: np.ndarray) -> LayerColumns:
+    prefix, stack, layer, site = key
     rank = prefix, _rank(STACKS, stack.rstrip("_")), layer, _rank(SITES, site)
     return LayerColumns(f"{prefix}{stack}layer{layer}_{site}", layer, columns, rank)
 
@@ -214,7 +219,7 @@ def _warn_of_no_layers(names: Sequence[str] | None) -> None:
         "LLMActivationTransformer gives (set_output(transform='pandas') keeps names, which tell)"
     )
     if names is not None:
-        others = [name for name in names if _NAME.fullmatch(name) is None]
+        others = [name for name in names if layers_from_names([name]) is None]
         reason = f"{len(others):,} of its {len(names):,} columns, such as {others[0]!r}, are not "
         reason += "named as LLMActivationTransformer names them, e.g. 'layer3_hidden_mean_412'"
     warn(
@@ -303,7 +308,7 @@ class ActivationArray(np.ndarray):
         self.layout = None
 
     def partition(self, *args: Any, **kwargs: Any) -> None:
-        """Sort in part; columns are then no longer what they were."""
+        """Partition in place; columns are then no longer what they were."""
         super().partition(*args, **kwargs)
         self.layout = None
 
@@ -330,7 +335,7 @@ def _chooses_rows(key: Any) -> bool:
     rows, *rest = key if isinstance(key, tuple) else (key,)
     several = isinstance(rows, slice) or np.ndim(rows) == 1  # neither one row, nor a 2-D mask
     return several and all(
-        part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in rest
+        index is Ellipsis or (isinstance(index, slice) and index == slice(None)) for index in rest
     )
 
 

@@ -47,22 +47,22 @@ class Columns:
         folded = coef / self._scale  # (P, d)
         weights = self._arrays.load(folded)
 
-        def part(stretch: slice) -> np.ndarray:
+        def multiply(stretch: slice) -> np.ndarray:
             products = [weights @ block.T for _, block in self._blocks(stretch)]
             return np.concatenate([self._arrays.unload(product) for product in products], axis=1)
 
-        parts = self._threads.map(part, self._stretches())
-        return np.concatenate(parts, axis=1) - (folded @ self._mean)[:, None]
+        shares = self._threads.map(multiply, self._stretches())
+        return np.concatenate(shares, axis=1) - (folded @ self._mean)[:, None]
 
     def correlate(self, residuals: np.ndarray) -> np.ndarray:
         """Compute ``residuals @ Z``: (n_problems, n_texts) to (n_problems, n_columns)."""
         loaded = self._arrays.load(residuals)  # (P, n)
 
-        def part(stretch: slice) -> np.ndarray:
+        def multiply(stretch: slice) -> np.ndarray:
             products = [loaded[:, rows] @ block for rows, block in self._blocks(stretch)]
             return np.sum([self._arrays.unload(product) for product in products], axis=0)
 
-        sums = np.sum(self._threads.map(part, self._stretches()), axis=0)  # (P, d)
+        sums = np.sum(self._threads.map(multiply, self._stretches()), axis=0)  # (P, d)
         return (sums - residuals.sum(axis=1, keepdims=True) * self._mean) / self._scale
 
     def gram(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ class Columns:
         index = arrays.load_index(chosen)
         mean, scale = arrays.load(self._mean[chosen]), arrays.load(self._scale[chosen])  # (k,)
 
-        def part(stretch: slice) -> tuple[Any, Any]:
+        def multiply(stretch: slice) -> tuple[Any, Any]:
             products: Any = 0.0
             sums: Any = 0.0
             for rows, block in self._blocks(stretch, arrays.gram_rows):
@@ -92,8 +92,8 @@ class Columns:
                 sums = sums + roots @ columns  # (k,)
             return products, sums
 
-        parts = self._threads.map(part, self._stretches())
-        products, sums = (sum(terms[1:], start=terms[0]) for terms in zip(*parts, strict=True))
+        shares = self._threads.map(multiply, self._stretches())
+        products, sums = (sum(terms[1:], start=terms[0]) for terms in zip(*shares, strict=True))
         with np.errstate(over="ignore", invalid="ignore"):
             products -= sums[:, None] * (sums / float(weights.sum()))
         products /= scale
@@ -199,8 +199,8 @@ class Threads:
 
     def split(self, n_rows: int, smallest: int) -> list[slice]:
         """Cut rows into one stretch per thread, none much smaller than ``smallest``."""
-        n_parts = max(1, min(self.n_threads, n_rows // smallest))
-        edges = [n_rows * part // n_parts for part in range(n_parts + 1)]
+        n_shares = max(1, min(self.n_threads, n_rows // smallest))
+        edges = [n_rows * share // n_shares for share in range(n_shares + 1)]
         return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
@@ -232,7 +232,9 @@ class _Blas:
         blas = _libraries().select(user_api="blas")
         with self._lock:
             if self._n_users == 0:
-                self._n_threads = max((part["num_threads"] for part in blas.info()), default=1)
+                self._n_threads = max(
+                    (library["num_threads"] for library in blas.info()), default=1
+                )
                 self._limit = blas.limit(limits=1)
             self._n_users += 1
         try:

@@ -20,7 +20,7 @@ from sklearn.utils import gen_batches
 from skspin._probes.solver import ProbeSolution, solve_probes
 from skspin._probes.targets import Targets
 
-_PART_BYTES = 1 << 20  # of rows in float64 at a time; they stay in a core's cache
+_BATCH_BYTES = 1 << 20  # of rows in float64 at a time; they stay in a core's cache
 _DIGEST_BYTES = 1 << 18  # gathered at a time; hashed while they are in a core's cache
 _LARGEST = 1e12  # of an activation; sums of squares stay far below what float32 holds
 _ENTRY_BYTES = 400  # that a cached probe takes beside its weights
@@ -103,11 +103,11 @@ def _fit_layer(
     solved = solve(trials + known)
     coef = np.vstack([probe.coef for probe in solved[: len(trials)]])
     intercept = np.hstack([probe.intercept for probe in solved[: len(trials)]])
-    # By parts, for the same reason as below: this is a copy in float64.
+    # By batches, for the same reason as below: this is a copy in float64.
     decisions = np.concatenate(
         [
             (block[validation[rows]] - mean) / scale @ coef.T + intercept
-            for rows in _parts(len(validation), block)
+            for rows in _row_batches(len(validation), block)
         ]
     )  # (n_rows, n_trials * n_problems)
     scores = [
@@ -126,8 +126,8 @@ def _fit_layer(
     )
 
 
-def _parts(n_rows: int, block: np.ndarray) -> Iterator[slice]:
-    return gen_batches(n_rows, max(1, _PART_BYTES // (8 * block.shape[1])))
+def _row_batches(n_rows: int, block: np.ndarray) -> Iterator[slice]:
+    return gen_batches(n_rows, max(1, _BATCH_BYTES // (8 * block.shape[1])))
 
 
 def _refuse_large(block: np.ndarray) -> None:
@@ -166,10 +166,10 @@ def _mean_and_deviation(
     # StandardScaler gives the same numbers, in more time than it takes to solve the probe: it looks
     # for missing values and corrects for rounding that two passes do not have.
     shares = row_weights / row_weights.sum()  # (n_texts,)
-    parts = list(_parts(len(block), block))
-    mean = sum(shares[rows] @ block[rows].astype(np.float64) for rows in parts)
+    batches = list(_row_batches(len(block), block))
+    mean = sum(shares[rows] @ block[rows].astype(np.float64) for rows in batches)
     variance = np.zeros(block.shape[1])
-    for rows in parts:
+    for rows in batches:
         away = block[rows].astype(np.float64)  # (n_rows, n_neurons)
         away -= mean
         variance += shares[rows] @ np.square(away, out=away)

@@ -30,11 +30,11 @@ class ProbeSolution:
     n_iter: np.ndarray  # (n_problems,): Newton steps
     dual_gap: np.ndarray  # (n_problems,): at most so far above the minimum, as a share of it
 
-    def split(self, n_parts: int) -> list[ProbeSolution]:
-        """Cut into parts of equally many problems, in order."""
+    def split(self, n: int) -> list[ProbeSolution]:
+        """Cut into pieces of equally many problems, in order."""
         columns = (self.coef, self.intercept, self.n_iter, self.dual_gap)
-        parts = zip(*(np.split(column, n_parts) for column in columns), strict=True)
-        return [ProbeSolution(*part) for part in parts]
+        pieces = zip(*(np.split(column, n) for column in columns), strict=True)
+        return [ProbeSolution(*piece) for piece in pieces]
 
 
 def solve_probes(
@@ -75,9 +75,9 @@ def solve_probes(
     # First in float32, which is fast, then in float64, which is true: problems that float32 has
     # solved are measured once more and done; any others are finished there.
     with threads_in_place_of_blas() as threads:
-        for dtype, place in (("float32", device), ("float64", None)):
+        for dtype, where in (("float32", device), ("float64", None)):
             unsolved = [problem for problem in problems if problem.objective > 0]
-            columns = Columns(X, mean, scale, dtype, place, threads)
+            columns = Columns(X, mean, scale, dtype, where, threads)
             _descend(unsolved, columns, threads, tol, max_iter, final=dtype == "float64")
     return ProbeSolution(
         coef=np.stack([problem.coef for problem in problems]),
@@ -143,7 +143,7 @@ def _descend(
         ]
         if not unsolved:
             return
-        problems, slopes = (list(part) for part in zip(*unsolved, strict=True))
+        problems, slopes = (list(pair) for pair in zip(*unsolved, strict=True))
         directions = threads.map(
             Problem.direction, problems, repeat(columns, len(problems)), slopes
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -19,6 +18,8 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from skspin._system import warn
 
 _SOME_COLUMNS = 32
+# Rows whose sums of products with these differ are not equal.
+_FACTORS = np.random.RandomState(0).randint(2**63, size=1 + 2 * _SOME_COLUMNS, dtype=np.uint64) | 1
 
 
 @dataclass(frozen=True)
@@ -156,20 +157,24 @@ def validation_rows(
     # strata of one row.
     order = random_state.permutation(len(strata))
     order = order[np.argsort(strata[order], kind="stable")]
-    steps = np.ceil(np.arange(len(order) + 1) * fraction)
-    return np.flatnonzero(np.isin(numbers, order[np.diff(steps) > 0]))
+    chosen = np.zeros(len(order), dtype=bool)
+    chosen[order[np.diff(np.ceil(np.arange(len(order) + 1) * fraction)) > 0]] = True
+    return np.flatnonzero(chosen[numbers])
 
 
 def _number_distinct_rows(X: np.ndarray, targets: Targets) -> np.ndarray:
     """Give equal rows with equal labels one number, by first appearance: (n_texts,)."""
-    some = np.ascontiguousarray(X[:, -_SOME_COLUMNS:][targets.rows])
-    keys: list[Any] = [
-        (label, row.tobytes()) for label, row in zip(targets.strata, some, strict=True)
-    ]
-    alike = Counter(keys)
+    some = np.ascontiguousarray(X[:, -_SOME_COLUMNS:][targets.rows]).view(np.uint32)
+    words = np.column_stack([targets.strata, some]).astype(np.uint64)
+    codes = (words * _FACTORS[: words.shape[1]]).sum(axis=1)  # (n_texts,)
+    _, code, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    alike = np.flatnonzero(counts[code] > 1)
+    if not alike.size:
+        return np.arange(len(codes))
+    # Most rows differ in a few columns already. The others are read whole.
+    keys: list[Any] = codes.tolist()
     rows = np.arange(len(X))[targets.rows]  # (n_texts,)
-    for i, key in enumerate(keys):
-        if alike[key] > 1:  # most rows differ in a few columns already; the others are read whole
-            keys[i] = (*key, xxhash.xxh3_128_digest(X[rows[i]].tobytes()))
+    for i in alike:
+        keys[i] = targets.strata[i], xxhash.xxh3_128_digest(X[rows[i]].tobytes())
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
