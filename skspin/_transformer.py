@@ -43,8 +43,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     ----------
     model : str, path or PreTrainedModel, default="distilbert/distilbert-base-uncased"
         Hub id, local folder, or a loaded model. A loaded model (a PEFT-wrapped one too) is used
-        where it is and as it is, shared by clones, and left out of pickles; it needs ``tokenizer``
-        unless one can be found under its name.
+        where it is and as it is, shared by clones, and left out of pickles; it needs ``tokenizer``.
+        Of a loaded ``SentenceTransformer`` the language model, the tokenizer and
+        ``max_seq_length`` are used, not what comes after them.
     tokenizer : str, path, tokenizer or None, default=None
         None takes the model's own.
     revision : str or None, default=None
@@ -265,7 +266,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         texts = open_texts(X)
         model = self._frozen_model()
         model.refuse_unless(self.model_fingerprint_)
-        truncation = Truncation(self.max_length)
+        truncation = Truncation(model.max_length)
         identity = hashlib.blake2b(f"{model.context}{self.layout_}".encode(), digest_size=16)
         # Only a file is named by its texts.
         chunks = texts if self.output_folder is None else _digested(texts, identity)
@@ -312,19 +313,20 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
                 f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
                 "Pass it again with set_params(model=...), or fit with a folder or hub id."
             )
+        source = Source(
+            self.model,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            model_kwargs=self.model_kwargs,
+        )
         return FrozenModel(
-            Source(
-                self.model,
-                tokenizer=self.tokenizer,
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-                model_kwargs=self.model_kwargs,
-            ),
+            source,
             open_store(self.cache),
             device=self.device,
             dtype=self.dtype,
             prompt=self.prompt,
-            max_length=self.max_length,
+            max_length=min(self.max_length, source.longest or self.max_length),
             batch_tokens=self.batch_tokens,
             n_jobs=self.n_jobs,
             verbose=self.verbose,

@@ -25,7 +25,13 @@ def serve(folder):
                 sizes = [{"size": p.stat().st_size, "oid": oid(p)} for p in paths.values()]
                 self.answer([one | size for one, size in zip(tree, sizes, strict=True)])
             elif self.path.startswith("/api/models/org/tiny"):
-                self.answer({"id": "org/tiny", "sha": COMMIT, "siblings": []})
+                self.answer(
+                    {
+                        "id": "org/tiny",
+                        "sha": COMMIT,
+                        "siblings": [{"rfilename": name} for name in paths],
+                    }
+                )
             else:
                 self.send_error(404)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
@@ -21,11 +22,19 @@ NEUTRAL_OPTIONS = _WHERE_OPTIONS | {
     *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "tp_plan"),
     "use_safetensors",
 }
+# Options that have a parameter, and options that from_pretrained is not to be given here.
+_PARAMETERS = {"device", "dtype", "revision", "tokenizer", "torch_dtype", "trust_remote_code"}
+_REFUSED = {
+    *("output_loading_info", "pretrained_model_name_or_path", "return_unused_kwargs"),
+    "state_dict",
+}
 # Configuration, code, and what tokenizers of all kinds are saved as.
 SETTINGS = {
     *(".bpe", ".codes", ".jinja", ".json", ".model", ".py"),
     *(".spm", ".tiktoken", ".tokenizer", ".txt", ".vocab"),
 }
+# Options that no configuration takes, though it has an attribute of that name.
+_OF_WEIGHTS = {"ignore_mismatched_sizes", "quantization_config", "variant"}
 # A pooler is what AutoModel puts on top of the last layer; no activation comes through it.
 _UNUSED = ("pooler",)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -128,16 +137,21 @@ class Source:
     trust_remote_code: bool = False
     # What says where files are holds for configuration and tokenizer too.
     model_kwargs: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
+    longest: int | None = field(default=None, init=False)  # a SentenceTransformer's max_seq_length
 
     def __post_init__(self) -> None:
         """Refuse what names no model."""
         for name in ("model", "tokenizer"):
-            if isinstance(value := getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
+            if isinstance(value := getattr(self, name), str | os.PathLike):
+                object.__setattr__(self, name, os.path.expanduser(os.fspath(value)))
+        self._unwrap()
         if not self.in_memory and not isinstance(self.model, str):
+            is_module = hasattr(self.model, "forward") and not isinstance(self.model, type)
             raise TypeError(
                 f"model is a {type(self.model).__name__}, but must be a hub id, the path of a "
                 "folder, or a loaded transformers model."
+                + " A module of a model is not enough: pass the whole model."
+                * is_module
             )
         if self.in_memory and self.tokenizer is None:
             raise ValueError(
@@ -149,12 +163,31 @@ class Source:
                 f"model_kwargs={self.model_kwargs!r} has names that are no str. Give names of "
                 "arguments of from_pretrained, e.g. {'attn_implementation': 'eager'}."
             )
-        for name in ("dtype", "torch_dtype", "revision", "trust_remote_code"):
-            if name in self.options:
-                parameter = name.removeprefix("torch_")
-                raise ValueError(
-                    f"model_kwargs has {name!r}. Use the parameter {parameter}= instead."
-                )
+        for name in _PARAMETERS & set(self.options):
+            parameter = name.removeprefix("torch_")
+            raise ValueError(f"model_kwargs has {name!r}. Use the parameter {parameter}= instead.")
+        for name in _REFUSED & set(self.options):
+            raise ValueError(
+                f"model_kwargs has {name!r}, which changes what from_pretrained loads or returns. "
+                "Leave it out, or load the model yourself and pass it as model=."
+            )
+        config = self.options.get("config")
+        if "config" in self.options and not hasattr(config, "model_type"):
+            raise ValueError(
+                f"model_kwargs has config={config!r}, but it must be a configuration, e.g. "
+                "AutoConfig.from_pretrained(...). Single values go into model_kwargs themselves."
+            )
+
+    def _unwrap(self) -> None:
+        """Take from a SentenceTransformer its language model, tokenizer and longest text."""
+        is_sequence = not isinstance(self.model, str) and hasattr(self.model, "__getitem__")
+        module = self.model[0] if is_sequence and hasattr(self.model, "tokenizer") else self.model
+        if not hasattr(module, "auto_model"):
+            return
+        object.__setattr__(self, "longest", getattr(module, "max_seq_length", None))
+        if self.tokenizer is None:
+            object.__setattr__(self, "tokenizer", module.tokenizer)
+        object.__setattr__(self, "model", module.auto_model)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -165,7 +198,7 @@ class Source:
     def in_memory(self) -> bool:
         """Whether the model is an object, not a name."""
         # Asking for its class would import torch.
-        return hasattr(self.model, "config") and hasattr(self.model, "forward")
+        return hasattr(self.model, "config") and hasattr(self.model, "get_input_embeddings")
 
     @property
     def files(self) -> Files | None:
@@ -197,16 +230,12 @@ def load_skeleton(source: Source) -> Any:
     import torch
     import transformers
 
-    trust = source.trust_remote_code
     with _silence():
-        config = _load(
-            _model_files(source),
-            _CONFIGURATION,
-            transformers.AutoConfig.from_pretrained,
-            trust_remote_code=trust,
-        )
+        config, _ = _configure(source)
         with torch.device("meta"):
-            return transformers.AutoModel.from_config(config, trust_remote_code=trust)
+            return transformers.AutoModel.from_config(
+                config, trust_remote_code=source.trust_remote_code
+            )
 
 
 def load_model(source: Source, device: str, dtype: str) -> Any:
@@ -214,30 +243,57 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
     import torch
     import transformers
 
-    options = {"use_safetensors": True, **source.options}
-    if "quantization_config" in options:
-        # Quantised weights are made where they are to be, and can't be moved afterwards.
-        options.setdefault("device_map", {"": device})
     with _silence():
+        config, options = _configure(source)
+        options = {"use_safetensors": True, **options}
+        if "quantization_config" in options:
+            # Quantised weights are made where they are to be, and can't be moved afterwards.
+            options.setdefault("device_map", {"": device})
         model, report = _load(
             _model_files(source),
             _weights(options["use_safetensors"] is False, options.get("variant")),
             transformers.AutoModel.from_pretrained,
+            config=config,
             trust_remote_code=source.trust_remote_code,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
-            **{name: value for name, value in options.items() if name not in _WHERE_OPTIONS},
+            **options | {"ignore_mismatched_sizes": True},  # refused here, with the sizes
         )
-    missing = [k for k in report["missing_keys"] if not any(name in k for name in _UNUSED)]
-    if missing:
+    # Of a mismatched one, transformers 5 gives the name and both shapes, transformers 4 the name.
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    keys = [*report["missing_keys"], *mismatched]
+    random = [key for key in keys if not any(name in key for name in _UNUSED)]
+    if random:
         raise ValueError(
-            f"The weights of {source.model!r} lack {len(missing)} of the model's parameters, e.g. "
-            f"{min(missing)!r}. These would be random numbers. Give a complete checkpoint."
+            f"The weights of {source.model!r} lack {len(random)} of the model's parameters, or "
+            f"have them in another shape, e.g. {min(random)!r}. These would be random numbers. "
+            "Give a complete checkpoint, and a configuration (or model_kwargs) that fits it."
         )
     model.eval().requires_grad_(False)
     if "device_map" not in options and model.device != torch.device(device):
         model.to(device)
     return model
+
+
+def _configure(source: Source) -> tuple[Any, dict[str, Any]]:
+    """Read a model's configuration, changed by the options that belong to it; give the others."""
+    import transformers
+
+    files = _model_files(source)
+    options = {k: v for k, v in source.options.items() if k not in _WHERE_OPTIONS}
+    if "config" in options:
+        return copy.deepcopy(options.pop("config")), options
+    asked = {k: v for k, v in options.items() if k not in NEUTRAL_OPTIONS | _OF_WEIGHTS}
+    config, others = _load(
+        files,
+        _CONFIGURATION,
+        transformers.AutoConfig.from_pretrained,
+        trust_remote_code=source.trust_remote_code,
+        return_unused_kwargs=True,
+        **asked,
+    )
+    kept = {*others, "code_revision"}  # which the model's code is of, too
+    return config, {k: v for k, v in options.items() if k not in asked or k in kept}
 
 
 def load_tokenizer(source: Source) -> Any:

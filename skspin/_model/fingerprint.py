@@ -44,8 +44,8 @@ def fingerprint(source: Source, store: Store | None = None) -> str:
         model = f"memory:{_digest_model(source.model)}"
     else:
         model = _files_fingerprint(source.files, pickled, store)
-    extras = {
-        name: value.to_dict() if hasattr(value, "to_dict") else repr(value)
+    extras: dict[str, Any] = {
+        name: _neutral(value.to_dict()) if hasattr(value, "to_dict") else repr(value)
         for name, value in source.options.items()
         if name not in NEUTRAL_OPTIONS
     }
@@ -55,7 +55,15 @@ def fingerprint(source: Source, store: Store | None = None) -> str:
         extras["tokenizer"] = _digest_tokenizer(source.tokenizer)
     elif source.tokenizer is not None:
         extras["tokenizer"] = _files_fingerprint(source.tokenizer_files, pickled, store)
-    return f"{model}+{_digest([json.dumps(extras, sort_keys=True)])}" if extras else model
+    return (
+        f"{model}+{_digest([json.dumps(extras, sort_keys=True, default=repr)])}"
+        if extras
+        else model
+    )
+
+
+def _neutral(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _NEUTRAL_SETTINGS}
 
 
 def _files_fingerprint(files: Files, pickled: bool, store: Store | None) -> str:
@@ -179,12 +187,10 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _settings(model: Any) -> str:
-    config = model.config.to_dict()
-    config = {name: value for name, value in config.items() if name not in _NEUTRAL_SETTINGS}
     adapters = getattr(model, "peft_config", None) or {}
     settings = {
         "class": type(model).__qualname__,
-        "config": config,
+        "config": _neutral(model.config.to_dict()),
         "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
         "switches": [
             [getattr(module, switch, None) for switch in _ADAPTER_SWITCHES]
