@@ -8,6 +8,7 @@ from tiny_models import tiny_batch
 from skspin._layout import SITES, Segment
 from skspin._model.anatomy import find_anatomy
 from skspin._model.forward import pooled_forward
+from skspin._model.trial import try_anatomy
 
 BY_HAND = {
     "mean": lambda tokens: tokens.mean(0),
@@ -28,11 +29,15 @@ def segments_of(model, sites=SITES, poolings=("mean",), layers=None):
     ]
 
 
-def read(model, segments=None, batch=None):
-    """Read a batch's pooled activations, in one forward pass."""
+def read(model, segments=None, batch=None, anatomy=None):
+    """Read a batch's pooled activations."""
     segments = segments_of(model) if segments is None else segments
     batch = tiny_batch() if batch is None else batch
-    return pooled_forward(model, find_anatomy(model), batch, segments)
+    return pooled_forward(model, anatomy or tried(model), batch, segments)
+
+
+def tried(model, fingerprint="any"):
+    return try_anatomy(model, torch.device("cpu"), fingerprint)
 
 
 def alone(model, batch, row):

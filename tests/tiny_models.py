@@ -7,6 +7,7 @@ width from both), so that a mix-up can't go unnoticed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,11 @@ class Tiny:
         config = self.config(**changes)
         torch.manual_seed(0)
         model = getattr(transformers, f"{self.name}{kind}")(config)
-        # Fresh models have biases of zero and norms of one, which hide mistakes.
+        # Fresh models have biases of zero, norms of one and no embedding of the padding, which hide
+        # mistakes.
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                module.weight.data[module.padding_idx] = 0
         return model.eval()
 
 
@@ -172,6 +171,17 @@ TINY = {
     "gemma2": Tiny("Gemma2", {**_LLAMA, "sliding_window": 4}, *_LLAMA_SITES),
     "gemma3": Tiny("Gemma3Text", {**_LLAMA, "sliding_window": 4}, *_LLAMA_SITES),
     "phi3": Tiny("Phi3", _BERT | {"num_key_value_heads": 2}, *_LLAMA_SITES),
+    # Positions are scaled in a batch of more than 16 tokens.
+    "phi3-128k": Tiny(
+        "Phi3",
+        {
+            **_BERT,
+            "num_key_value_heads": 2,
+            "original_max_position_embeddings": 16,
+            "rope_scaling": {"type": "longrope", "short_factor": [1] * 3, "long_factor": [3] * 3},
+        },
+        *_LLAMA_SITES,
+    ),
     "xlnet": Tiny(
         "XLNet", {"d_model": 24, "n_layer": 3, "n_head": 4, "d_inner": 40}, "layer.{}.ff.layer_2"
     ),
@@ -186,14 +196,35 @@ TINY = {
         "h.{}.mlp.dense_4h_to_h",
         "h.{}.self_attention.dense",
     ),
+    # Its attention is another one for up to 28 tokens.
+    "big-bird": Tiny("BigBird", {**_BERT, "block_size": 4, "num_random_blocks": 1}, *_BERT_SITES),
+    "convbert": Tiny("ConvBert", {**_BERT, "embedding_size": 16, "head_ratio": 2}, *_BERT_SITES),
     "fnet": Tiny("FNet", _BERT, _BERT_SITES[0]),
     "gptj": Tiny("GPTJ", _GPTJ, "h.{}.mlp.fc_out", "h.{}.attn.out_proj"),
+    "led": Tiny(
+        "LED",
+        {
+            **_BART,
+            "attention_window": 4,
+            "max_encoder_position_embeddings": 48,
+            "max_decoder_position_embeddings": 40,
+        },
+        "encoder.layers.{}.fc2",
+        "encoder.layers.{}.self_attn.output",
+        *_BART_SITES[2:],
+    ),
     "longformer": Tiny("Longformer", {**_BERT, "attention_window": 4}, *_BERT_SITES),
     "marian": Tiny("Marian", _BART, *_BART_SITES),
     "mobilebert": Tiny(
         "MobileBert",
         {**_BERT, "embedding_size": 12, "intra_bottleneck_size": 16, "true_hidden_size": 16},
         *_BERT_SITES,
+    ),
+    "mpt": Tiny(
+        "Mpt",
+        {"d_model": 24, "n_heads": 4, "n_layers": 3, "max_seq_len": 48},
+        "blocks.{}.ffn.down_proj",
+        "blocks.{}.attn.out_proj",
     ),
     "mt5": Tiny("MT5", _T5, *_T5_SITES),
     "nomic-bert": Tiny("NomicBert", _BERT, *_LLAMA_SITES),
@@ -239,9 +270,8 @@ def tiny_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_batch() -> dict[str, torch.Tensor]:
-    """Make five texts: one of a single token, two equally long."""
-    lengths = [7, 3, 1, 7, 5]
+def tiny_batch(lengths: Sequence[int] = (7, 3, 1, 7, 5)) -> dict[str, torch.Tensor]:
+    """Make texts of so many tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(4, N_WORDS, (len(lengths), max(lengths)), generator=generator)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 from torch import nn
@@ -58,8 +59,14 @@ class Anatomy:
     """What is where in a model."""
 
     stacks: dict[str | None, Stack]  # by name
-    # Padding changes the activations of real tokens, whatever the attention mask says.
-    mixes_padding: bool = False
+    # The company of a text of more tokens than this changes its activations, whatever the attention
+    # mask says; 0 where any padding does.
+    mixes_beyond: float = inf
+
+    @property
+    def mixes_padding(self) -> bool:
+        """Whether padding changes the activations of real tokens, however few they are."""
+        return self.mixes_beyond == 0
 
     @property
     def n_layers(self) -> int:
@@ -73,8 +80,9 @@ def find_anatomy(model: Any) -> Anatomy:
     A ValueError lists what was looked at if it can't be told which modules are the blocks.
     """
     model = bare_model(model)
-    stacks = {name: _dissect(name, half, model.config) for name, half in _halves(model).items()}
-    return Anatomy(stacks, any(stack.architecture.mixes_padding for stack in stacks.values()))
+    stacks = {name: _dissect(name, half, model.config) for name, half in halves_of(model).items()}
+    mixes_padding = any(stack.architecture.mixes_padding for stack in stacks.values())
+    return Anatomy(stacks, 0 if mixes_padding else inf)
 
 
 def bare_model(model: Any) -> Any:
@@ -100,7 +108,8 @@ def is_encoder_decoder(model: Any) -> bool:
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
-def _halves(model: Any) -> dict[str | None, Any]:
+def halves_of(model: Any) -> dict[str | None, Any]:
+    """Name a bare model's encoder and decoder; None is the only half of any other model."""
     encoder, decoder = STACKS
     halves: dict[str | None, Any] = {None: model}
     if is_encoder_decoder(model):

@@ -24,20 +24,21 @@ class Architecture:
     early_norm: str | None = None
     # Inside the stack, there may be more tokens, added at the end.
     rounds_up: bool = False
-    # Padding changes the activations of real tokens, whatever the attention mask says.
+    # Padding changes the activations of real tokens, but not in texts as short as a trial's.
     mixes_padding: bool = False
+    # A pass needs more positions than there are tokens.
+    n_ahead: int = 0
 
 
 _PLAIN = Architecture()
 # By a configuration's model_type.
 _EXCEPTIONS = {
     "albert": Architecture(shared_groups="albert_layers"),
-    "big_bird": Architecture(rounds_up=True),
-    "bigbird_pegasus": Architecture(rounds_up=True),
-    "convbert": Architecture(mixes_padding=True),
+    # The length of a batch decides how its tokens attend to each other, if it is long enough.
+    "big_bird": Architecture(rounds_up=True, mixes_padding=True),
+    "bigbird_pegasus": Architecture(rounds_up=True, mixes_padding=True),
     "falcon_mamba": Architecture(early_norm="norm_f"),
     "flaubert": Architecture(parallel_lists=("attentions", "ffns")),
-    "fnet": Architecture(mixes_padding=True),
     "fsmt": Architecture(time_major=True),
     "led": Architecture(rounds_up=True),
     "longformer": Architecture(rounds_up=True),
@@ -48,15 +49,13 @@ _EXCEPTIONS = {
     "mobilebert": Architecture(
         paths={"mlp": "output.dense", "attention": "attention.output.dense"}
     ),
-    "nystromformer": Architecture(mixes_padding=True),
     "pegasus_x": Architecture(rounds_up=True),
-    # Several streams of tokens, the text itself first.
-    "prophetnet": Architecture(rounds_up=True),
+    # Several streams of tokens, the text itself first; the others are ahead of it.
+    "prophetnet": Architecture(rounds_up=True, n_ahead=1),
     "rwkv": Architecture(early_norm="ln_out"),
     "xlm": Architecture(parallel_lists=("attentions", "ffns")),
     # The attention's output projection is a parameter, used in an einsum.
     "xlnet": Architecture(paths={"attention": "rel_attn.o"}, time_major=True),
-    "yoso": Architecture(mixes_padding=True),
 }
 
 

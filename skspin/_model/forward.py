@@ -28,14 +28,16 @@ def pooled_forward(
     model is left as it was, also when the pass fails. Threads may share a model; a pass that its
     owner runs meanwhile is neither read nor stopped.
     """
-    if not anatomy.mixes_padding:
+    if inputs["attention_mask"].shape[1] <= anatomy.mixes_beyond:
         return torch.cat(_read(model, anatomy, inputs, segments, pooled=True), dim=1)
-    # Only texts of one length can be in a batch together where padding leaks into real tokens.
+    # Where their company changes texts, only those of one length are run together.
     lengths = inputs["attention_mask"].sum(1)  # (n_texts,)
+    groups = lengths.where(lengths > anatomy.mixes_beyond, 0)  # short ones do not mind each other
     columns = torch.empty(len(lengths), sum(s.n_columns for s in segments), device=lengths.device)
-    for length in lengths.unique().tolist():
-        rows = lengths == length
-        alike = {name: values[rows, :length] for name, values in inputs.items()}
+    for group in groups.unique().tolist():
+        rows = groups == group
+        n_tokens = int(lengths[rows].max())
+        alike = {name: values[rows, :n_tokens] for name, values in inputs.items()}
         columns[rows] = torch.cat(_read(model, anatomy, alike, segments, pooled=True), dim=1)
     return columns
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -177,37 +179,94 @@ def as_texts(activations: Tensor, mask: Tensor, tap: Tap, stack: Stack) -> Tenso
     return activations
 
 
-@dataclass
-class _Use:
-    """How many passes use a model at the moment, and what was in training before them."""
+# Elements of a table that a pass may write to, such as the frequencies of rotary positions; those
+# of more are only read.
+_LARGEST = 2**14
 
-    training: list[nn.Module]
-    n_passes: int = 0
+
+class _Use:
+    """What the passes that share a model have to know of it."""
+
+    def __init__(self) -> None:
+        self.n_passes = 0  # at the moment
+        self.turn = threading.Lock()
+        self.changes_itself = False
+
+    def begin(self, model: Any) -> None:
+        """Switch dropout off, and note what the first pass finds."""
+        modules = list(model.modules())
+        self._training = [module for module in modules if module.training]
+        if self._training:
+            model.eval()
+        # What it says of a change is said once, not in every pass.
+        self._logger = logging.getLogger(type(model).__module__)
+        self._was_silent = self._logger.disabled
+        self._logger.disabled |= self.changes_itself
+        # PyTorch's own modules never change themselves.
+        modules = [m for m in modules if not type(m).__module__.startswith("torch.nn.")]
+        changeable = [vars(model.config)]
+        for module in modules:
+            changeable += [vars(module), module._modules, module._buffers]
+        self._found = [(values, values.copy()) for values in changeable]
+        self._tables = [
+            (table, table._version, table.clone())
+            for module in modules
+            for table in module._buffers.values()
+            if table is not None and table.numel() <= _LARGEST and not table.is_inference()
+        ]
+
+    def end(self) -> None:
+        """Give everything back as the first pass found it."""
+        for values, found in self._found:
+            if len(values) != len(found) or not all(map(is_, values.values(), found.values())):
+                self.changes_itself = True
+                values.clear()
+                values.update(found)
+        for table, version, found_there in self._tables:
+            if table._version != version:
+                self.changes_itself = True
+                with torch.no_grad():
+                    table.copy_(found_there)
+        self._logger.disabled = self._was_silent
+        for module in self._training:
+            module.training = True
+        self._training, self._found, self._tables = [], [], []
 
 
 _uses: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and give each module its own mode back when the last pass is over.
+def _recover_from_fork() -> None:
+    """Forget passes of the parent's threads, which are not there to end them."""
+    global _lock
+    _lock = threading.Lock()
+    _uses.clear()
 
-    Threads may share the model: the first one's leaving must not switch dropout on for the others.
+
+if hasattr(os, "register_at_fork"):  # Windows never forks.
+    os.register_at_fork(after_in_child=_recover_from_fork)
+
+
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Put a model in evaluation mode; when its last pass is over, it is what it was before.
+
+    Some models change in a pass: BigBird switches its attention for good when a text is short, and
+    positions that are scaled by length stay as the longest text had them. Then a row would depend
+    on what was read before. Threads may share the model, but take turns if it changes itself.
     """
     with _lock:
-        use = _uses.get(model)
-        if use is None:
-            use = _uses[model] = _Use([module for module in model.modules() if module.training])
-            if use.training:
-                model.eval()
-        use.n_passes += 1
-    try:
-        yield
-    finally:
+        use = _uses.setdefault(model, _Use())
+    with use.turn if use.changes_itself else nullcontext():
         with _lock:
-            use.n_passes -= 1
             if not use.n_passes:
-                del _uses[model]
-                for module in use.training:
-                    module.training = True
+                use.begin(model)
+            use.n_passes += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                use.n_passes -= 1
+                if not use.n_passes:
+                    use.end()

@@ -15,6 +15,7 @@ from skspin._model.device import resolve_device, resolve_dtype, usable_device
 from skspin._model.fingerprint import fingerprint
 from skspin._model.loading import load_model, load_skeleton, load_tokenizer
 from skspin._model.source import Source
+from skspin._model.trial import try_anatomy
 
 
 @dataclass
@@ -173,9 +174,9 @@ def resolve_placement(source: Source, device: Any = None, dtype: Any = "auto") -
 
 def _assemble(source: Source, model: Any, dtype: str, identity: str, room: Room) -> Backbone:
     tokenizer = load_tokenizer(source)
-    return Backbone(
-        model, tokenizer, find_anatomy(model), _input_device(model), dtype, identity, room
-    )
+    device = _input_device(model)
+    anatomy = try_anatomy(model, device, identity)
+    return Backbone(model, tokenizer, anatomy, device, dtype, identity, room)
 
 
 def _input_device(model: Any) -> torch.device:

@@ -80,6 +80,7 @@ def test_an_interrupt_keeps_what_was_computed_and_the_model_usable(tiny, tmp_pat
             signal.raise_signal(signal.SIGINT)
 
     fitted = LLMActivationTransformer(**tiny, cache=tmp_path, batch_tokens=64).fit(TEXTS)
+    LLMActivationTransformer(**tiny, cache=None).fit_transform(TEXTS[:1])  # tries the model once
     counting = model.register_forward_pre_hook(count, with_kwargs=True)
     interrupting = model.register_forward_pre_hook(interrupt, with_kwargs=True)
     with pytest.raises(KeyboardInterrupt):

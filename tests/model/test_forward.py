@@ -132,6 +132,22 @@ def test_the_order_of_texts_and_their_company_change_nothing(name):
         torch.testing.assert_close(read(model, segments, batch), X[rows])
 
 
+@pytest.mark.parametrize("name", ["bert", "xlnet", "gpt2", "distilbert"])
+def test_whatever_else_the_model_takes_by_token_is_passed_on(name):
+    model = TINY[name].build()
+    batch = tiny_batch()
+    types = torch.arange(7).expand(5, 7) % 2 * batch["attention_mask"]
+    segments = segments_of(model, ["hidden"], BY_HAND)
+    X = read(model, segments, {**batch, "token_type_ids": types})
+    takes_types = name != "distilbert"
+    assert takes_types != torch.allclose(X, read(model, segments, batch), atol=1e-3)
+    for row in range(len(X)):
+        output = alone(model, {**batch, "token_type_ids": types} if takes_types else batch, row)
+        for segment, where in columns(segments):
+            expected = BY_HAND[segment.pooling](output.hidden_states[segment.layer][0])
+            torch.testing.assert_close(X[row, where], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("pooling", BY_HAND)
 @pytest.mark.parametrize("site", ["hidden", "mlp", "attention"])
 def test_chosen_neurons_equal_those_columns_of_all_to_the_bit(site, pooling):

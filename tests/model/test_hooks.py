@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from forward_pass import read, segments_of
+from forward_pass import read, segments_of, tried
 from tiny_models import TINY, tiny_batch
 
 from skspin._layout import Segment
 from skspin._model.anatomy import find_anatomy
-from skspin._model.forward import pooled_forward
 
 
 def count_calls(modules):
@@ -34,6 +34,7 @@ def count_calls(modules):
 def test_the_pass_stops_after_the_deepest_layer(layer, site, n_blocks_run):
     model = TINY["llama"].build("ForCausalLM")
     blocks = model.model.layers
+    tried(model)
     counts = count_calls([*(b.mlp.up_proj for b in blocks), model.model.norm, model.lm_head])
     read(model, segments_of(model, [site], layers=[layer]))
     assert counts == [1] * n_blocks_run + [0] * (5 - n_blocks_run)
@@ -44,6 +45,7 @@ def test_the_pass_stops_after_the_deepest_layer(layer, site, n_blocks_run):
 )
 def test_logits_are_never_computed(name, kind):
     model = TINY[name].build(kind)
+    tried(model)
     counts = count_calls([model.lm_head])
     read(model)
     assert counts == [0]
@@ -51,6 +53,7 @@ def test_logits_are_never_computed(name, kind):
 
 def test_the_encoder_runs_without_the_decoder():
     model = TINY["t5"].build()
+    tried(model)
     counts = count_calls([model.decoder])
     both = segments_of(model)
     read(model, [segment for segment in both if segment.stack == "encoder"])
@@ -79,6 +82,37 @@ def test_the_model_comes_back_as_it_was():
     output.last_hidden_state.sum().backward()  # nothing in it has become untrainable
 
 
+def contents_of(model):
+    """List what a model is made of: its modules, and what each of them holds."""
+    return model.config.to_dict(), [
+        (name, {k: v for k, v in vars(module).items() if k[0] != "_"}, [*module.children()])
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("name", ["big-bird", "phi3-128k"])
+def test_a_model_that_changes_itself_comes_back_as_it_was(name):
+    model = TINY[name].build()
+    before = contents_of(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for lengths in [(7,), (40,), (16, 17)]:
+        read(model, batch=tiny_batch(lengths))
+        assert contents_of(model) == before
+        torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+
+
+def test_threads_take_turns_with_a_model_that_changes_itself():
+    model = TINY["big-bird"].build()
+    batches = [tiny_batch([7]), tiny_batch([40])]
+    expected = [read(model, batch=batch) for batch in batches]
+
+    def work(i):
+        return all(torch.equal(read(model, batch=batches[i]), expected[i]) for _ in range(20))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, [0, 1]))
+
+
 def test_a_failed_pass_leaves_no_trace():
     model = TINY["bert"].build().train()
 
@@ -95,6 +129,7 @@ def test_a_failed_pass_leaves_no_trace():
 
 def test_no_activations_are_kept_behind_the_reader():
     model = TINY["llama"].build()
+    anatomy = find_anatomy(model)
     seen = []
     alive = []
 
@@ -106,7 +141,7 @@ def test_no_activations_are_kept_behind_the_reader():
         block.mlp.down_proj.register_forward_pre_hook(watch)
     gc.disable()  # on a GPU, waiting for the collector is running out of memory
     try:
-        pooled = weakref.ref(read(model))
+        pooled = weakref.ref(read(model, anatomy=anatomy))
         alive.append(sum(activations() is not None for activations in seen))
         assert pooled() is None
     finally:
@@ -143,23 +178,16 @@ def test_a_pass_of_the_owner_in_another_thread_is_neither_read_nor_stopped():
     torch.testing.assert_close(seen[0], states)
 
 
-def test_two_threads_share_a_model():
+def test_threads_share_a_model():
     model = TINY["xlnet"].build().train()
     jobs = [segments_of(model, [site]) for site in ("hidden", "mlp", "attention")]
     expected = [read(model, job) for job in jobs]
-    failures = []
 
     def work(i):
-        for _ in range(20):
-            if not torch.allclose(read(model, jobs[i]), expected[i], atol=1e-6):
-                failures.append(i)
+        return all(torch.allclose(read(model, jobs[i]), expected[i], atol=1e-6) for _ in range(20))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(3)))
     assert all(module.training for module in model.modules())
 
 
@@ -200,7 +228,7 @@ def test_unexpected_shapes_are_an_error():
     model = TINY["gpt2"].build()
     model.h[1].mlp = _Around(model.h[1].mlp, lambda inside, x: inside(torch.cat([x, x[:, :1]], 1)))
     with pytest.raises(RuntimeError, match=r"Conv1D has .* \(5, 8, 40\), but \(5, 7, 40\)"):
-        read(model, segments_of(model, ["mlp"]))
+        read(model, segments_of(model, ["mlp"]), anatomy=find_anatomy(model))
 
 
 def test_blocks_that_run_in_hidden_loops_are_an_error():
@@ -217,4 +245,4 @@ def test_a_model_that_was_changed_after_all_is_an_error():
     segments = segments_of(model, ["mlp"])
     model.encoder.layer[2] = TINY["bert"].build().encoder.layer[2]
     with pytest.raises(RuntimeError, match="3/mlp/mean"):
-        pooled_forward(model, anatomy, tiny_batch(), segments)
+        read(model, segments, anatomy=anatomy)
