@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -201,6 +203,10 @@ class _Use:
         self._training = [module for module in modules if module.training]
         if self._training:
             model.eval()
+        # What it says of a change is said once, not in every pass.
+        self._logger = logging.getLogger(type(model).__module__)
+        self._was_silent = self._logger.disabled
+        self._logger.disabled |= self.changes_itself
         # PyTorch's own modules never change themselves.
         modules = [m for m in modules if not type(m).__module__.startswith("torch.nn.")]
         changeable = [vars(model.config)]
@@ -226,6 +232,7 @@ class _Use:
                 self.changes_itself = True
                 with torch.no_grad():
                     table.copy_(found_there)
+        self._logger.disabled = self._was_silent
         for module in self._training:
             module.training = True
         self._training, self._found, self._tables = [], [], []
@@ -233,6 +240,17 @@ class _Use:
 
 _uses: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def _recover_from_fork() -> None:
+    """Forget passes of the parent's threads, which are not there to end them."""
+    global _lock
+    _lock = threading.Lock()
+    _uses.clear()
+
+
+if hasattr(os, "register_at_fork"):  # Windows never forks.
+    os.register_at_fork(after_in_child=_recover_from_fork)
 
 
 @contextmanager
