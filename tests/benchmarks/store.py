@@ -24,6 +24,7 @@ from record import write_record
 
 from skspin._layout import Layout, Segment
 from skspin._store import open_store
+from skspin._texts import open_texts
 
 TEXTS = [f"a text that is about as long as a sentence of a film review, {i}" for i in range(9613)]
 LAYOUT = Layout(tuple(Segment(None, layer, "hidden", "mean", 384) for layer in range(7)))
@@ -96,7 +97,13 @@ def fill_as_transformer(folder, data):
     texts = sorted(real_texts(data))
     fitted = transformer(folder).fit(texts[:1])
     values = np.random.default_rng(0).standard_normal((len(texts), 7 * 384), dtype=np.float32)
-    fill(open_store(folder), values, texts, fitted.layout_, fitted._frozen_model().context)
+    fill(
+        open_store(folder),
+        values,
+        texts,
+        fitted.layout_,
+        fitted._recipe(open_store(None), open_texts(texts)).key,
+    )
     np.save(folder / "real.npy", values)
 
 

@@ -11,10 +11,11 @@ import torch
 from bert_files import COMMIT, save
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
-from skspin import LLMActivationTransformer, ModelMismatchError
+from skspin import LLMActivationTransformer, ModelMismatchError, open_store
 from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
 from skspin._model.registry import forget_models, load_backbone, read_anatomy
+from skspin._texts import open_texts
 from skspin.datasets import demo_llm, demo_model
 
 gguf = pytest.importorskip("gguf")
@@ -191,7 +192,9 @@ def test_a_real_instruct_model_runs():
     fitted = LLMActivationTransformer(demo_llm(), layers=[0, 15], site=("hidden", "mlp"))
     X = fitted.set_params(dtype="float32", pooling="last").fit_transform(TEXTS)
     assert fitted.n_layers_ == 30 and X.shape == (3, 2 * 576 + 1536)
-    backbone = load_backbone(fitted._frozen_model().source, "cpu", "float32")
+    backbone = load_backbone(
+        fitted._recipe(open_store(None), open_texts(TEXTS)).source, "cpu", "float32"
+    )
     with torch.no_grad():
         inputs = backbone.tokenizer(TEXTS[1], return_tensors="pt")
         states = backbone.model(**inputs, output_hidden_states=True).hidden_states
