@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from skspin._layout import Layout
+from skspin._model.causal import is_causal
 from skspin._model.forward import pooled_forward
 from skspin._model.pooling import WindowMerge
 from skspin._model.positions import most_tokens
@@ -82,7 +83,8 @@ def extract(
 def encoder_of(backbone: Backbone, recipe: Recipe) -> TextEncoder:
     """Make the encoder that a recipe asks for, within the positions that a model has."""
     max_length = most_tokens(backbone.model, recipe.max_length)
-    return TextEncoder(backbone.tokenizer, recipe, max_length, False)
+    looks_back = bool(recipe.overlap) and is_causal(backbone)  # matters for overlaps only
+    return TextEncoder(backbone.tokenizer, recipe, max_length, looks_back)
 
 
 class TokenBudget:
