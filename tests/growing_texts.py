@@ -40,7 +40,11 @@ def words():
 
 
 def letters():
-    return without_end(byte_tokenizer())
+    from tokenizers import decoders
+
+    tokenizer = without_end(byte_tokenizer())
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def growing(
@@ -52,7 +56,7 @@ def growing(
     params = {"site": "hidden", "pooling": POOLINGS, "dtype": "float32", "cache": None, **params}
     head = LogisticRegression(C=0.1) if head is None else head
     spin = make_spin_pipeline(model, tokenizer=tokenizer, sparsity=0, head=head, **params)
-    spin.set_params(select__C=1.0)
+    spin.set_params(select__C=100.0)  # a dozen texts
     return spin.fit(TEXTS, labels) if fit else spin
 
 
