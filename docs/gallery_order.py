@@ -6,6 +6,7 @@ LESSONS = (
     "plot_quickstart.py",
     "plot_sparsity_search.py",
     "plot_sites_by_layer.py",
+    "plot_instruct.py",
     "plot_text_and_numbers.py",
     "plot_multilabel.py",
     "plot_explain.py",

@@ -11,6 +11,7 @@ from skspin._pickling import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline
 from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
+from skspin._serving import PrefixScorer, PrefixStreamer, score_prefixes
 from skspin._show_versions import show_versions
 from skspin._store import open_store
 from skspin._transformer import LLMActivationTransformer
@@ -20,6 +21,8 @@ __all__ = [
     "LLMActivationTransformer",
     "LayerSalienceDisplay",
     "ModelMismatchError",
+    "PrefixScorer",
+    "PrefixStreamer",
     "SalientNeuronSelector",
     "SparsityPathDisplay",
     "TRUSTED_TYPES",
@@ -29,5 +32,6 @@ __all__ = [
     "make_spin_pipeline",
     "open_store",
     "prune",
+    "score_prefixes",
     "show_versions",
 ]

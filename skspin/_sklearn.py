@@ -12,6 +12,7 @@ from sklearn.multiclass import _ConstantPredictor
 from sklearn.utils import _safe_indexing
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils._repr_html.estimator import _VisualBlock
+from sklearn.utils._set_output import _wrap_data_with_container
 from sklearn.utils.validation import _check_feature_names_in
 
 try:
@@ -32,6 +33,7 @@ __all__ = [
     "_check_feature_names_in",
     "_fit_context",
     "_safe_indexing",
+    "_wrap_data_with_container",
     "diagram_block",
 ]
 

@@ -229,6 +229,8 @@ class TextTokens:
     messages : ndarray of shape (n_tokens,), int
         Number of the message of a conversation that each token belongs to, 0 for a plain text; -1
         for special tokens and those of a prompt or a chat template.
+    is_truncated : bool, default=False
+        Whether the text has more tokens than the model was given.
     """
 
     text: str
@@ -236,6 +238,7 @@ class TextTokens:
     starts: np.ndarray
     ends: np.ndarray
     messages: np.ndarray
+    is_truncated: bool = False
 
     @property
     def in_text(self) -> np.ndarray:
@@ -265,4 +268,5 @@ class TextTokens:
         first = np.flatnonzero(np.diff(groups, prepend=-1))  # (n_groups,)
         ends = np.maximum.reduceat(self.ends, first)
         names = [self.tokens[i] for i in first]
-        return TextTokens(self.text, names, self.starts[first], ends, self.messages[first])
+        starts, messages = self.starts[first], self.messages[first]
+        return TextTokens(self.text, names, starts, ends, messages, self.is_truncated)

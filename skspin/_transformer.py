@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._layout import POOLINGS, SITES, STACKS, ActivationArray, Layout
-from skspin._model import Recipe, Source, extract, fingerprint, model_shape, token_activations
+from skspin._model import (
+    Recipe,
+    Source,
+    extract,
+    fingerprint,
+    model_shape,
+    open_growing_text,
+    prefix_activations,
+    token_activations,
+)
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context, diagram_block
 from skspin._store import Output, Store, open_output, open_store
@@ -392,9 +402,23 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
 
     def _read_tokens(self, texts: TextChunks) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
         """Compute activations (n_tokens, n_columns) at the pooled tokens of each distinct text."""
+        recipe = self._fitted_recipe(texts)
+        return token_activations(recipe, texts.distinct().to_list(), self.layout_)
+
+    def _read_prefixes(self, texts: TextChunks) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
+        """Do the same if a token's activations are those of the prefix that it ends, or raise."""
+        recipe = self._fitted_recipe(texts)
+        return prefix_activations(recipe, texts.distinct().to_list(), self.layout_)
+
+    def _open_growing_text(self, conversations: bool) -> Any:
+        """Begin to read a text, or a conversation, that arrives in pieces."""
+        recipe = self._fitted_recipe(TextChunks(0, conversations, None, []))
+        return open_growing_text(recipe, self.layout_)
+
+    def _fitted_recipe(self, texts: TextChunks) -> Recipe:
         recipe = self._recipe(open_store(self.cache), texts)
         recipe.check_fingerprint(self.model_fingerprint_)
-        return token_activations(recipe, texts.distinct().to_list(), self.layout_)
+        return recipe
 
     def _sk_visual_block_(self):
         facts = _layout_facts(self.layout_) if hasattr(self, "layout_") else []

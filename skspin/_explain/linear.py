@@ -39,7 +39,7 @@ def weights_of(classifier: Any) -> np.ndarray:
 
 def classes_of(head: Any) -> np.ndarray:
     """Name the classes of a head: for several outputs their numbers, or (number, class) pairs."""
-    if not isinstance(head, MultiOutputClassifier):
+    if not isinstance(head.classes_, list):
         return head.classes_
     if all(len(classes) == 2 for classes in head.classes_):
         return np.arange(len(head.classes_))

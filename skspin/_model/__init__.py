@@ -2,9 +2,9 @@
 
 A `Recipe` says which numbers a text gets, and how they are computed. `model_shape` says what there
 is to read, from the configuration alone; `extract` puts texts through the model;
-`token_activations` reads chosen neurons at every token. The files below import torch and
-transformers; these functions import those files when they are called, so that neither is loaded
-before it is needed.
+`token_activations` reads chosen neurons at every token, and `prefix_activations` does where they
+are those of the prefix that ends there. The files below import torch and transformers; these
+functions import those files when they are called, so that neither is loaded before it is needed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ __all__ = [
     "fingerprint",
     "forget_models",
     "model_shape",
+    "open_growing_text",
+    "prefix_activations",
     "resolve_device",
     "resolve_dtype",
+    "speller",
     "token_activations",
     "usable_device",
 ]
@@ -75,6 +78,36 @@ def token_activations(
     device = as_devices(recipe.device)[0]
     backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
     return token_level.token_activations(backbone, recipe, texts, layout)
+
+
+def prefix_activations(
+    recipe: Recipe, texts: Sequence[str], layout: Layout
+) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
+    """Read activations at the tokens of each text, which are those of the prefix that ends there.
+
+    A ValueError says why that can't be, as of a model that looks ahead.
+    """
+    from skspin._model import registry, token_level
+
+    device = as_devices(recipe.device)[0]
+    backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
+    return token_level.prefix_activations(backbone, recipe, texts, layout)
+
+
+def open_growing_text(recipe: Recipe, layout: Layout) -> Any:
+    """Make a `growing.GrowingText`, which reads one text that arrives in pieces."""
+    from skspin._model import growing, registry
+
+    device = as_devices(recipe.device)[0]
+    backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
+    return growing.GrowingText(backbone, recipe, layout)
+
+
+def speller(tokenizer: Any) -> Any:
+    """Make a `growing.Speller`, which writes token ids as text."""
+    from skspin._model import growing
+
+    return growing.Speller(tokenizer)
 
 
 def forget_models() -> None:

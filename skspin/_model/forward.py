@@ -44,10 +44,18 @@ def pooled_forward(
 
 
 def token_forward(
-    model: Any, anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
+    model: Any,
+    anatomy: Anatomy,
+    inputs: dict[str, Tensor],
+    segments: Sequence[Segment],
+    cache: Any = None,
 ) -> Tensor:
-    """Read activations (n_texts, n_tokens, n_columns) at every token; see `pooled_forward`."""
-    return torch.cat(_read(model, anatomy, inputs, segments, by_token=True), dim=2)
+    """Read activations (n_texts, n_tokens, n_columns) at every token; see `pooled_forward`.
+
+    With a key-value cache, of which one text has any use, the tokens are the next ones after those
+    that it has seen.
+    """
+    return torch.cat(_read(model, anatomy, inputs, segments, by_token=True, cache=cache), dim=2)
 
 
 # Not inference mode: whatever a model keeps from a pass (a table of positions, say) would then be
@@ -60,14 +68,17 @@ def _read(
     segments: Sequence[Segment],
     *,
     by_token: bool = False,
+    cache: Any = None,
 ) -> list[Tensor]:
     model = bare_model(model)
     inputs = dict(inputs)
     mask = inputs["attention_mask"].bool()
     pooled = inputs.pop("pooled", mask)
+    if cache is not None:
+        del inputs["attention_mask"]  # it would have to be of all tokens so far, and hides none
     reader = Reader(anatomy, segments, mask, None if by_token else pooled)
     with unchanged(model), reader.hooks(), suppress(PassEnds):
-        model(**_arguments(model, inputs))
+        model(**_arguments(model, inputs, cache))
     if reader.unread:
         raise RuntimeError(
             f"{type(model).__name__} ended its forward pass without these layers: {reader.unread}."
@@ -76,7 +87,7 @@ def _read(
     return reader.values
 
 
-def _arguments(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def _arguments(model: Any, inputs: dict[str, Tensor], cache: Any) -> dict[str, Any]:
     """Choose what the model takes of the inputs, and complete it."""
     accepted = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
@@ -87,6 +98,10 @@ def _arguments(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     for switch in ("use_cache", "use_mems", "output_hidden_states", "output_attentions"):
         if switch in accepted or (takes_any and getattr(model.config, switch, False)):
             arguments[switch] = False
+    if cache is not None:
+        # transformers calls it this or that; a model that takes neither will say so.
+        name = "cache" if "cache" in accepted else "past_key_values"
+        arguments |= {name: cache, "use_cache": True}
     return arguments
 
 

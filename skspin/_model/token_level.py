@@ -10,6 +10,7 @@ import torch
 
 from skspin._layout import Layout
 from skspin._model.batches import TokenBudget, encoder_of
+from skspin._model.causal import check_cut, check_end, check_prefixes
 from skspin._model.forward import token_forward
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
@@ -49,6 +50,20 @@ def token_activations(
                     parts = read.pop(text)
                     activations = [parts[n] for n in range(len(parts))]
                     yield text, found[text][1], np.concatenate(activations)
+
+
+def prefix_activations(
+    backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout
+) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
+    """Read what `token_activations` does, if a token's are those of the prefix that it ends."""
+    encoder = encoder_of(backbone, recipe)
+    encoder.need_offsets("A score of prefixes")
+    check_prefixes(backbone, recipe)
+    for text, tokens, activations in token_activations(backbone, recipe, texts, layout):
+        has_text = (tokens.messages >= 0).any()
+        check_end(recipe, bool(has_text and tokens.messages[-1] < 0))
+        check_cut(tokens.is_truncated, encoder.tokenizer.truncation_side)
+        yield text, tokens, activations
 
 
 def _read(backbone: Backbone, windows: list[Window], layout: Layout) -> np.ndarray:

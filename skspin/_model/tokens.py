@@ -53,6 +53,18 @@ class Encoded(NamedTuple):
     is_truncated: bool
 
 
+class OpenTokens(NamedTuple):
+    """A text that may go on, tokenized up to where it is; its prompt's or template's end is not."""
+
+    ids: np.ndarray  # (n_tokens,), int
+    pooled: np.ndarray  # (n_tokens,), bool
+    own: np.ndarray  # (n_tokens,), bool: the text's, or those of the last message
+    starts: np.ndarray  # (n_tokens,), int: characters of the text
+    ends: np.ndarray  # (n_tokens,), int
+    n_after: int  # how many tokens the prompt, template or tokenizer has after the text
+    pools_after: bool  # whether any of those is pooled
+
+
 class _Span(NamedTuple):
     """Characters that a user gave, of the string that is tokenized."""
 
@@ -81,11 +93,11 @@ class TextEncoder:
         self.tokenizer, self.recipe, self.max_length = tokenizer, recipe, max_length
         self.is_causal = is_causal
         self._fast = _bare_copy(tokenizer)
-        self._has_types = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
+        self.has_types = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
         # A template writes special tokens itself.
         self._options = {"add_special_tokens": not recipe.conversations}
         if recipe.pool_over != "all":
-            self._need_offsets(f"pool_over={recipe.pool_over!r}")
+            self.need_offsets(f"pool_over={recipe.pool_over!r}")
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenize texts. Lone surrogates, which no tokenizer reads, count as U+FFFD."""
@@ -107,7 +119,7 @@ class TextEncoder:
             if len(found.ids) > self.max_length:
                 located.append(i)
             else:
-                types = found.type_ids if self._has_types else ()
+                types = found.type_ids if self.has_types else ()
                 rows[i] = Encoded([self._window(found.ids, types)], False)
         strings = [filled[i].string for i in located]
         for i, found in zip(
@@ -118,7 +130,7 @@ class TextEncoder:
 
     def locate(self, text: str) -> tuple[list[Window], TextTokens]:
         """Tokenize one text as `encode` does, and say where in it the pooled tokens are."""
-        self._need_offsets("An explanation")
+        self.need_offsets("An explanation")
         filled = self._fill(*replace_surrogates([text]))
         encoding = self._fast.encode(filled.string, **self._options)  # type: ignore[union-attr]
         encoded, places = self._split(encoding, filled)
@@ -136,7 +148,50 @@ class TextEncoder:
         outside = (messages < 0) | (starts == ends)
         starts, ends = np.where(outside, 0, starts), np.where(outside, 0, ends)
         names = [encoding.tokens[i] for i in places]
-        return encoded.windows, TextTokens(string, names, starts, ends, messages)
+        located = TextTokens(string, names, starts, ends, messages, encoded.is_truncated)
+        return encoded.windows, located
+
+    def tokenize_open(self, text: str) -> OpenTokens:
+        """Tokenize a text, or a conversation's last message, that may go on where it ends."""
+        filled = self._fill(*replace_surrogates([text]))
+        encoding = self._encode_open(filled)
+        span = _spans_of(encoding, filled.spans)  # (n_tokens,)
+        own = span == len(filled.spans) - 1
+        wanted = self._chosen(span, filled.spans)
+        end = len(own) - int(np.argmax(own[::-1])) if own.any() else 0
+        places = np.array(encoding.offsets, int).reshape(-1, 2)[:end] - filled.spans[-1].start
+        starts, ends = places.clip(0).T
+        return OpenTokens(
+            np.array(encoding.ids, int)[:end],
+            wanted[:end],
+            own[:end],
+            starts,
+            ends,
+            len(own) - end,
+            bool(wanted[end:].any()),
+        )
+
+    def tokenize_head(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenize what comes before a text, or a conversation's last message, by itself.
+
+        Gives ids (n_tokens,), and which of them are pooled.
+        """
+        filled = self._fill(*replace_surrogates([text]))
+        whole = self._encode_open(filled)
+        n_special = whole.special_tokens_mask.index(0)  # before all others
+        head = _Filled(filled.string[: filled.spans[-1].start], filled.spans[:-1])
+        encoding = self._fast.encode(head.string, add_special_tokens=False)  # type: ignore[union-attr]
+        span = np.append(np.full(n_special, -1), _spans_of(encoding, head.spans))
+        ids = np.array([*whole.ids[:n_special], *encoding.ids], int)
+        return ids, self._chosen(span, head.spans)
+
+    def _encode_open(self, filled: _Filled) -> Encoding:
+        if self.recipe.conversations and filled.spans == [_Span(0, len(filled.string))]:
+            raise ValueError(
+                "The tokenizer's chat template changes the messages of a conversation, so it can't "
+                "be told where one that grows ends. Push texts instead."
+            )
+        return self._fast.encode(filled.string, **self._options)  # type: ignore[union-attr]
 
     # What is tokenized
 
@@ -223,20 +278,25 @@ class TextEncoder:
 
     def _wanted(self, span: np.ndarray, spans: list[_Span]) -> np.ndarray:
         """Say which tokens are pooled, (n_tokens,) bool."""
+        wanted = self._chosen(span, spans)
+        if wanted.any():
+            return wanted
+        if self.recipe.pool_over == "text":
+            # A text without tokens of its own gets those around it.
+            return np.ones(len(span), dtype=bool)
+        raise ValueError(
+            f"A conversation has no token of pool_over={self.recipe.pool_over!r}; its roles are "
+            f"{[said.role for said in spans]}. Leave it out, or pool over other roles."
+        )
+
+    def _chosen(self, span: np.ndarray, spans: list[_Span]) -> np.ndarray:
         over = self.recipe.pool_over
         if over == "all":
             return np.ones(len(span), dtype=bool)
         if over == "text":
-            # A text without tokens of its own gets those around it.
-            return span >= 0 if (span >= 0).any() else np.ones(len(span), dtype=bool)
+            return span >= 0
         roles = (over,) if isinstance(over, str) else over
-        wanted = np.isin(span, [i for i, said in enumerate(spans) if said.role in roles])
-        if not wanted.any():
-            raise ValueError(
-                f"A conversation has no token of pool_over={over!r}; its roles are "
-                f"{[said.role for said in spans]}. Leave it out, or pool over other roles."
-            )
-        return wanted
+        return np.isin(span, [i for i, said in enumerate(spans) if said.role in roles])
 
     def _stretches(self, of_text: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Give the places of each window's tokens, and which of them count there."""
@@ -278,7 +338,7 @@ class TextEncoder:
         if not len(inputs["input_ids"]):
             inputs = {"input_ids": np.array([self._stand_in()], dtype=np.int32)}
             types, pooled = [0], None
-        if self._has_types:
+        if self.has_types:
             inputs["token_type_ids"] = np.asarray(types, dtype=np.int32)
         return Window(inputs, None if pooled is None or pooled.all() else pooled)
 
@@ -294,7 +354,8 @@ class TextEncoder:
 
     # Tokenizers written in Python, which do not tell where tokens are
 
-    def _need_offsets(self, what: str) -> None:
+    def need_offsets(self, what: str) -> None:
+        """Refuse a tokenizer that does not say where tokens are, for the sake of ``what``."""
         if self._fast is None:
             raise ValueError(
                 f"{what} needs a fast tokenizer, one with a tokenizer.json: "
@@ -307,7 +368,7 @@ class TextEncoder:
             return Encoded([self._slow_window(found)], False)
         if self.recipe.long_texts == "windows":
             if self.recipe.overlap:
-                self._need_offsets(f"overlap={self.recipe.overlap}")
+                self.need_offsets(f"overlap={self.recipe.overlap}")
             pieces = self._pieces(filled)
             return Encoded([self._slow_window(self._tokenize(piece)) for piece in pieces], False)
         if self.recipe.prompt is None and not self.recipe.conversations:
@@ -319,7 +380,7 @@ class TextEncoder:
     def _pieces(self, filled: _Filled) -> Iterator[str]:
         """Cut a text into its longest stretches that fit, each with what is around it."""
         if len(filled.spans) != 1:
-            self._need_offsets("A prompt with several texts, or a conversation, that is too long")
+            self.need_offsets("A prompt with several texts, or a conversation, that is too long")
         start, end, _ = filled.spans[0]
         head, text, tail = filled.string[:start], filled.string[start:end], filled.string[end:]
         while text:

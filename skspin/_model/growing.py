@@ -1,0 +1,229 @@
+"""One text that arrives in pieces, read with the model's key-value cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from skspin._layout import Layout, Segment
+from skspin._model.batches import encoder_of
+from skspin._model.causal import check_cut, check_end, check_prefixes
+from skspin._model.forward import token_forward
+from skspin._model.positions import most_tokens
+from skspin._model.recipe import Recipe
+from skspin._model.registry import Backbone
+from skspin._model.tokens import OpenTokens, replace_surrogates
+from skspin._texts import TextTokens
+
+_STRETCH = 512  # tokens in a pass
+_TRIAL = 8  # tokens to try a cache with
+
+
+class Added(NamedTuple):
+    """What is new of a growing text."""
+
+    tokens: TextTokens  # the text's own, with places in all of it
+    activations: np.ndarray  # (n_pooled, n_columns): of these, and of what comes before the text
+    is_own: np.ndarray  # (n_pooled,), bool: which are the text's own
+
+
+class GrowingText:
+    """Reads each token of a text once, whose scores do not depend on how the text was cut.
+
+    A text is tokenized as a whole, and its last word, which more letters may change, is held back.
+    Token ids are taken as they come.
+    """
+
+    def __init__(self, backbone: Backbone, recipe: Recipe, layout: Layout):
+        self._backbone, self._recipe, self._n_columns = backbone, recipe, layout.n_columns
+        self._encoder = encoder_of(backbone, recipe)
+        self._encoder.need_offsets("A growing text")
+        self.tokenizer = self._encoder.tokenizer
+        self._segments = list(layout.segments)
+        check_prefixes(backbone, recipe)
+        if all(segment.layer == 0 for segment in self._segments):
+            # The cache counts tokens in the first block's attention, so the pass has to get there.
+            name = self._segments[0].stack
+            width = backbone.anatomy.stacks[name].width(1, "hidden")
+            self._segments.append(Segment(name, 1, "hidden", "none", width, (0,)))
+        self._check_cache()
+
+    def begin(self, messages: Sequence[dict[str, str]], role: str) -> None:
+        """Begin anew; in a conversation, with what a role says after some messages."""
+        self._messages, self._role = messages, role
+        self.text = ""
+        self._settled = 0  # characters that no more text can change
+        self._ids: list[int] = []  # the text's own, so far
+        self._speller: Speller | None = None  # of token ids
+        self.is_cut = False  # whether tokens were dropped for want of room
+        frame = self._tokenize("a")
+        if not frame.pooled[frame.own].any():
+            raise ValueError(
+                f"pool_over={self._recipe.pool_over!r} does not pool what role={role!r} says, so "
+                "no token of it would count."
+            )
+        self._n_after = frame.n_after
+
+    def add_text(self, text: str, is_last: bool) -> Added:
+        """Take more text, and read the tokens that what follows can't change."""
+        self.text += text
+        whole = replace_surrogates([self.text])[0]
+        words = whole.rsplit(None, 1)  # what is before the last word; its space may belong to it
+        settled = len(whole) if is_last else len(words[0]) if len(words) == 2 else 0
+        if settled == self._settled:
+            return self._read(np.empty(0, int), np.empty((0, 2), int))
+        self._settled = settled
+        frame = self._tokenize(whole)
+        own = np.flatnonzero(frame.own)  # (n_own,)
+        ids = frame.ids[own][: np.searchsorted(frame.ends[own], settled, side="right")]
+        n_read = len(self._ids)
+        if ids[:n_read].tolist() != self._ids:
+            raise ValueError(
+                f"The tokenizer changes tokens that were scored already as the text goes on, near "
+                f"{whole[-40:]!r}. Push longer pieces, or token ids."
+            )
+        if not n_read and len(ids):
+            self._open_window(frame.ids[: own[0]], frame.pooled[: own[0]])
+        places = np.stack([frame.starts, frame.ends], axis=1)[own][n_read : len(ids)]
+        return self._read(ids[n_read:], places)
+
+    def add_ids(self, ids: np.ndarray) -> Added:
+        """Read token ids (n_tokens,) as they are."""
+        n_known = self._backbone.model.get_input_embeddings().num_embeddings
+        if not ((ids >= 0) & (ids < n_known)).all():
+            raise ValueError(f"piece={ids.tolist()} has token ids outside 0 to {n_known - 1}.")
+        if self._speller is None:
+            self._speller = Speller(self.tokenizer)
+            self._open_window(*self._encoder.tokenize_head(self._framed("a")))
+        ends = [len(self.text)]
+        for token in ids.tolist():
+            self.text += self._speller.add(token)
+            ends.append(len(self.text))
+        return self._read(ids, np.stack([ends[:-1], ends[1:]], axis=1))
+
+    def _framed(self, text: str) -> str:
+        if not self._recipe.conversations:
+            return text
+        return json.dumps([*self._messages, {"role": self._role, "content": text}])
+
+    def _tokenize(self, text: str) -> OpenTokens:
+        frame = self._encoder.tokenize_open(self._framed(text))
+        check_end(self._recipe, frame.pools_after)
+        return frame
+
+    def _open_window(self, ids: np.ndarray, pooled: np.ndarray) -> None:
+        """Begin a window with the tokens (n_before,) that come before the text."""
+        self._room = self._encoder.max_length - len(ids) - self._n_after
+        if self._room <= self._recipe.overlap:
+            raise ValueError(
+                f"max_length={self._encoder.max_length} leaves no room for text: what comes "
+                f"before and after takes {len(ids) + self._n_after} tokens. Use a larger one."
+            )
+        self._before = ids, pooled
+        self._waiting = ids, pooled  # tokens to be read together with the next one
+        self._n_in_window = 0
+        self._cache = DynamicCache(config=self._backbone.model.config)
+
+    def _read(self, ids: np.ndarray, places: np.ndarray) -> Added:
+        """Read own tokens (n_tokens,) as far as there is room, or window by window."""
+        n_read = 0
+        activations, is_own = [np.empty((0, self._n_columns), np.float32)], [np.empty(0, bool)]
+        while n_read < len(ids):
+            if self._n_in_window == self._room and not self._open_next_window():
+                self.is_cut = True
+                break
+            new = ids[n_read : n_read + self._room - self._n_in_window]
+            before, is_pooled = self._waiting
+            pooled = np.concatenate([is_pooled, np.ones(len(new), bool)])
+            activations.append(self._run(np.concatenate([before, new]))[pooled])
+            is_own.append((np.arange(len(pooled)) >= len(before))[pooled])
+            self._waiting = before[:0], is_pooled[:0]
+            self._ids += new.tolist()
+            self._n_in_window += len(new)
+            n_read += len(new)
+        names = self.tokenizer.convert_ids_to_tokens(ids[:n_read].tolist())
+        starts, ends = places[:n_read].T
+        tokens = TextTokens(self.text, names, starts, ends, np.zeros(n_read, int), self.is_cut)
+        return Added(tokens, np.concatenate(activations), np.concatenate(is_own))
+
+    def _open_next_window(self) -> bool:
+        """Follow a full window by the next, as `TextEncoder` cuts a long text; or say no."""
+        if self._recipe.long_texts == "truncate":
+            check_cut(True, self.tokenizer.truncation_side)
+            return False
+        if self._recipe.conversations:
+            raise ValueError(
+                f"A conversation has more than max_length={self._encoder.max_length} tokens, and "
+                "can't go on in windows while it grows. Use score_prefixes, or a larger max_length."
+            )
+        overlap = self._recipe.overlap
+        shared = np.array(self._ids[len(self._ids) - overlap :], int)
+        self._open_window(*self._before)
+        ids, pooled = self._before
+        # Shared tokens count in the window before, where they have the longer context.
+        self._waiting = np.concatenate([ids, shared]), np.append(pooled, np.zeros(overlap, bool))
+        self._n_in_window = overlap
+        return True
+
+    def _run(self, ids: np.ndarray) -> np.ndarray:
+        """Read activations (n_tokens, n_columns) at the next tokens of the window."""
+        parts = [
+            self._pass(ids[start : start + _STRETCH], self._cache)
+            for start in range(0, len(ids), _STRETCH)
+        ]
+        return np.concatenate(parts)[:, : self._n_columns]
+
+    def _pass(self, ids: np.ndarray, cache: Any) -> np.ndarray:
+        tensor = torch.as_tensor(ids, device=self._backbone.device).long()[None]
+        inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
+        if self._encoder.has_types:
+            inputs["token_type_ids"] = torch.zeros_like(tensor)  # of one text all are 0
+        backbone = self._backbone
+        values = token_forward(backbone.model, backbone.anatomy, inputs, self._segments, cache)
+        return values[0].cpu().numpy()
+
+    def _check_cache(self) -> None:
+        """Try whether the model reads on from its cache as if it had read all at once."""
+        ids = np.arange(1, 1 + most_tokens(self._backbone.model, _TRIAL))
+        size = len(ids) // 2
+        try:
+            cache = DynamicCache(config=self._backbone.model.config)
+            stretches = [self._pass(ids[:size], cache), self._pass(ids[size:], cache)]
+        except Exception as error:  # Whatever a model does with a cache that it can't use.
+            raise self._no_cache(repr(error)) from error
+        whole, in_two = self._pass(ids, None), np.concatenate(stretches)  # (n_tokens, n_columns)
+        tolerance = 5e-2 if getattr(torch, self._backbone.dtype).itemsize < 4 else 5e-3
+        distance = np.linalg.norm(whole - in_two, axis=1)
+        if (distance > tolerance * np.linalg.norm(whole, axis=1)).any():
+            raise self._no_cache("its activations change with it")
+
+    def _no_cache(self, reason: str) -> ValueError:
+        return ValueError(
+            f"model={self._recipe.model_name!r} can't read a text in pieces with a key-value cache "
+            f"({reason}). Use score_prefixes on the text so far."
+        )
+
+
+class Speller:
+    """Writes token ids as text, one by one; a character of several tokens comes with its last."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # those that the next one's spelling may depend on
+        self._n_written = 0  # of these
+
+    def add(self, token: int) -> str:
+        """Give the characters that a token adds."""
+        self._ids.append(token)
+        written = self._tokenizer.decode(self._ids[: self._n_written])
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd") or len(text) <= len(written):
+            return ""
+        self._ids = self._ids[self._n_written :]
+        self._n_written = len(self._ids)
+        return text[len(written) :]

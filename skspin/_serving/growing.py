@@ -1,0 +1,309 @@
+"""Scores of one text that arrives in pieces, and a guard on what a model generates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from skspin._model import speller
+from skspin._pipeline import flatten
+from skspin._serving.prefixes import Crossing, PrefixScores, RunningPools, split_pipeline
+from skspin._system import warn
+from skspin._texts import TextTokens, open_texts
+
+
+class PrefixScorer:
+    """Scores of one text that arrives in pieces, each token read once.
+
+    The model keeps what it has read in its key-value cache, so a token's time is about the same
+    however long the text is. Scores are those of :func:`score_prefixes`, and do not depend on how
+    the text was cut: strings are tokenized as a whole, so the last word is held back until the
+    next one begins (or ``final=True``); token ids are taken as they come.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+        Fitted, as for :func:`score_prefixes`, with nothing ahead of its activations.
+    conversation : list of dict or None, default=None
+        None for a text. For a message of a conversation, the messages before it, which may be none:
+        what is pushed is the next message.
+    role : str, default="assistant"
+        Whose message grows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`score_prefixes` does; also if the model has no key-value cache, or the pipeline
+        has steps ahead of its activations.
+
+    See Also
+    --------
+    score_prefixes : All prefixes of whole texts.
+    PrefixStreamer : Scores what ``generate`` of transformers writes, and can stop it.
+
+    Notes
+    -----
+    Longer than ``max_length``, a text goes on in windows or is truncated, as ``long_texts`` says:
+    tokens beyond have no scores, which is warned of once.
+    A scorer is not for several threads at a time.
+
+    Examples
+    --------
+    A small decoder that has learnt nothing, with the demo model's tokenizer; see
+    :func:`score_prefixes`.
+
+    >>> from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+    >>> from skspin import PrefixScorer, make_spin_pipeline
+    >>> from skspin.datasets import demo_model
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    >>> model = LlamaModel(LlamaConfig(vocab_size=30522, num_attention_heads=2, **sizes))
+    >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
+    >>> labels = [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(model, tokenizer=tokenizer, pool_over="text")
+    >>> scorer = PrefixScorer(spin.set_params(select__C=1.0).fit(texts, labels))
+    >>> [scorer.push(piece).tokens[0].surfaces() for piece in ("A love", "ly fi", "lm.")]
+    [['A'], ['lovely'], []]
+    >>> scorer.push("", final=True).tokens[0].surfaces()
+    ['film', '.']
+    >>> value = spin.decision_function(["A lovely film."])[0]
+    >>> bool(abs(scorer.scores.decision_values[0][-1, 0] - value) < 1e-4)
+    True
+    """
+
+    def __init__(self, pipeline, conversation=None, *, role="assistant"):
+        self._transformer, self._ending = split_pipeline(pipeline, "PrefixScorer")
+        first = next(flatten(self._ending.pipeline))
+        if first is not self._transformer:
+            raise ValueError(
+                f"The pipeline begins with a {type(first).__name__}, which takes whole texts, but "
+                "PrefixScorer gives it pieces. Pass a pipeline that begins with its activations."
+            )
+        self._growing: Any = None
+        self._conversation: Any = None
+        self._begin(conversation, role)
+
+    def reset(self, conversation=None, *, role=None):
+        """Begin another text.
+
+        Parameters
+        ----------
+        conversation : list of dict or None, default=None
+            As at the beginning; None for the same messages, or a text again.
+        role : str or None, default=None
+            Whose message grows; None for the same.
+
+        Returns
+        -------
+        self : PrefixScorer
+        """
+        conversation = self._conversation if conversation is None else conversation
+        self._begin(conversation, self._role if role is None else role)
+        return self
+
+    def _begin(self, conversation: Sequence[Mapping[str, str]] | None, role: str) -> None:
+        as_text = conversation is None
+        if conversation is not None:
+            open_texts([[*conversation, {"role": role, "content": ""}]])  # refuses what is no such
+        if self._growing is None or as_text != (self._conversation is None):
+            self._growing = self._transformer._open_growing_text(not as_text)
+        self._growing.begin([dict(message) for message in conversation or ()], role)
+        self._conversation, self._role = conversation, role
+        self._pools = RunningPools(self._transformer.layout_)
+        self._kind: type | None = None  # of pieces
+        self._is_final = self._has_warned = False
+        self._found: list[tuple[TextTokens, dict[str, np.ndarray]]] = []
+
+    def push(self, piece, *, final=False):
+        """Take a piece of the text, and score the tokens that are new.
+
+        Parameters
+        ----------
+        piece : str, int, or list, array or Tensor of int
+            The text's next characters, or its next token ids (of the pipeline's own tokenizer).
+        final : bool, default=False
+            Whether the text ends here; then no word is held back.
+
+        Returns
+        -------
+        scores : PrefixScores
+            Of one text: the tokens that are new, if any, with their places in all of the text.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the piece is neither, or not of the kind of those before, or the text has ended.
+        """
+        if self._is_final:
+            raise ValueError("The text has ended with final=True. Begin another with reset().")
+        ids = None if isinstance(piece, str) else _as_ids(piece)
+        kind = str if ids is None else int
+        if self._kind not in (None, kind):
+            raise TypeError(
+                f"piece is a {type(piece).__name__}, but this text came as {self._kind.__name__} "
+                "so far. Push either strings or token ids, or begin another with reset()."
+            )
+        growing = self._growing
+        added = growing.add_text(piece, final) if ids is None else growing.add_ids(ids)
+        self._kind, self._is_final = kind, final
+        scores = self._ending.scores(self._pools, added.activations, added.is_own)
+        self._found.append((added.tokens, scores))
+        if growing.is_cut and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"The text is longer than max_length={self._transformer.max_length} tokens, or "
+                "than the model has positions: further tokens have no scores. Set "
+                "long_texts='windows' to go on."
+            )
+        return self._ending.gather([(added.tokens, scores)])
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens that have scores so far."""
+        return sum(len(tokens.tokens) for tokens, _ in self._found)
+
+    @property
+    def text(self) -> str:
+        """What was pushed, a word that is held back included."""
+        return self._growing.text
+
+    @property
+    def scores(self) -> PrefixScores:
+        """The scores of all tokens so far, as those of one text."""
+        return self._ending.gather([self._ending.join(self._found, self.text)])
+
+
+class PrefixStreamer:
+    """Scores a text while ``generate`` of transformers writes it, and can stop it at a threshold.
+
+    Pass it as ``streamer``, and in ``stopping_criteria`` if it is to stop the text:
+    ``model.generate(**inputs, streamer=guard, stopping_criteria=[guard])``. Each call of
+    ``generate`` is a new text; the prompt and special tokens are not part of it.
+
+    Parameters
+    ----------
+    scorer : PrefixScorer
+        What scores; it holds the text and its ``scores`` afterwards.
+    tokenizer : PreTrainedTokenizerBase
+        Of the model that generates. If it has another vocabulary than the scorer's, the ids are
+        written out and the scorer tokenizes the text, which holds the last word back.
+    threshold : float or None, default=None
+        The score at which generation stops; None never.
+    label : class label, default=None
+        Whose score; None for the second of two classes.
+    response_method : {"auto", "decision_function", "predict_proba"}, default="auto"
+        Which score; "auto" for decision values, or probabilities if there are none.
+
+    Attributes
+    ----------
+    crossing_ : Crossing or None
+        The token at which the score reached the threshold, as
+        :meth:`PrefixScores.first_crossing` gives it.
+
+    See Also
+    --------
+    PrefixScorer : The same for pieces from elsewhere.
+
+    Examples
+    --------
+    A small decoder that has learnt nothing writes, and is stopped at once; the pipeline is as in
+    :class:`PrefixScorer`.
+
+    >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    >>> from skspin import PrefixScorer, PrefixStreamer, make_spin_pipeline
+    >>> from skspin.datasets import demo_model
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    >>> config = LlamaConfig(vocab_size=30522, num_attention_heads=2, **sizes)
+    >>> model = LlamaForCausalLM(config)
+    >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
+    >>> labels = [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(model, tokenizer=tokenizer, pool_over="text")
+    >>> scorer = PrefixScorer(spin.set_params(select__C=1.0).fit(texts, labels))
+    >>> guard = PrefixStreamer(scorer, tokenizer, threshold=-1e6)
+    >>> prompt = tokenizer("What a", return_tensors="pt")["input_ids"]
+    >>> written = model.generate(
+    ...     prompt, max_new_tokens=5, streamer=guard, stopping_criteria=[guard], pad_token_id=0
+    ... )
+    >>> written.shape[1] - prompt.shape[1], guard.crossing_.token
+    (1, 0)
+    """
+
+    def __init__(self, scorer, tokenizer, threshold=None, label=None, *, response_method="auto"):
+        self.scorer = scorer
+        self.tokenizer = tokenizer
+        self.threshold = threshold
+        self.label = label
+        self.response_method = response_method
+        scorer.scores.for_class(label, response_method=response_method)  # refuses what is not there
+        known = scorer._growing.tokenizer
+        self._as_ids = known is tokenizer or known.get_vocab() == tokenizer.get_vocab()
+        self._n_given = self._n_read = 0  # ids, the prompt's included; 0 before a prompt
+        self.crossing_ = None
+
+    def put(self, value):
+        """Take the prompt's ids, or the next ones, from ``generate``."""
+        if value.ndim > 1 and len(value) > 1:
+            raise ValueError(
+                f"generate writes {len(value)} texts at once, but a PrefixStreamer scores one. "
+                "Call generate with one prompt, and num_return_sequences=1."
+            )
+        ids = value.reshape(-1).tolist()
+        self._n_given += len(ids)
+        if not self._n_read:
+            self.scorer.reset()
+            self._speller = None if self._as_ids else speller(self.tokenizer)
+            self.crossing_ = None
+            self._n_read = self._n_given
+        elif self._n_given > self._n_read:
+            self._read(ids[self._n_read - self._n_given :])
+
+    def __call__(self, input_ids, scores, **kwargs):
+        """Tell ``generate``, which may ask before it gives the last ids, whether to stop."""
+        import torch
+
+        if not self._n_read:
+            raise ValueError(
+                "A PrefixStreamer in stopping_criteria has to be the streamer, too: pass "
+                "streamer=guard, stopping_criteria=[guard] to generate."
+            )
+        self._read(input_ids[0, self._n_read :].tolist())
+        return torch.full((len(input_ids),), self.crossing_ is not None, device=input_ids.device)
+
+    def end(self):
+        """Score what was held back; ``generate`` has ended."""
+        if not self._as_ids:
+            self._push("", final=True)
+        self._n_given = self._n_read = 0
+
+    def _read(self, ids: list[int]) -> None:
+        self._n_read += len(ids)
+        special = set(self.tokenizer.all_special_ids)
+        ids = [token for token in ids if token not in special]
+        if self._speller is not None:
+            self._push("".join(self._speller.add(token) for token in ids))
+        elif ids:
+            self._push(ids)
+
+    def _push(self, piece: Any, *, final: bool = False) -> None:
+        scores = self.scorer.push(piece, final=final)
+        if self.threshold is None or self.crossing_ is not None:
+            return
+        options = {"response_method": self.response_method}
+        crossing = scores.first_crossing(self.threshold, self.label, **options)[0]
+        if crossing is not None:
+            n_before = self.scorer.n_tokens - len(scores.tokens[0].tokens)
+            self.crossing_ = Crossing(n_before + crossing.token, crossing.end, crossing.score)
+
+
+def _as_ids(piece: Any) -> np.ndarray:
+    """Take token ids (n_tokens,) in any form."""
+    ids = np.asarray(piece.cpu() if hasattr(piece, "cpu") else piece)
+    if ids.ndim > 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise TypeError(
+            f"piece is a {type(piece).__name__}, but a str is needed, a token id, or a list, 1-D "
+            "array or Tensor of them."
+        )
+    return ids.reshape(-1).astype(int)

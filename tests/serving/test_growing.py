@@ -1,0 +1,302 @@
+"""A text that arrives in pieces has the scores of the whole text's prefixes, however it is cut."""
+
+import numpy as np
+import pytest
+from extracted_rows import watching
+from growing_texts import LABELS, TEXTS, cut, growing, letters, scores_by_hand, words
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from tiny_models import ALL, TINY, tiny_tokenizer
+
+from skspin import (
+    LLMActivationTransformer,
+    PrefixScorer,
+    PrefixStreamer,
+    make_spin_pipeline,
+    score_prefixes,
+)
+
+NEW = "word3 word30 word31 word7 word8 word1 word2 word9"
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+DECODERS = [
+    "gpt2", "llama", "opt", "bloom", "gpt-neox", "gptj", "falcon", "mistral", "gemma2", "gemma3",
+    "phi3", "qwen2", "qwen3", "stablelm", "cohere",
+]  # fmt: skip
+
+
+def pushed(scorer, pieces, *, final=True):
+    """Push all pieces; join the decision values (n_tokens, n_values) and token names that come."""
+    found = [scorer.push(piece) for piece in pieces]
+    if final:
+        found.append(scorer.push("", final=True))
+    values = np.concatenate([part.decision_values[0] for part in found])
+    np.testing.assert_array_equal(scorer.scores.decision_values[0], values)
+    return values
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_ids_one_by_one_score_as_the_model_fed_with_every_prefix(name):
+    spin = growing(name, site="hidden", layers=[0, 1, 2])
+    ids = spin["activations"].tokenizer(NEW)["input_ids"]
+    scorer = PrefixScorer(spin)
+    expected = scores_by_hand(spin, cut(ids, head=1))
+    np.testing.assert_allclose(pushed(scorer, ids[1:], final=False), expected, **CLOSE)
+    np.testing.assert_allclose(
+        pushed(scorer.reset(), [ids[1:4], ids[4:]], final=False), expected, **CLOSE
+    )
+
+
+@pytest.mark.parametrize("params", [{"layers": 0}, {"site": ("mlp", "attention")}], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_every_layer_and_site_can_be_read_on(name, params):
+    spin = growing(name, **params)
+    ids = spin["activations"].tokenizer(NEW, add_special_tokens=False)["input_ids"]
+    expected = score_prefixes(spin, [NEW]).decision_values[0]
+    np.testing.assert_allclose(pushed(PrefixScorer(spin), ids, final=False), expected, **CLOSE)
+
+
+def test_each_token_goes_through_the_model_once():
+    spin = growing()
+    scorer = PrefixScorer(spin)
+    seen = []
+    with watching(spin["activations"].model, lambda ids: seen.append(ids.numel())):
+        for token in (5, 6, 7):
+            scorer.push(token)
+        scorer.push([])
+        scorer.push([8, 9])
+    assert seen == [2, 1, 1, 2]  # the first with the start's token
+
+
+BYTES = "It  was a fine film,\nand\t I'd see it — twice. 好电影 \n ok"
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+@pytest.mark.parametrize("prompt", [None, "Say: {text}"])
+def test_a_text_may_be_cut_anywhere(size, prompt):
+    spin = growing("gpt2", tokenizer=letters(), prompt=prompt, changes={"n_positions": 128})
+    scorer = PrefixScorer(spin)
+    values = pushed(scorer, [BYTES[at : at + size] for at in range(0, len(BYTES), size)])
+    whole = score_prefixes(spin, [BYTES])
+    np.testing.assert_allclose(values, whole.decision_values[0], **CLOSE)
+    assert scorer.text == BYTES
+    for name in ("tokens", "starts", "ends"):
+        one, other = (getattr(scores.tokens[0], name) for scores in (scorer.scores, whole))
+        np.testing.assert_array_equal(one, other)
+
+
+def merging():
+    """Train a tokenizer whose tokens are of several letters, or of marks and ends of lines."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    pattern = r" ?\w+| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as of Llama 3 and Qwen
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([*TEXTS, BYTES, "the end.\n\nThe film  was.\n"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_letters_that_may_still_merge_are_held_back(size):
+    spin = growing("llama", tokenizer=merging(), changes={"max_position_embeddings": 200})
+    text = f"word1 the film.\n\n The end.\n{BYTES}  "
+    scorer = PrefixScorer(spin)
+    values = pushed(scorer, [text[at : at + size] for at in range(0, len(text), size)])
+    whole = score_prefixes(spin, [text])
+    assert scorer.scores.tokens[0].tokens == whole.tokens[0].tokens
+    assert len(whole.tokens[0].tokens) < len(text) * 0.7
+    np.testing.assert_allclose(values, whole.decision_values[0], **CLOSE)
+
+
+def test_ids_tell_their_characters():
+    tokenizer = letters()
+    spin = growing("gpt2", tokenizer=tokenizer, changes={"n_positions": 128})
+    scorer = PrefixScorer(spin)
+    scorer.push(tokenizer("a 好", add_special_tokens=False)["input_ids"])
+    tokens = scorer.scores.tokens[0]
+    assert scorer.text == "a 好"
+    assert tokens.starts.tolist() == [0, 1, 2, 2, 2] and tokens.ends.tolist() == [1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_windows_follow_one_another(overlap):
+    spin = growing(
+        "gpt2", max_length=8, long_texts="windows", overlap=overlap, prompt="word40 {text}"
+    )
+    text = " ".join(f"word{i}" for i in range(20, 45))
+    expected = score_prefixes(spin, [text]).decision_values[0]
+    np.testing.assert_allclose(pushed(PrefixScorer(spin), [text]), expected, **CLOSE)
+    ids = spin["activations"].tokenizer(text, add_special_tokens=False)["input_ids"]
+    np.testing.assert_allclose(pushed(PrefixScorer(spin), ids, final=False), expected, **CLOSE)
+
+
+def test_a_text_that_is_cut_has_no_further_scores():
+    spin = growing("gpt2", max_length=7)
+    scorer = PrefixScorer(spin)
+    with pytest.warns(UserWarning, match="longer than max_length=7") as told:
+        values = pushed(scorer, [NEW, " more", " and more"])
+    assert len(told) == 1 and scorer.scores.tokens[0].is_truncated
+    with pytest.warns(UserWarning, match="truncated"):
+        expected = score_prefixes(spin, [NEW]).decision_values[0]
+    np.testing.assert_allclose(values, expected, **CLOSE)
+    tokenizer = words()
+    tokenizer.truncation_side = "left"
+    with pytest.raises(ValueError, match="truncation_side='left'"):
+        PrefixScorer(growing(max_length=7, tokenizer=tokenizer)).push(NEW)
+
+
+def test_what_comes_after_the_text_takes_room_and_is_not_read():
+    spin = growing(
+        "gpt2", tokenizer=tiny_tokenizer(), prompt="{text} word41", pool_over="text", max_length=9
+    )
+    with pytest.warns(UserWarning, match="truncated"):
+        expected = score_prefixes(spin, [NEW]).decision_values[0]
+    with pytest.warns(UserWarning, match="longer than max_length=9"):
+        values = pushed(PrefixScorer(spin), [NEW])
+    np.testing.assert_allclose(values, expected, **CLOSE)
+    with pytest.raises(ValueError, match="pool_over='all' pools them"):
+        PrefixScorer(growing(tokenizer=tiny_tokenizer()))
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+def test_a_conversation_grows_by_turns():
+    tokenizer = letters()
+    tokenizer.chat_template = TEMPLATE
+    spin = growing(
+        tokenizer=tokenizer, pool_over="text", fit=False, changes={"max_position_embeddings": 200}
+    )
+    said = [{"role": "user", "content": "Is it?"}]
+    talks = [[*said, {"role": "assistant", "content": answer}] for answer in ("No, no.", "Yes.")]
+    spin.fit(talks * 4, [0, 1] * 4)
+    whole = score_prefixes(spin, talks[:1])
+    of_answer = whole.tokens[0].messages == 1
+    expected = whole.decision_values[0][of_answer]
+    scorer = PrefixScorer(spin, said)
+    np.testing.assert_allclose(pushed(scorer, list("No, no.")), expected, **CLOSE)
+    assert scorer.text == "No, no."
+    ids = tokenizer("No, no.", add_special_tokens=False)["input_ids"]
+    np.testing.assert_allclose(pushed(scorer.reset(), ids, final=False), expected, **CLOSE)
+    last = pushed(scorer.reset([*talks[0]], role="user"), ["So it goes."])[-1]
+    more = [*talks[0], {"role": "user", "content": "So it goes."}]
+    np.testing.assert_allclose(last, spin.decision_function([more]), **CLOSE)
+    first = pushed(scorer.reset([], role="user"), ["Is it?"])[-1]
+    np.testing.assert_allclose(first, spin.decision_function([said]), **CLOSE)
+    with pytest.raises(ValueError, match="must be a dict with the str"):
+        scorer.reset(["Is it?"])
+    asked = [[{"role": "user", "content": text}] for text in ("Is it?", "Why?")]
+    deaf = growing(tokenizer=tokenizer, pool_over="user", fit=False).fit(asked * 4, [0, 1] * 4)
+    with pytest.raises(ValueError, match="does not pool what role='assistant' says"):
+        PrefixScorer(deaf, said)
+    with pytest.raises(ValueError, match="names roles of conversations, but X holds texts"):
+        PrefixScorer(deaf)
+
+
+def test_pieces_of_another_kind_are_refused():
+    scorer = PrefixScorer(growing())
+    scorer.push([5, 6])
+    with pytest.raises(TypeError, match="piece is a str, but this text came as int so far"):
+        scorer.push("word1")
+    for piece in (1.5, [[1]], None, ["a"]):
+        with pytest.raises(TypeError, match="a str is needed, a token id"):
+            scorer.push(piece)
+    for piece in (-1, 10_000):
+        with pytest.raises(ValueError, match="token ids outside 0 to"):
+            scorer.push(piece)
+    scorer.push(7, final=True)
+    with pytest.raises(ValueError, match="has ended"):
+        scorer.push(7)
+    assert scorer.reset().push("word1", final=True).tokens[0].tokens == ["word1"]
+    assert len(scorer.reset().scores.tokens[0].tokens) == 0
+
+
+def test_models_and_pipelines_that_cant_are_refused():
+    with pytest.raises(ValueError, match="looks ahead"):
+        PrefixScorer(growing("bert"))
+    stripped = make_pipeline(FunctionTransformer(lambda texts: texts), growing(fit=False))
+    with pytest.raises(ValueError, match="begins with a FunctionTransformer"):
+        PrefixScorer(stripped.fit(TEXTS, LABELS))
+    activations = LLMActivationTransformer(ALL["mamba"].build(), tokenizer=words(), cache=None)
+    mamba = make_pipeline(activations, LogisticRegression()).fit(TEXTS, LABELS)
+    with pytest.raises(ValueError, match="can't read a text in pieces with a key-value cache"):
+        PrefixScorer(mamba)
+
+
+@pytest.fixture(scope="module")
+def written():
+    """A model that generates, a pipeline on its activations, and a prompt."""
+    tokenizer = words()
+    model = TINY["llama"].build("ForCausalLM", vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = None
+    spin = make_spin_pipeline(
+        model, tokenizer=tokenizer, sparsity=0, site="hidden", dtype="float32"
+    )
+    spin = spin.set_params(select__C=1.0).fit(TEXTS, LABELS)
+    prompt = tokenizer("word1 word2", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    return model, tokenizer, spin, prompt, options
+
+
+def test_a_streamer_scores_what_is_generated(written):
+    model, tokenizer, spin, prompt, options = written
+    guard = PrefixStreamer(PrefixScorer(spin), tokenizer)
+    for _ in range(2):  # each call is a new text
+        ids = model.generate(prompt, streamer=guard, **options)[0, prompt.shape[1] :].tolist()
+        ids = [token for token in ids if token not in tokenizer.all_special_ids]
+        expected = scores_by_hand(spin, cut([tokenizer.bos_token_id, *ids], head=1))
+        np.testing.assert_allclose(guard.scorer.scores.decision_values[0], expected, **CLOSE)
+    assert guard.crossing_ is None
+
+
+def test_a_streamer_stops_at_the_token_that_reaches_the_threshold(written):
+    model, tokenizer, spin, prompt, options = written
+    guard = PrefixStreamer(PrefixScorer(spin), tokenizer)
+    model.generate(prompt, streamer=guard, **options)
+    values = guard.scorer.scores.for_class(1, response_method="predict_proba")[0]
+    first, threshold = int(values.argmax()), values.max()
+    assert first > 0
+    guard = PrefixStreamer(
+        guard.scorer, tokenizer, threshold, label=1, response_method="predict_proba"
+    )
+    ids = model.generate(prompt, streamer=guard, stopping_criteria=[guard], **options)
+    shown = [t for t in ids[0, prompt.shape[1] :].tolist() if t not in tokenizer.all_special_ids]
+    assert len(shown) == first + 1 == guard.scorer.n_tokens
+    assert guard.crossing_.token == first
+    np.testing.assert_allclose(guard.crossing_.score, threshold, rtol=1e-5)
+
+
+def test_another_models_text_is_tokenized_anew(written):
+    model, tokenizer, _, prompt, options = written
+    spin = growing("gpt2", tokenizer=letters(), changes={"n_positions": 200})
+    guard = PrefixStreamer(PrefixScorer(spin), tokenizer, threshold=-np.inf)
+    ids = model.generate(prompt, streamer=guard, **options)[0, prompt.shape[1] :]
+    text = guard.scorer.text
+    assert text.split() == tokenizer.decode(ids, skip_special_tokens=True).split()
+    expected = score_prefixes(spin, [text]).decision_values[0]
+    np.testing.assert_allclose(guard.scorer.scores.decision_values[0], expected, **CLOSE)
+    assert guard.crossing_.token == 0
+
+
+def test_streamers_refuse_what_they_cant_score(written):
+    model, tokenizer, spin, prompt, options = written
+    guard = PrefixStreamer(PrefixScorer(spin), tokenizer)
+    with pytest.raises(ValueError, match="writes 2 texts at once"):
+        model.generate(prompt.repeat(2, 1), streamer=guard, **options)
+    with pytest.raises(ValueError, match="has to be the streamer, too"):
+        model.generate(
+            prompt, stopping_criteria=[PrefixStreamer(PrefixScorer(spin), tokenizer)], **options
+        )
+    with pytest.raises(ValueError, match="label='x' must be one of the classes"):
+        PrefixStreamer(PrefixScorer(spin), tokenizer, 0.0, label="x")
