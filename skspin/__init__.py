@@ -2,6 +2,7 @@
 
 from skspin._display import (
     LayerSalienceDisplay,
+    PrefixScoresDisplay,
     SparsityPathDisplay,
     TokenContributionDisplay,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "LayerSalienceDisplay",
     "ModelMismatchError",
     "PrefixScorer",
+    "PrefixScoresDisplay",
     "PrefixStreamer",
     "SalientNeuronSelector",
     "SparsityPathDisplay",

@@ -91,13 +91,22 @@ class PrefixScores:
             If there is no such class, or no such scores.
         """
         values, columns, signs = self._columns(response_method)
+        number = self._number(label)
+        return [signs[number] * part[:, columns[number]] for part in values]
+
+    def describe(self, label=None, *, response_method="auto") -> str:
+        """Say in words what `for_class` gives, such as "decision value for spam"."""
+        name = self.classes.tolist()[self._number(label)]
+        is_decision = self._columns(response_method)[0] is self.decision_values
+        return f"{'decision value for' if is_decision else 'probability of'} {name}"
+
+    def _number(self, label) -> int:
         labels = self.classes.tolist()
         if label is None and len(labels) == 2:
-            label = labels[1]
+            return 1
         if label not in labels:
             raise ValueError(f"label={label!r} must be one of the classes {labels}.")
-        column, sign = columns[labels.index(label)], signs[labels.index(label)]
-        return [sign * part[:, column] for part in values]
+        return labels.index(label)
 
     def first_crossing(self, threshold, label=None, *, response_method="auto"):
         """Find the first token at which a class's score is at least a threshold.
