@@ -115,8 +115,9 @@ class Missing:
             begun = time.monotonic()
             chunk = Chunk.blank(self._about, [self._digests[i] for i in self._waiting])
             rows = self._rows[self._waiting]
-            for source, target in self._copies:
-                chunk.rows[:, source] = self._out[rows, target]
+            for piece in pieces(len(rows), chunk.row_bytes):
+                for source, target in self._copies:
+                    chunk.rows[piece, source] = self._out[rows[piece], target]
             self._store.add(chunk.seal())
             self._waiting.clear()
             self._written = time.monotonic()
@@ -183,8 +184,10 @@ class Store:
         digests = text_digests(texts)
         n_texts = len(digests)
         first = dict(zip(reversed(digests), range(n_texts - 1, -1, -1), strict=True))  # its row
-        rows = np.sort(np.fromiter(first.values(), np.int64, len(first)))
-        distinct = [digests[row] for row in rows.tolist()]
+        rows, distinct = np.arange(n_texts), digests
+        if len(first) < n_texts:
+            rows = np.sort(list(first.values()))
+            distinct = [digests[row] for row in rows.tolist()]
         found = np.zeros((len(rows), len(layout.segments)), bool)
         request = _Request(About(key, layout, model), distinct, rows, out, found)
         self._fill(request)
@@ -215,7 +218,9 @@ class Store:
         for name in sorted(names, key=lambda name: name != request.about.name):
             common = find_common(self._abouts[name].layout, request.about.layout)
             lacking = np.flatnonzero(~request.found[:, common.asked].all(axis=1))
-            digests = (request.digests[i] for i in lacking.tolist())
+            digests = request.digests
+            if len(lacking) < len(digests):
+                digests = [digests[i] for i in lacking.tolist()]
             found = map(self._positions[name].get, digests, repeat(-1))
             positions = np.fromiter(found, np.int64, len(lacking))
             numbers = positions >> 32
