@@ -58,3 +58,9 @@ ax.axhline(max(deep.mean(), 1 - deep.mean()), color="gray", linestyle=":", label
 ax.set(xlabel="layer (0: embeddings)", ylabel="held-out accuracy of the probe")
 ax.legend(frameon=False)
 plt.show()
+
+# %%
+# The mean over the text is read best in the middle of the model, and the last blocks have lost some
+# of it again: they turn to the next word. Asking a question does not help so small a model with so
+# broad a topic; where the answer is one word that the model would say, as with "positive" or
+# "negative" about a review, the last token of a question does better (see the page on accuracy).
