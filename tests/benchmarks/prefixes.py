@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,10 @@ def measure_prefixes(name, pipeline, model, tokenizer, rounds):
         yield figure(name, what, reference, milliseconds, ratios, 1.2)
 
 
+def push_next(scorer, tokens):
+    scorer.push(next(tokens))
+
+
 def measure_growing(name, pipeline, tokenizer, rounds):
     """Compare a token at the end of a long text with one at its beginning."""
     _, ids = long_text(tokenizer, N_GROWING)
@@ -125,13 +130,11 @@ def measure_growing(name, pipeline, tokenizer, rounds):
     for _ in range(rounds):
         early, late = PrefixScorer(pipeline), PrefixScorer(pipeline)
         late.push(ids[:-STRETCH])
-        times = take_turns(
-            {
-                "early": lambda tokens=iter(ids): early.push(next(tokens)),
-                "late": lambda tokens=iter(ids[-STRETCH:]): late.push(next(tokens)),
-            },
-            STRETCH - 1,
-        )
+        tasks = {
+            "early": partial(push_next, early, iter(ids)),
+            "late": partial(push_next, late, iter(ids[-STRETCH:])),
+        }
+        times = take_turns(tasks, STRETCH - 1)
         ratios.append(np.median(times["late"]) / np.median(times["early"]))
         late_times.append(np.median(times["late"]))
     what = f"a token after {N_GROWING - STRETCH:,} others, read one by one"
