@@ -28,6 +28,9 @@ from skspin._store import Output, Store, open_output, open_store
 from skspin._system import warn
 from skspin._texts import TextChunks, TextTokens, open_texts
 
+# Parameters that decide how a text is read. As site, layers and pooling, they hold as of `fit`.
+_TEXT_PARAMS = ("prompt", "max_length", "long_texts", "overlap", "pool_over")
+
 
 class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     """Turn texts into the inner activations of a frozen language model.
@@ -120,6 +123,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         Identifies the model's weights and its tokenizer.
     revision_ : str or None
         The commit of a hub model.
+    text_params_ : dict
+        ``prompt``, ``max_length``, ``long_texts``, ``overlap`` and ``pool_over`` as of ``fit``,
+        which hold until the next one.
 
     See Also
     --------
@@ -242,7 +248,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         """
         texts = open_texts(X)
         store = open_store(self.cache)
-        recipe = self._recipe(store, texts)
+        text_params = {name: getattr(self, name) for name in _TEXT_PARAMS}
+        recipe = self._recipe(store, texts, text_params)
         shape = model_shape(recipe.source, recipe.fingerprint, store)
         self.layout_ = shape.layout(
             stack=self.stack, site=self.site, layers=self.layers, pooling=self.pooling
@@ -250,6 +257,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         self.n_layers_ = shape.n_layers
         self.model_fingerprint_ = recipe.fingerprint
         self.revision_ = recipe.source.commit
+        self.text_params_ = text_params
         return self
 
     def transform(self, X):
@@ -288,7 +296,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         check_is_fitted(self, "layout_")
         texts = open_texts(X)
         store = open_store(self.cache)
-        recipe = self._recipe(store, texts)
+        recipe = self._recipe(store, texts, self.text_params_)
         recipe.check_fingerprint(self.model_fingerprint_)
         shape = (len(texts), self.layout_.n_columns)
         with open_output(self.output_folder, shape, f"{recipe.key}{self.layout_}") as output:
@@ -311,9 +319,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         check_is_fitted(self, "layout_")
         return self.layout_.feature_names()
 
-    def _recipe(self, store: Store, texts: TextChunks) -> Recipe:
+    def _recipe(self, store: Store, texts: TextChunks, text_params: dict[str, Any]) -> Recipe:
         """Gather what decides the numbers, and how they are computed."""
-        pool_over = self._check_text_params(texts)
+        pool_over = _check_text_params(texts, **text_params)
         if isinstance(self.model, DetachedModel):
             raise ValueError(
                 f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
@@ -326,14 +334,11 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             trust_remote_code=self.trust_remote_code,
             model_kwargs=self.model_kwargs,
         )
+        max_length = min(text_params["max_length"], source.longest or text_params["max_length"])
         return Recipe(
             source,
             fingerprint(source, store),
-            prompt=self.prompt,
-            max_length=min(self.max_length, source.longest or self.max_length),
-            long_texts=self.long_texts,
-            overlap=self.overlap,
-            pool_over=pool_over,
+            **text_params | {"max_length": max_length, "pool_over": pool_over},
             conversations=texts.conversations,
             device=self.device,
             dtype=self.dtype,
@@ -341,38 +346,6 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             n_jobs=self.n_jobs,
             verbose=self.verbose,
         )
-
-    def _check_text_params(self, texts: TextChunks) -> str | tuple[str, ...]:
-        """Refuse parameters that do not fit each other or the texts; give ``pool_over`` a form."""
-        if self.prompt is not None and "{text}" not in self.prompt:
-            raise ValueError(
-                f"prompt={self.prompt!r} has no place for the text. Write {{text}} where it goes."
-            )
-        if self.prompt is not None and texts.conversations:
-            raise ValueError(
-                f"prompt={self.prompt!r}, but X holds conversations, which the tokenizer's chat "
-                "template writes. Leave prompt=None, or pass texts."
-            )
-        if self.overlap and self.long_texts == "truncate":
-            raise ValueError(
-                f"overlap={self.overlap} is for windows, but long_texts='truncate'. Set "
-                "long_texts='windows' or overlap=0."
-            )
-        over = self.pool_over
-        if isinstance(over, str) and over in ("all", "text"):
-            return over
-        roles = (over,) if isinstance(over, str) else tuple(over)
-        if not roles or not all(isinstance(role, str) for role in roles):
-            raise ValueError(
-                f"pool_over={over!r} must be 'all', 'text', a role of a conversation such as "
-                "'user', or a tuple of roles."
-            )
-        if not texts.conversations:
-            raise ValueError(
-                f"pool_over={over!r} names roles of conversations, but X holds texts. Use 'all' or "
-                "'text'."
-            )
-        return tuple(sorted(set(roles)))
 
     def _fill(self, output: Output, texts: TextChunks, recipe: Recipe, store: Store) -> None:
         """Take rows from the store, and compute and store those that it lacks."""
@@ -389,9 +362,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
                     n_truncated += found.n_truncated
         if n_truncated:
             warn(
-                f"{n_truncated} of {n_computed} texts are longer than max_length={self.max_length} "
-                "tokens, or than the model has positions, and were truncated. Set "
-                "long_texts='windows' to read all of them."
+                f"{n_truncated} of {n_computed} texts are longer than max_length="
+                f"{recipe.max_length} tokens, or than the model has positions, and were truncated. "
+                "Set long_texts='windows' to read all of them."
             )
 
     def _restrict_to(self, columns: np.ndarray) -> LLMActivationTransformer:
@@ -416,7 +389,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return open_growing_text(recipe, self.layout_)
 
     def _fitted_recipe(self, texts: TextChunks) -> Recipe:
-        recipe = self._recipe(open_store(self.cache), texts)
+        recipe = self._recipe(open_store(self.cache), texts, self.text_params_)
         recipe.check_fingerprint(self.model_fingerprint_)
         return recipe
 
@@ -445,3 +418,44 @@ def _layout_facts(layout: Layout) -> list[str]:
         ", ".join(dict.fromkeys(segment.pooling for segment in layout.segments)),
         f"{layout.n_columns:,} columns",
     ]
+
+
+def _check_text_params(
+    texts: TextChunks,
+    *,
+    prompt: str | None,
+    max_length: int,
+    long_texts: str,
+    overlap: int,
+    pool_over: Any,
+) -> str | tuple[str, ...]:
+    """Refuse parameters that do not fit each other or the texts; give ``pool_over`` a form."""
+    if prompt is not None and "{text}" not in prompt:
+        raise ValueError(
+            f"prompt={prompt!r} has no place for the text. Write {{text}} where it goes."
+        )
+    if prompt is not None and texts.conversations:
+        raise ValueError(
+            f"prompt={prompt!r}, but X holds conversations, which the tokenizer's chat "
+            "template writes. Leave prompt=None, or pass texts."
+        )
+    if overlap and long_texts == "truncate":
+        raise ValueError(
+            f"overlap={overlap} is for windows, but long_texts='truncate'. Set "
+            "long_texts='windows' or overlap=0."
+        )
+    over = pool_over
+    if isinstance(over, str) and over in ("all", "text"):
+        return over
+    roles = (over,) if isinstance(over, str) else tuple(over)
+    if not roles or not all(isinstance(role, str) for role in roles):
+        raise ValueError(
+            f"pool_over={over!r} must be 'all', 'text', a role of a conversation such as "
+            "'user', or a tuple of roles."
+        )
+    if not texts.conversations:
+        raise ValueError(
+            f"pool_over={over!r} names roles of conversations, but X holds texts. Use 'all' or "
+            "'text'."
+        )
+    return tuple(sorted(set(roles)))

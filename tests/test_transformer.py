@@ -120,6 +120,18 @@ def test_long_texts_are_cut_with_one_warning_that_counts_them():
     assert np.isfinite(X).all()
 
 
+@pytest.mark.parametrize(
+    "params",
+    [{"prompt": "{text}!"}, {"max_length": 4}, {"long_texts": "windows"}, {"pool_over": "text"}],
+)
+@pytest.mark.filterwarnings("ignore:.*truncated")
+def test_how_texts_are_read_changes_with_the_next_fit_only(params):
+    fitted = transformer(max_length=8, layers=2).fit(TEXTS)
+    before = fitted.transform(TEXTS)
+    np.testing.assert_array_equal(fitted.set_params(**params).transform(TEXTS), before)
+    assert np.abs(fitted.fit_transform(TEXTS) - before).max() > 1e-3
+
+
 def test_a_text_without_tokens_is_never_nan():
     X = transformer(pooling=("mean", "max", "first", "last")).fit_transform(["", "   ", "\u200b"])
     assert np.isfinite(X).all()
@@ -157,13 +169,16 @@ def test_nothing_is_printed(capfd):
 
 
 def test_the_same_weights_serve_all_instances():
-    from skspin import open_store
     from skspin._model.registry import load_backbone
 
     one, other = transformer(layers=1), clone(transformer(layers=2))
     one.fit_transform(TEXTS), other.fit_transform(TEXTS)
     first, second = (
-        load_backbone(each._recipe(open_store(None), open_texts(TEXTS)).source, None, "float32")
+        load_backbone(
+            each._fitted_recipe(open_texts(TEXTS)).source,
+            None,
+            "float32",
+        )
         for each in (one, other)
     )
     assert first.model is second.model

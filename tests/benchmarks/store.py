@@ -102,7 +102,7 @@ def fill_as_transformer(folder, data):
         values,
         texts,
         fitted.layout_,
-        fitted._recipe(open_store(None), open_texts(texts)).key,
+        fitted._fitted_recipe(open_texts(texts)).key,
     )
     np.save(folder / "real.npy", values)
 

@@ -11,7 +11,7 @@ import torch
 from bert_files import COMMIT, save
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
-from skspin import LLMActivationTransformer, ModelMismatchError, open_store
+from skspin import LLMActivationTransformer, ModelMismatchError
 from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
 from skspin._model.registry import forget_models, load_backbone, read_anatomy
@@ -193,7 +193,9 @@ def test_a_real_instruct_model_runs():
     X = fitted.set_params(dtype="float32", pooling="last").fit_transform(TEXTS)
     assert fitted.n_layers_ == 30 and X.shape == (3, 2 * 576 + 1536)
     backbone = load_backbone(
-        fitted._recipe(open_store(None), open_texts(TEXTS)).source, "cpu", "float32"
+        fitted._fitted_recipe(open_texts(TEXTS)).source,
+        "cpu",
+        "float32",
     )
     with torch.no_grad():
         inputs = backbone.tokenizer(TEXTS[1], return_tensors="pt")

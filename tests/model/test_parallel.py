@@ -16,7 +16,7 @@ from joblib.externals.loky import get_reusable_executor
 from sklearn.model_selection import GridSearchCV
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from skspin import LLMActivationTransformer, make_spin_pipeline, open_store
+from skspin import LLMActivationTransformer, make_spin_pipeline
 from skspin._model import extract
 from skspin._model.parallel import cut_into_shards
 from skspin._texts import open_texts
@@ -125,7 +125,7 @@ def test_two_counts_of_workers_are_one_too_many(folder):
 
 def work_on(folder, **params):
     fitted = transformer(folder, **params).fit(TEXTS)
-    return fitted._recipe(open_store(None), open_texts(TEXTS)), fitted.layout_
+    return fitted._fitted_recipe(open_texts(TEXTS)), fitted.layout_
 
 
 def test_a_worker_refuses_other_weights(folder):
