@@ -11,6 +11,7 @@ from skspin._pickling import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline
 from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
+from skspin._serving import to_torch
 from skspin._show_versions import show_versions
 from skspin._store import open_store
 from skspin._transformer import LLMActivationTransformer
@@ -30,4 +31,5 @@ __all__ = [
     "open_store",
     "prune",
     "show_versions",
+    "to_torch",
 ]

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._layout import POOLINGS, SITES, STACKS, ActivationArray, Layout
-from skspin._model import Recipe, Source, extract, fingerprint, model_shape, token_activations
+from skspin._model import (
+    Recipe,
+    Source,
+    cut_model,
+    extract,
+    fingerprint,
+    model_shape,
+    text_encoder,
+    token_activations,
+)
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context, diagram_block
 from skspin._store import Output, Store, open_output, open_store
@@ -304,18 +314,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     def _recipe(self, store: Store, texts: TextChunks) -> Recipe:
         """Gather what decides the numbers, and how they are computed."""
         pool_over = self._check_text_params(texts)
-        if isinstance(self.model, DetachedModel):
-            raise ValueError(
-                f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
-                "Pass it again with set_params(model=...), or fit with a folder or hub id."
-            )
-        source = Source(
-            self.model,
-            tokenizer=self.tokenizer,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            model_kwargs=self.model_kwargs,
-        )
+        source = self._source()
         return Recipe(
             source,
             fingerprint(source, store),
@@ -330,6 +329,21 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             batch_tokens=self.batch_tokens,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
+        )
+
+    def _source(self) -> Source:
+        """Say where the model comes from."""
+        if isinstance(self.model, DetachedModel):
+            raise ValueError(
+                f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
+                "Pass it again with set_params(model=...), or fit with a folder or hub id."
+            )
+        return Source(
+            self.model,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            model_kwargs=self.model_kwargs,
         )
 
     def _check_text_params(self, texts: TextChunks) -> str | tuple[str, ...]:
@@ -395,6 +409,18 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         recipe = self._recipe(open_store(self.cache), texts)
         recipe.check_fingerprint(self.model_fingerprint_)
         return token_activations(recipe, texts.distinct().to_list(), self.layout_)
+
+    def _cut_model(self) -> Any:
+        """Copy what the columns need of the model: a module, from token ids to a row."""
+        source = self._source()
+        name = fingerprint(source, open_store(self.cache))
+        recipe = Recipe(source, name, device=self.device, dtype=self.dtype)
+        recipe.check_fingerprint(self.model_fingerprint_)
+        return cut_model(recipe, self.layout_)
+
+    def _text_encoder(self, texts: TextChunks) -> Any:
+        """Make the encoder that turns texts into what the model is given."""
+        return text_encoder(self._recipe(open_store(self.cache), texts))
 
     def _sk_visual_block_(self):
         facts = _layout_facts(self.layout_) if hasattr(self, "layout_") else []

@@ -2,7 +2,8 @@
 
 A `Recipe` says which numbers a text gets, and how they are computed. `model_shape` says what there
 is to read, from the configuration alone; `extract` puts texts through the model;
-`token_activations` reads chosen neurons at every token. The files below import torch and
+`token_activations` reads chosen neurons at every token; `cut_model` copies what some columns need
+of the model. The files below import torch and
 transformers; these functions import those files when they are called, so that neither is loaded
 before it is needed.
 """
@@ -31,12 +32,14 @@ __all__ = [
     "Recipe",
     "Rows",
     "Source",
+    "cut_model",
     "extract",
     "fingerprint",
     "forget_models",
     "model_shape",
     "resolve_device",
     "resolve_dtype",
+    "text_encoder",
     "token_activations",
     "usable_device",
 ]
@@ -47,12 +50,10 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
 
     Rows come in any order, each once, and are final: a caller who is interrupted can keep them.
     """
-    from skspin._model import batches, parallel, registry
+    from skspin._model import batches, parallel
 
     if parallel.n_workers(recipe) == 1:
-        device = as_devices(recipe.device)[0]
-        backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
-        found = batches.extract(backbone, recipe, texts, layout)
+        found = batches.extract(_load(recipe), recipe, texts, layout)
     else:
         found = parallel.extract(recipe, texts, layout)
     n_tokens = 0
@@ -70,11 +71,29 @@ def token_activations(
     recipe: Recipe, texts: Sequence[str], layout: Layout
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
     """Read activations (n_tokens, n_columns) at the tokens of each text, in any order."""
-    from skspin._model import registry, token_level
+    from skspin._model import token_level
 
-    device = as_devices(recipe.device)[0]
-    backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
-    return token_level.token_activations(backbone, recipe, texts, layout)
+    return token_level.token_activations(_load(recipe), recipe, texts, layout)
+
+
+def cut_model(recipe: Recipe, layout: Layout) -> Any:
+    """Copy what a layout needs of the model: a module, from token ids to pooled activations."""
+    from skspin._model import cut
+
+    return cut.cut_model(_load(recipe), layout)
+
+
+def text_encoder(recipe: Recipe) -> Any:
+    """Make the encoder that turns texts into what the model is given."""
+    from skspin._model import batches
+
+    return batches.encoder_of(_load(recipe), recipe)
+
+
+def _load(recipe: Recipe) -> Any:
+    from skspin._model import registry
+
+    return registry.load_backbone(recipe.source, as_devices(recipe.device)[0], recipe.number_format)
 
 
 def forget_models() -> None:
