@@ -15,11 +15,13 @@ from skspin._layout import POOLINGS, SITES, STACKS, ActivationArray, Layout
 from skspin._model import (
     Recipe,
     Source,
+    cut_model,
     extract,
     fingerprint,
     model_shape,
     open_growing_text,
     prefix_activations,
+    text_encoder,
     token_activations,
 )
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
@@ -322,18 +324,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     def _recipe(self, store: Store, texts: TextChunks, text_params: dict[str, Any]) -> Recipe:
         """Gather what decides the numbers, and how they are computed."""
         pool_over = _check_text_params(texts, **text_params)
-        if isinstance(self.model, DetachedModel):
-            raise ValueError(
-                f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
-                "Pass it again with set_params(model=...), or fit with a folder or hub id."
-            )
-        source = Source(
-            self.model,
-            tokenizer=self.tokenizer,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            model_kwargs=self.model_kwargs,
-        )
+        source = self._source()
         max_length = min(text_params["max_length"], source.longest or text_params["max_length"])
         return Recipe(
             source,
@@ -345,6 +336,21 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             batch_tokens=self.batch_tokens,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
+        )
+
+    def _source(self) -> Source:
+        """Say where the model comes from."""
+        if isinstance(self.model, DetachedModel):
+            raise ValueError(
+                f"model={self.model!r}: a model that is passed in memory is left out of pickles. "
+                "Pass it again with set_params(model=...), or fit with a folder or hub id."
+            )
+        return Source(
+            self.model,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            model_kwargs=self.model_kwargs,
         )
 
     def _fill(self, output: Output, texts: TextChunks, recipe: Recipe, store: Store) -> None:
@@ -392,6 +398,18 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         recipe = self._recipe(open_store(self.cache), texts, self.text_params_)
         recipe.check_fingerprint(self.model_fingerprint_)
         return recipe
+
+    def _cut_model(self) -> Any:
+        """Copy what the columns need of the model: a module, from token ids to a row."""
+        source = self._source()
+        name = fingerprint(source, open_store(self.cache))
+        recipe = Recipe(source, name, device=self.device, dtype=self.dtype)
+        recipe.check_fingerprint(self.model_fingerprint_)
+        return cut_model(recipe, self.layout_)
+
+    def _text_encoder(self, texts: TextChunks) -> Any:
+        """Make the encoder that turns texts into what the model is given."""
+        return text_encoder(self._fitted_recipe(texts))
 
     def _sk_visual_block_(self):
         facts = _layout_facts(self.layout_) if hasattr(self, "layout_") else []

@@ -19,6 +19,7 @@ from sklearn.svm import SVC, NuSVC
 
 from skspin._pipeline import PrunedStep, flatten
 from skspin._sklearn import LinearClassifierMixin, _ConstantPredictor
+from skspin._transformer import LLMActivationTransformer
 
 # Heads that hold one classifier per decision value, or several per output.
 _HEADS_OF_MEMBERS = (OneVsRestClassifier, MultiOutputClassifier)
@@ -129,6 +130,17 @@ class LinearForm:
         weights, offsets = np.zeros((2, len(self.intercept), len(support)))
         weights[:, support], offsets[:, support] = self.weights, self.offsets
         return replace(self, weights=weights, offsets=offsets)
+
+
+def to_linear_form(pipeline: Any) -> tuple[LLMActivationTransformer, LinearForm, np.ndarray]:
+    """Express a pipeline's decision values in the columns of its activation transformer."""
+    *steps, head = flatten(pipeline)
+    form = LinearForm.of(head)
+    for step in reversed(steps):
+        if isinstance(step, LLMActivationTransformer):
+            return step, form, classes_of(head)
+        form = form.before(step)
+    raise ValueError("No step of the pipeline is an LLMActivationTransformer.")
 
 
 # A scaler's centre and scale, and a mixing's centre and matrix (n_columns after, n_columns before);

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from skspin._explain.html import page_to_html, swatch, text_to_html
-from skspin._explain.linear import LinearForm, classes_of
+from skspin._explain.linear import to_linear_form
 from skspin._layout import Layout
-from skspin._pipeline import fitted_pipeline, flatten, read_texts
+from skspin._pipeline import fitted_pipeline, read_texts
 from skspin._texts import TextTokens
-from skspin._transformer import LLMActivationTransformer
 
 _MOST_SHOWN = 20  # texts in a notebook
 
@@ -268,7 +267,7 @@ def explain_tokens(pipeline, texts):
     True
     """
     pipeline = fitted_pipeline(pipeline, "explain_tokens")
-    transformer, form, classes = _to_linear_form(pipeline)
+    transformer, form, classes = to_linear_form(pipeline)
     texts = read_texts(pipeline, transformer, texts)
     used = np.any(form.weights, axis=0)  # (n_columns,)
     used[0] |= not used.any()  # something has to be read for the tokens to be known
@@ -289,17 +288,6 @@ def explain_tokens(pipeline, texts):
         intercept=form.intercept,
         classes=classes,
     )
-
-
-def _to_linear_form(pipeline) -> tuple[LLMActivationTransformer, LinearForm, np.ndarray]:
-    """Express a pipeline's decision values in the columns of its activation transformer."""
-    *steps, head = flatten(pipeline)
-    form = LinearForm.of(head)
-    for step in reversed(steps):
-        if isinstance(step, LLMActivationTransformer):
-            return step, form, classes_of(head)
-        form = form.before(step)
-    raise ValueError("No step of the pipeline is an LLMActivationTransformer.")
 
 
 def _split(

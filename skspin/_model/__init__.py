@@ -3,8 +3,9 @@
 A `Recipe` says which numbers a text gets, and how they are computed. `model_shape` says what there
 is to read, from the configuration alone; `extract` puts texts through the model;
 `token_activations` reads chosen neurons at every token, and `prefix_activations` does where they
-are those of the prefix that ends there. The files below import torch and transformers; these
-functions import those files when they are called, so that neither is loaded before it is needed.
+are those of the prefix that ends there; `cut_model` copies what some columns need of the model. The
+files below import torch and transformers; these functions import those files when they are called,
+so that neither is loaded before it is needed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "Recipe",
     "Rows",
     "Source",
+    "cut_model",
     "extract",
     "fingerprint",
     "forget_models",
@@ -40,6 +42,7 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "speller",
+    "text_encoder",
     "token_activations",
     "usable_device",
 ]
@@ -50,12 +53,10 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
 
     Rows come in any order, each once, and are final: a caller who is interrupted can keep them.
     """
-    from skspin._model import batches, parallel, registry
+    from skspin._model import batches, parallel
 
     if parallel.n_workers(recipe) == 1:
-        device = as_devices(recipe.device)[0]
-        backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
-        found = batches.extract(backbone, recipe, texts, layout)
+        found = batches.extract(_load(recipe), recipe, texts, layout)
     else:
         found = parallel.extract(recipe, texts, layout)
     n_tokens = 0
@@ -73,11 +74,29 @@ def token_activations(
     recipe: Recipe, texts: Sequence[str], layout: Layout
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
     """Read activations (n_tokens, n_columns) at the tokens of each text, in any order."""
-    from skspin._model import registry, token_level
+    from skspin._model import token_level
 
-    device = as_devices(recipe.device)[0]
-    backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
-    return token_level.token_activations(backbone, recipe, texts, layout)
+    return token_level.token_activations(_load(recipe), recipe, texts, layout)
+
+
+def cut_model(recipe: Recipe, layout: Layout) -> Any:
+    """Copy what a layout needs of the model: a module, from token ids to pooled activations."""
+    from skspin._model import cut
+
+    return cut.cut_model(_load(recipe), layout)
+
+
+def text_encoder(recipe: Recipe) -> Any:
+    """Make the encoder that turns texts into what the model is given."""
+    from skspin._model import batches
+
+    return batches.encoder_of(_load(recipe), recipe)
+
+
+def _load(recipe: Recipe) -> Any:
+    from skspin._model import registry
+
+    return registry.load_backbone(recipe.source, as_devices(recipe.device)[0], recipe.number_format)
 
 
 def prefix_activations(
@@ -87,20 +106,16 @@ def prefix_activations(
 
     A ValueError says why that can't be, as of a model that looks ahead.
     """
-    from skspin._model import registry, token_level
+    from skspin._model import token_level
 
-    device = as_devices(recipe.device)[0]
-    backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
-    return token_level.prefix_activations(backbone, recipe, texts, layout)
+    return token_level.prefix_activations(_load(recipe), recipe, texts, layout)
 
 
 def open_growing_text(recipe: Recipe, layout: Layout) -> Any:
     """Make a `growing.GrowingText`, which reads one text that arrives in pieces."""
-    from skspin._model import growing, registry
+    from skspin._model import growing
 
-    device = as_devices(recipe.device)[0]
-    backbone = registry.load_backbone(recipe.source, device, recipe.number_format)
-    return growing.GrowingText(backbone, recipe, layout)
+    return growing.GrowingText(_load(recipe), recipe, layout)
 
 
 def speller(tokenizer: Any) -> Any:

@@ -186,7 +186,7 @@ def _linears(part: nn.Module, role: str | None, owner: nn.Module) -> Iterator[_L
         found = None if shape else _role_of(name, child)
         if shape is not None:
             yield _Linear(child, name, *shape, role, owner)
-        elif _NORM.search(type(child).__name__):
+        elif is_norm(child):
             continue
         elif found is None or found == role:
             yield from _linears(child, role, owner)
@@ -200,6 +200,11 @@ def _role_of(name: str, part: nn.Module) -> str | None:
             if pattern.search(word):
                 return role
     return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell a norm from other modules."""
+    return _NORM.search(type(module).__name__) is not None
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:

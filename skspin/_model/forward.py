@@ -78,7 +78,7 @@ def _read(
         del inputs["attention_mask"]  # it would have to be of all tokens so far, and hides none
     reader = Reader(anatomy, segments, mask, None if by_token else pooled)
     with unchanged(model), reader.hooks(), suppress(PassEnds):
-        model(**_arguments(model, inputs, cache))
+        model(**arguments_of(model, inputs, cache))
     if reader.unread:
         raise RuntimeError(
             f"{type(model).__name__} ended its forward pass without these layers: {reader.unread}."
@@ -87,13 +87,13 @@ def _read(
     return reader.values
 
 
-def _arguments(model: Any, inputs: dict[str, Tensor], cache: Any) -> dict[str, Any]:
+def arguments_of(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> dict[str, Any]:
     """Choose what the model takes of the inputs, and complete it."""
     accepted = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     arguments: dict[str, Any] = {k: v for k, v in inputs.items() if takes_any or k in accepted}
     if is_encoder_decoder(model):
-        arguments["decoder_input_ids"] = _shift_right(inputs["input_ids"], model.config)
+        arguments["decoder_input_ids"] = shift_right(inputs["input_ids"], model.config)
     # The pass gathers nothing for others, whatever the configuration says. (use_mems is XLNet's.)
     for switch in ("use_cache", "use_mems", "output_hidden_states", "output_attentions"):
         if switch in accepted or (takes_any and getattr(model.config, switch, False)):
@@ -105,7 +105,7 @@ def _arguments(model: Any, inputs: dict[str, Tensor], cache: Any) -> dict[str, A
     return arguments
 
 
-def _shift_right(ids: Tensor, config: Any) -> Tensor:
+def shift_right(ids: Tensor, config: Any) -> Tensor:
     """Give a decoder the text that its encoder reads, as in training (teacher forcing).
 
     A decoder is trained on the text that it is to produce, moved right by one token: at each

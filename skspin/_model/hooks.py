@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from skspin._layout import Segment
 from skspin._model.anatomy import Anatomy, Stack
+from skspin._model.architectures import Architecture
 from skspin._model.blocks import Tap
 from skspin._model.pooling import TextGroup, group_texts, pool
 
@@ -67,7 +68,8 @@ class Reader:
     def read(self, tap: Tap, activations: Tensor) -> None:
         """Take what the segments of a tap ask for; end the pass if that was the last."""
         stack, positions = self._unread.pop(tap)
-        activations = as_texts(activations, self.mask, tap, stack)  # (n_texts, n_tokens, n_neurons)
+        # (n_texts, n_tokens, n_neurons)
+        activations = as_texts(activations, self.mask, tap, stack.architecture)
         for position in positions:
             segment = self.segments[position]
             values = activations
@@ -115,10 +117,8 @@ class _Hook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         # PyTorch leaves out the kwargs in a thread that calls the module just when another thread
         # adds or removes this hook: then there is nothing to notice.
-        if args:
-            self.notice(args[0])
-        elif kwargs:
-            self.notice(kwargs[next(iter(inspect.signature(module.forward).parameters))])
+        if args or kwargs:
+            self.notice(input_of(module, args, kwargs or {}))
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.notice(output if isinstance(output, Tensor) else output[0])
@@ -136,6 +136,13 @@ class _Hook:
         turn, self.n_calls = self.n_calls, self.n_calls + 1
         if turn in self.taps:
             self.reader.read(self.taps[turn], activations)
+
+
+def input_of(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """Find a module's first input, which may be given by name."""
+    if args:
+        return args[0]
+    return kwargs[next(iter(inspect.signature(module.forward).parameters))]
 
 
 class _Multiplications(TorchFunctionMode):
@@ -156,24 +163,24 @@ class _Multiplications(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def as_texts(activations: Tensor, mask: Tensor, tap: Tap, stack: Stack) -> Tensor:
+def as_texts(activations: Tensor, mask: Tensor, tap: Tap, architecture: Architecture) -> Tensor:
     """Bring activations into the shape (n_texts, n_tokens, n_neurons), whatever they come in.
 
     They may be by text and token or by token and text, heads apart or together, all tokens in one
     row or only the real ones, or longer than the texts.
     """
     inside = not tap.output
-    if inside and stack.architecture.time_major:
+    if inside and architecture.time_major:
         activations = activations.transpose(0, 1)
     if activations.dim() > 3:  # heads apart
         activations = activations.flatten(2)
-    if activations.dim() == 2 and len(activations) == mask.numel():
+    if activations.dim() == 2 and activations.shape[0] == mask.numel():
         activations = activations.unflatten(0, mask.shape)
-    elif activations.dim() == 2 and len(activations) == mask.sum():  # flash attention's packing
+    elif activations.dim() == 2 and activations.shape[0] == mask.sum():  # flash attention's packing
         packed, mask = activations, mask.to(activations.device)
         activations = packed.new_zeros(*mask.shape, packed.shape[-1])
         activations[mask] = packed
-    if inside and stack.architecture.rounds_up:
+    if inside and architecture.rounds_up:
         activations = activations[:, : mask.shape[1]]
     if activations.shape != (*mask.shape, tap.width):
         raise RuntimeError(

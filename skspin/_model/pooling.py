@@ -51,7 +51,8 @@ def last_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _at(hidden: Tensor, positions: Tensor) -> Tensor:
-    texts = torch.arange(len(hidden), device=hidden.device)
+    # Not len(hidden): a tracer would take it for the same in every batch.
+    texts = torch.arange(hidden.shape[0], device=hidden.device)
     return hidden[texts, positions].float()  # (n_texts, n_neurons)
 
 

@@ -1,0 +1,111 @@
+"""A fitted pipeline as a torch module."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from skspin._explain import LinearForm, to_linear_form
+from skspin._pipeline import fitted_pipeline, flatten
+from skspin._transformer import LLMActivationTransformer
+
+_CAN_LEAVE = (
+    "These heads can leave: LogisticRegression, LinearSVC, RidgeClassifier, SGDClassifier, "
+    "Perceptron, LinearDiscriminantAnalysis, SVC(kernel='linear') with two classes, and "
+    "OneVsRestClassifier or MultiOutputClassifier around one of them."
+)
+
+
+def to_torch(pipeline):
+    """Turn a fitted pipeline with a linear head into a torch module.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+        Fitted, pruned or not: an :class:`LLMActivationTransformer`, steps that are linear in the
+        columns, and a linear classifier, as :func:`explain_tokens` takes them. It is left as it
+        was, and so is its model.
+
+    Returns
+    -------
+    module : torch.nn.Module
+        It takes ``input_ids`` and ``attention_mask`` of shape (n_texts, n_tokens), int, padded on
+        the right, and gives decision values as ``pipeline.decision_function`` does: float32, of
+        shape (n_texts,) or (n_texts, n_classes). ``token_type_ids`` may be given as well; they
+        count where the model takes them. ``pooled``, of the same shape, is not zero for the tokens
+        that are pooled (``pool_over``); without it, all real tokens are. Texts in windows
+        (``long_texts="windows"``) come as inputs of shape (n_texts, n_windows, n_tokens), of which
+        some windows may be all padding; ``pooled`` then says which of two windows a token counts in
+        that both have.
+
+        The module is on the device of the pipeline, in evaluation mode, without gradients. The
+        weights are a copy in float32, whatever ``dtype`` says; a model in memory keeps its format.
+
+    Raises
+    ------
+    TypeError
+        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
+    ValueError
+        If the pipeline is not linear behind its activations or has steps ahead of them, or if its
+        model can't be cut: one that runs through its blocks several times (ALBERT), mixes padding
+        into texts (FNet), is quantised or spread over devices.
+    ModelMismatchError
+        If the model's weights or tokenizer have changed since ``fit``.
+    NotFittedError
+        If it is not fitted.
+
+    See Also
+    --------
+    prune : A smaller pipeline, for all kinds of classifiers.
+
+    Notes
+    -----
+    Blocks after the deepest layer in use are not in the module, nor what no neuron in use depends
+    on. Making it runs the model on a few tokens, and compares.
+
+    Examples
+    --------
+    >>> from transformers import AutoTokenizer
+    >>> from skspin import make_spin_pipeline, to_torch
+    >>> from skspin.datasets import demo_model
+    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
+    >>> labels = [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0).fit(texts, labels)
+    >>> module = to_torch(spin)
+    >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    >>> inputs = tokenizer(["A lovely film.", "Dreadful."], padding=True, return_tensors="pt")
+    >>> (module(**inputs) > 0).int().tolist()
+    [1, 0]
+    """
+    from skspin._serving.decisions import PipelineModule
+
+    transformer, form, _ = linear_parts(pipeline, "to_torch")
+    columns = transformer._cut_model()
+    return PipelineModule(columns, form, columns.model.device)
+
+
+def linear_parts(
+    pipeline: Any, caller: str
+) -> tuple[LLMActivationTransformer, LinearForm, np.ndarray]:
+    """Split a pipeline into activations in use, in float32, what is linear in them, and classes."""
+    pipeline = fitted_pipeline(pipeline, caller)
+    first = next(flatten(pipeline))
+    if not isinstance(first, LLMActivationTransformer):
+        raise ValueError(
+            f"The pipeline begins with a {type(first).__name__}, but {caller} takes one that begins"
+            " with an LLMActivationTransformer: what changes texts before can't leave. Do that "
+            "elsewhere, and pass the rest of the pipeline, e.g. pipeline[1:]."
+        )
+    try:
+        transformer, form, classes = to_linear_form(pipeline)
+    except ValueError as error:
+        raise ValueError(f"This pipeline can't leave. {error} {_CAN_LEAVE}") from error
+    used = np.any(form.weights, axis=0)  # (n_columns,)
+    used[0] |= not used.any()  # a module without columns would not know how many texts there are
+    narrowed = transformer._restrict_to(used)
+    if not narrowed._source().in_memory:
+        narrowed.dtype = "float32"
+    form = replace(form, weights=form.weights[:, used], offsets=form.offsets[:, used])
+    return narrowed, form, classes
