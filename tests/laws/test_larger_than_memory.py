@@ -166,8 +166,9 @@ def none_is_missing(*args, **options):
 def test_a_disk_without_room_for_the_output_is_an_error_before_anything_is_computed(tmp_path):
     code = """
         import pathlib, resource, sys
+        import skspin._transformer
         from skspin import LLMActivationTransformer
-                from skspin.datasets import demo_model
+        from skspin.datasets import demo_model
         transformer = LLMActivationTransformer(demo_model(), output_folder="out", cache=None)
         transformer.fit(["a"])
         del skspin._transformer.extract
