@@ -98,6 +98,7 @@ class PrefixScorer:
         Returns
         -------
         self : PrefixScorer
+            The scorer, which has read nothing of the new text.
         """
         conversation = self._conversation if conversation is None else conversation
         self._begin(conversation, self._role if role is None else role)
@@ -200,7 +201,7 @@ class PrefixStreamer:
     ----------
     crossing_ : Crossing or None
         The token at which the score reached the threshold, as
-        :meth:`PrefixScores.first_crossing` gives it.
+        ``first_crossing`` of the scores gives it.
 
     See Also
     --------
@@ -244,7 +245,18 @@ class PrefixStreamer:
         self.crossing_ = None
 
     def put(self, value):
-        """Take the prompt's ids, or the next ones, from ``generate``."""
+        """Take the prompt's ids, or the next ones, from ``generate``.
+
+        Parameters
+        ----------
+        value : Tensor of shape (1, n_tokens) or (n_tokens,), int
+            Token ids.
+
+        Raises
+        ------
+        ValueError
+            If ``generate`` writes several texts at once.
+        """
         if value.ndim > 1 and len(value) > 1:
             raise ValueError(
                 f"generate writes {len(value)} texts at once, but a PrefixStreamer scores one. "
