@@ -35,9 +35,9 @@ GOOD = "wonderful charming gripping moving clever hilarious beautiful brilliant"
 BAD = "dreadful clumsy boring shallow tedious annoying ugly awful".split()
 FRAMES = [
     "The story was {} from start to finish.",
-    "What a {} performance by the lead!",
+    "The lead gave a {} performance.",
     "I found the music {}, and my friends agreed.",
-    "A {} film about two brothers and a boat.",
+    "It is a {} film about two brothers and a boat.",
     "The dialogue is {}, if you ask me.",
     "We saw it on Friday. It was {}.",
 ]
@@ -73,8 +73,8 @@ print(f"threshold {threshold:.2f}: {found[best]:.0%} found, {false_alarms[best]:
 # ---------------------------------------
 
 review = (
-    "The opening is lovely, and the lead is a charming young man with a gentle smile. Then comes "
-    "the second half: a tedious, clumsy mess, badly lit and badly played."
+    "The opening is lovely, and the lead is charming. Then comes the second half: awful, tedious, "
+    "clumsy and ugly. The ending is the most annoying of all."
 )
 display = PrefixScoresDisplay.from_estimator(spin, review, threshold=threshold)
 plt.show()
@@ -87,8 +87,8 @@ print(f"{display.scores[-1]:.3f} and {spin.decision_function([review])[0]:.3f}")
 # %%
 # The same while it is written
 # ----------------------------
-# :class:`~skspin.PrefixScorer` takes the text in pieces, and reads each token once. A word may go on
-# in the next piece, so it is held back until the next word begins.
+# :class:`~skspin.PrefixScorer` takes the text in pieces, and reads each token once. A word may
+# go on in the next piece, so it is held back until the next word begins.
 
 scorer = PrefixScorer(spin)
 pieces = [review[at : at + 12] for at in range(0, len(review), 12)]
@@ -97,4 +97,4 @@ for piece in pieces:
     if crossing is not None:
         print(f"stopped after: ...{review[: crossing.end][-40:]!r}")
         break
-print(f"{scorer.n_tokens} tokens read of {len(display.tokens)}")
+print(f"{scorer.n_tokens} of {len(display.tokens)} tokens read")
