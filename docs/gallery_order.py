@@ -10,6 +10,7 @@ LESSONS = (
     "plot_text_and_numbers.py",
     "plot_multilabel.py",
     "plot_explain.py",
+    "plot_growing_text.py",
     "plot_prune.py",
     "plot_dask_cluster.py",
     "plot_gpu.py",

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from skspin._layout import Layout, Segment
 from skspin._model.batches import encoder_of
+from skspin._model.cache import roomy_cache
 from skspin._model.causal import check_cut, check_end, check_prefixes
 from skspin._model.forward import token_forward
 from skspin._model.positions import most_tokens
@@ -127,7 +127,7 @@ class GrowingText:
         self._before = ids, pooled
         self._waiting = ids, pooled  # tokens to be read together with the next one
         self._n_in_window = 0
-        self._cache = DynamicCache(config=self._backbone.model.config)
+        self._cache = roomy_cache(self._backbone.model.config)
 
     def _read(self, ids: np.ndarray, places: np.ndarray) -> Added:
         """Read own tokens (n_tokens,) as far as there is room, or window by window."""
@@ -192,7 +192,7 @@ class GrowingText:
         ids = np.arange(1, 1 + most_tokens(self._backbone.model, _TRIAL))
         size = len(ids) // 2
         try:
-            cache = DynamicCache(config=self._backbone.model.config)
+            cache = roomy_cache(self._backbone.model.config)
             stretches = [self._pass(ids[:size], cache), self._pass(ids[size:], cache)]
         except Exception as error:  # Whatever a model does with a cache that it can't use.
             raise self._no_cache(repr(error)) from error

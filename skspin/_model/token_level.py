@@ -56,13 +56,11 @@ def prefix_activations(
     backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
     """Read what `token_activations` does, if a token's are those of the prefix that it ends."""
-    encoder = encoder_of(backbone, recipe)
-    encoder.need_offsets("A score of prefixes")
     check_prefixes(backbone, recipe)
     for text, tokens, activations in token_activations(backbone, recipe, texts, layout):
         has_text = (tokens.messages >= 0).any()
         check_end(recipe, bool(has_text and tokens.messages[-1] < 0))
-        check_cut(tokens.is_truncated, encoder.tokenizer.truncation_side)
+        check_cut(tokens.is_truncated, backbone.tokenizer.truncation_side)
         yield text, tokens, activations
 
 

@@ -130,7 +130,7 @@ class TextEncoder:
 
     def locate(self, text: str) -> tuple[list[Window], TextTokens]:
         """Tokenize one text as `encode` does, and say where in it the pooled tokens are."""
-        self.need_offsets("An explanation")
+        self.need_offsets("Reading token by token")
         filled = self._fill(*replace_surrogates([text]))
         encoding = self._fast.encode(filled.string, **self._options)  # type: ignore[union-attr]
         encoded, places = self._split(encoding, filled)
@@ -147,7 +147,7 @@ class TextEncoder:
         starts, ends = (np.array(encoding.offsets)[places] - begin).clip(0, len(string)).T
         outside = (messages < 0) | (starts == ends)
         starts, ends = np.where(outside, 0, starts), np.where(outside, 0, ends)
-        names = [encoding.tokens[i] for i in places]
+        names = np.array(encoding.tokens, object)[places].tolist()
         located = TextTokens(string, names, starts, ends, messages, encoded.is_truncated)
         return encoded.windows, located
 

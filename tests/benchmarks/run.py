@@ -156,6 +156,19 @@ BENCHMARKS = {
         },
         quick=["--repeats", "1", "--layers", "2", "--train", "300", "--texts", "200"],
     ),
+    "prefixes": Benchmark(
+        {
+            "model": "{model}",
+            "what": "{what}",
+            "ms": "{milliseconds:,.0f}",
+            "beside": "{reference}",
+            "ratio": "{median:.2f}",
+            "rounds": "{spread}",
+            "goal": "{goal}",
+            "reached": "{reached}",
+        },
+        data=False,
+    ),
     "import_time": Benchmark(
         {
             "what": "{what}",

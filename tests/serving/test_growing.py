@@ -196,6 +196,12 @@ def test_a_conversation_grows_by_turns():
     np.testing.assert_allclose(first, spin.decision_function([said]), **CLOSE)
     with pytest.raises(ValueError, match="must be a dict with the str"):
         scorer.reset(["Is it?"])
+    params = {"max_length": 60, "long_texts": "windows", "pool_over": "text"}
+    narrow = growing(tokenizer=tokenizer, fit=False, **params).fit(talks * 4, [0, 1] * 4)
+    with pytest.raises(ValueError, match="can't go on in windows while it grows"):
+        PrefixScorer(narrow, said).push("No, no. " * 8)
+    with pytest.raises(ValueError, match="max_length=48 leaves no room for text"):
+        PrefixScorer(narrow, [{"role": "user", "content": "Is it? " * 10}]).push("No, no.")
     asked = [[{"role": "user", "content": text}] for text in ("Is it?", "Why?")]
     deaf = growing(tokenizer=tokenizer, pool_over="user", fit=False).fit(asked * 4, [0, 1] * 4)
     with pytest.raises(ValueError, match="does not pool what role='assistant' says"):
