@@ -32,6 +32,7 @@ def without_end(tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
 

@@ -23,9 +23,8 @@ class _RoomyLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values (1, n_heads, n_tokens, n_neurons); give all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
+        self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
         self._all_keys = _write(self._all_keys, key_states, start)
         self._all_values = _write(self._all_values, value_states, start)
         end = start + key_states.shape[-2]
