@@ -202,6 +202,7 @@ DOCUMENTED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # of old bitsandbytes
 @pytest.mark.parametrize(("name", "value"), DOCUMENTED, ids=str)
 def test_skops_loads_every_value_that_a_parameter_may_have(name, value, folder, monkeypatch):
     monkeypatch.chdir(folder)
