@@ -91,7 +91,15 @@ def arguments_of(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> di
     """Choose what the model takes of the inputs, and complete it."""
     accepted = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    arguments: dict[str, Any] = {k: v for k, v in inputs.items() if takes_any or k in accepted}
+    # Some take any name, only to refuse it (Bloom before transformers 5): what not all models have
+    # must be named, unless nothing is.
+    takes_any_input = takes_any and "input_ids" not in accepted
+    common = ("input_ids", "attention_mask") if takes_any else ()
+    arguments: dict[str, Any] = {
+        name: values
+        for name, values in inputs.items()
+        if name in accepted or name in common or takes_any_input
+    }
     if is_encoder_decoder(model):
         arguments["decoder_input_ids"] = shift_right(inputs["input_ids"], model.config)
     # The pass gathers nothing for others, whatever the configuration says. (use_mems is XLNet's.)

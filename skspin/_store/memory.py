@@ -8,7 +8,7 @@ import numpy as np
 
 from skspin._store.chunk import Chunk
 
-_BYTES_PER_TEXT = 300  # of the index: a digest, a number, their slots in a dict; a test measures it
+_BYTES_PER_TEXT = 400  # of the index: a digest, a number, their slots in a dict; a test measures it
 
 
 class Memory:

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, repeat
@@ -213,10 +213,11 @@ class Store:
                 self._refresh(key)
         # What another thread merges meanwhile is found where it was, or else in a chunk yet newer.
         chunks = dict(self._chunks)
-        # First where all columns may be.
-        names = [name for name in list(self._abouts) if name.startswith(key)]
-        for name in sorted(names, key=lambda name: name != request.about.name):
-            common = find_common(self._abouts[name].layout, request.about.layout)
+        wanted = request.about.layout
+        layouts = [(n, a.layout) for n, a in list(self._abouts.items()) if n.startswith(key)]
+        layouts.sort(key=lambda named: named[1] != wanted)  # first where all columns may be
+        for name, layout in layouts:
+            common = find_common(layout, wanted)
             lacking = np.flatnonzero(~request.found[:, common.asked].all(axis=1))
             digests = request.digests
             if len(lacking) < len(digests):
@@ -268,12 +269,11 @@ class Store:
             known = list(self._opened)
             names = set(self._place.names())
             new = [n for n in names if n.startswith(key) and n not in self._opened]
-            gone = [name for name in known if name not in names]
+            gone = {name for name in known if name not in names}
             # If another process was just merging chunks, then what it made of them is there now.
             if all([self._open(name) for name in new]) and (attempt or not gone):
                 break
-        for name in gone:
-            self._forget(name)
+        self._forget(gone)
 
     def _open(self, name: str) -> bool:
         """Open a chunk; False if it has just been removed."""
@@ -297,22 +297,35 @@ class Store:
     def _give_up(self, name: str, trouble: object) -> None:
         """Warn of a file that is of no use, remove it if possible, and never open it again."""
         warn(f"{trouble}; what is missing will be computed again.")
-        self._forget(name)
+        self._forget({name})
         self._opened.add(name)
         if self._writes:
             with self._surviving("write to"):
                 self._place.remove(name)
 
-    def _forget(self, name: str) -> None:
-        """Forget a chunk that is no longer there."""
-        self._opened.discard(name)
-        for number, chunk in list(self._chunks.items()):
-            if chunk.name == name:
-                positions = self._positions[chunk.about.name]
-                for position, digest in enumerate(chunk.digests, number << 32):
-                    if positions.get(digest) == position:
-                        positions.pop(digest, None)
-                self._chunks.pop(number, None)
+    def _forget(self, names: Collection[str]) -> None:
+        """Forget chunks that are no longer there."""
+        chunks = list(self._chunks.items())
+        gone = {number: chunk for number, chunk in chunks if chunk.name in names}
+        lost: defaultdict[str, set[bytes]] = defaultdict(set)
+        for number, chunk in gone.items():
+            known = self._positions[chunk.about.name].get
+            texts = enumerate(chunk.digests, number << 32)
+            lost[chunk.about.name].update(digest for i, digest in texts if known(digest) == i)
+        # What another process has merged may have been learnt before the chunks that it is made of.
+        for number, chunk in chunks:
+            missed = lost.get(chunk.about.name)
+            if missed and number not in gone and not missed.isdisjoint(chunk.digests):
+                texts = enumerate(chunk.digests, number << 32)
+                again = {digest: i for i, digest in texts if digest in missed}
+                self._positions[chunk.about.name].update(again)
+                missed.difference_update(again)
+        for name, digests in lost.items():
+            for digest in digests:
+                self._positions[name].pop(digest, None)
+        for number in gone:
+            self._chunks.pop(number, None)
+        self._opened.difference_update(names)  # last, as in `_learn`
 
     # Adding
 
@@ -345,11 +358,12 @@ class Store:
         """Remove what was used longest ago until ``n_bytes`` more fit into ``limit``."""
         entries = self._place.scan()
         free = limit - sum(size for _, size in entries.values())
+        unused = set()
         for name, (_, size) in sorted(entries.items(), key=lambda entry: entry[1]):
             if free < n_bytes:
-                self._forget(name)
-                self._place.remove(name)
+                unused.add(name)
                 free += size
+        self._remove(unused)
 
     def _merge_small(self, about: str, limit: int) -> None:
         """Merge chunks of one key and layout where there are many of about one size."""
@@ -369,9 +383,12 @@ class Store:
         merged = merge(chunks, self._place)
         if merged is not None:
             self._put(merged, limit)
-        for chunk in chunks:
-            self._forget(chunk.name)
-            self._place.remove(chunk.name)
+        self._remove({chunk.name for chunk in chunks})
+
+    def _remove(self, names: Collection[str]) -> None:
+        self._forget(names)
+        for name in names:
+            self._place.remove(name)
 
     # What people ask
 
@@ -407,10 +424,8 @@ class Store:
         """Forget everything, metadata too, for all processes, and give the space back."""
         self._metadata.clear()
         if self._reads:
-            for name in self._place.scan():
-                self._place.remove(name)
+            self._remove({*self._place.scan(), *self._opened})
             self._place.clear_metadata()
-            self._refresh()
         if self._memory is not None and not self._writes:
             self._memory.clear()
         return_free_memory()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import transformers
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -267,6 +268,8 @@ def exported(module, args, shapes):
     [("bert", compiled)] + [(n, t) for n in ("bert", "llama") for t in (traced_whole, exported)],
 )
 def test_it_is_compiled_and_exported_whole(name, trace):
+    if (name, trace) == ("llama", traced_whole) and transformers.__version__.startswith("4."):
+        pytest.skip("torch can't trace the masks of transformers 4")
     texts, kinds = tiny_texts()
     layers = [1, 2] if trace is exported else 1
     spin = tiny_pipeline(name, site=("hidden", "mlp"), layers=layers).fit(texts, kinds)

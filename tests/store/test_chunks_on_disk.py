@@ -115,6 +115,18 @@ def test_a_row_is_never_taken_for_another_text_or_model(tmp_path):
         assert not read(store, TEXTS).any()
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_row_that_was_stored_twice_is_found_when_one_is_gone(tmp_path, gone):
+    write_one_chunk(tmp_path / "a")
+    write_one_chunk(tmp_path / "b", TEXTS[10:])
+    shutil.copy(chunks(tmp_path / "b")[0], chunks(tmp_path / "a")[0].parent)
+    folder = shutil.copytree(tmp_path / "a", tmp_path / "c")
+    store = open_store(folder)
+    assert read(store, TEXTS).all() and store.info().entries == 3 * len(TEXTS)
+    sorted(chunks(folder), key=os.path.getsize)[gone].unlink()
+    assert read(store, TEXTS[10:]).all()
+
+
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"name": "shape"}', None])
 def test_damaged_metadata_are_missing(tmp_path, damaged):
     open_store(tmp_path).put_metadata("shape", {"widths": [4]})

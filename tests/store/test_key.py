@@ -1,7 +1,6 @@
 """What decides a number decides what is recalled, and nothing else does: field by field."""
 
 import copy
-import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from sklearn.base import clone
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
 
-from skspin import LLMActivationTransformer, open_store
+from skspin import LLMActivationTransformer
 from skspin._model.hub import _ask_hub
 from skspin._model.registry import forget_models
 from skspin.datasets import demo_model
@@ -275,16 +274,6 @@ def test_which_object_holds_the_same_weights_is_not_in_the_key(tokenizer, store,
     assert read() == len(TEXTS)
 
 
-def test_the_folder_of_the_store_may_be_written_in_any_way(folder, store, read, monkeypatch):
-    activations(folder, store)
-    (store.parent / "link").symlink_to(store)
-    monkeypatch.chdir(store.parent)
-    for name in (str(store), "store", "./store/", "link", store.parent / "x" / ".." / "store"):
-        activations(folder, name)
-        assert open_store(name).info().entries == 3 * len(TEXTS)
-    assert read() == len(TEXTS)
-
-
 def test_layers_and_sites_are_recalled_from_a_call_for_more(folder, store, read):
     more = activations(folder, store, site=("hidden", "mlp"), pooling=("mean", "max"))
     fewer = activations(folder, store, layers=[1], site="hidden", pooling="max")
@@ -309,8 +298,17 @@ def test_only_the_texts_and_layers_that_are_missing_are_read(folder, store, read
     assert read() == len(TEXTS)
 
 
-def test_a_copy_of_the_store_serves_elsewhere(folder, store, read, tmp_path):
-    activations(folder, store)
-    shutil.copytree(store, tmp_path / "elsewhere")
-    activations(folder, tmp_path / "elsewhere")
+def test_a_pruned_layout_is_served_from_whole_rows_and_else_computed_alone(folder, store, read):
+    columns = np.arange(24) % 3 == 0
+
+    def pruned(cache, site):
+        transformer = LLMActivationTransformer(folder, cache=cache, dtype="float32", site=site)
+        return transformer.fit(TEXTS)._restrict_to(columns).transform(TEXTS)
+
+    whole = activations(folder, store)
+    np.testing.assert_array_equal(pruned(store, "hidden"), whole[:, columns])
     assert read() == len(TEXTS)
+    few = [pruned(store, "mlp") for _ in range(2)]
+    assert read() == 2 * len(TEXTS)
+    np.testing.assert_array_equal(few[0], few[1])
+    np.testing.assert_array_equal(few[0], activations(folder, None, site="mlp")[:, columns])

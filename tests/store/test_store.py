@@ -261,6 +261,8 @@ def test_the_bytes_counted_in_memory_are_at_least_those_taken(n_texts):
     store.clear()
     layout = Layout((Segment(None, 0, "hidden", "mean", 384),))
     row, out = np.zeros((n_texts, 384), np.float32), np.empty((n_texts, 384), np.float32)
+    write(store, TEXTS, layout)  # what is made once
+    store.clear()
     tracemalloc.start()
     for i in range(1000 // n_texts):
         for missing in store.look_up("", [f"{i} {k}" for k in range(n_texts)], layout, out):
