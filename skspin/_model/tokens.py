@@ -105,28 +105,30 @@ class TextEncoder:
         if self._fast is None:
             return [self._encode_slow(item) for item in filled]
         n_characters = _SURELY_LONG * self.max_length
-        located = [
-            i
-            for i, item in enumerate(filled)
-            if self.recipe.pool_over != "all" or len(item.string) > n_characters
-        ]
-        short = sorted(set(range(len(filled))) - set(located))
+        over_all = self.recipe.pool_over == "all"
         rows: dict[int, Encoded] = {}
-        strings = [filled[i].string for i in short]
-        for i, found in zip(
-            short, self._fast.encode_batch_fast(strings, **self._options), strict=True
+        for i, found in self._encode_batch(
+            {i: f for i, f in enumerate(filled) if over_all and len(f.string) <= n_characters},
+            with_offsets=False,
         ):
-            if len(found.ids) > self.max_length:
-                located.append(i)
-            else:
+            if len(found.ids) <= self.max_length:
                 types = found.type_ids if self.has_types else ()
                 rows[i] = Encoded([self._window(found.ids, types)], False)
-        strings = [filled[i].string for i in located]
-        for i, found in zip(
-            located, self._fast.encode_batch(strings, **self._options), strict=True
-        ):
+        located = {i: f for i, f in enumerate(filled) if i not in rows}
+        for i, found in self._encode_batch(located, with_offsets=True):
             rows[i] = self._split(found, filled[i])[0]
         return [rows[i] for i in range(len(filled))]
+
+    def _encode_batch(
+        self, filled: dict[int, _Filled], with_offsets: bool
+    ) -> Iterator[tuple[int, Encoding]]:
+        """Tokenize what there is; offsets take time."""
+        if not filled:
+            return iter(())
+        encode = self._fast.encode_batch if with_offsets else self._fast.encode_batch_fast  # type: ignore[union-attr]
+        return zip(
+            filled, encode([f.string for f in filled.values()], **self._options), strict=True
+        )
 
     def locate(self, text: str) -> tuple[list[Window], TextTokens]:
         """Tokenize one text as `encode` does, and say where in it the pooled tokens are."""

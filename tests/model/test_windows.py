@@ -186,4 +186,4 @@ def test_a_megabyte_is_read_in_time_that_grows_with_its_length(tokenizer):
         started = time.process_time()
         assert np.isfinite(rows_of(recipe, [text], layout_of(1))).all()
         took.append(time.process_time() - started)
-    assert took[1] < 8 * took[0]
+    assert took[1] < 12 * took[0]  # 16 times the squared length

@@ -28,13 +28,16 @@ def solve(C=0.01, tol=1e-8):
 @pytest.fixture
 def two_threads():
     """Let BLAS have two threads, without a "with", in which only this thread may change that."""
-    before = BLAS.info()[0]["num_threads"]
-    for n_threads in (2, before):
+
+    def let_have(n_threads):
         setter = threading.Thread(target=BLAS.limit, kwargs={"limits": n_threads})
         setter.start()
         setter.join()
-        if n_threads == 2:
-            yield
+
+    before = BLAS.info()[0]["num_threads"]
+    let_have(2)
+    yield
+    let_have(before)
 
 
 def test_blas_has_one_thread_meanwhile_and_its_own_after_the_last_of_several(two_threads):
