@@ -93,7 +93,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         compute capability 8 and up, CPUs with AMX), float32 elsewhere, and for a loaded model its
         own. Pooling adds up in float32 and the output is float32 in any case.
     batch_tokens : int or "auto", default="auto"
-        Tokens per batch, padding included. It changes speed and memory, not results.
+        Tokens that go through the model at a time, padding included. On a CPU, batches that run
+        side by side share them. It changes speed and memory, not results.
     cache : "memory", path or None, default="memory"
         Where activations are kept so that no text goes through the model twice: in this process, in
         a folder that processes share, or nowhere.
