@@ -91,7 +91,8 @@ def extract(
 def encoder_of(backbone: Backbone, recipe: Recipe) -> TextEncoder:
     """Make the encoder that a recipe asks for, within the positions that a model has."""
     max_length = most_tokens(backbone.model, recipe.max_length)
-    return TextEncoder(backbone.tokenizer, recipe, max_length, backbone.anatomy.is_causal)
+    is_causal = backbone.anatomy.is_causal
+    return TextEncoder(backbone.tokenizer, backbone.bare_tokenizer, recipe, max_length, is_causal)
 
 
 class TokenBudget:
