@@ -202,7 +202,7 @@ def test_a_process_that_is_killed_is_resumed_where_it_was(folder, tmp_path):
     (part,) = (tmp_path / "output").iterdir()
     assert part.suffix == ".part"
     n_done = open_store(tmp_path / "store").info().entries // 3  # hidden states of three layers
-    assert 20 < n_done < 40
+    assert 0 < n_done < 40
     resumed = start(1000)
     assert int(resumed.stdout.split()[0]) == 60 - n_done, resumed.stderr
     (file,) = (tmp_path / "output").glob("*.npy")
