@@ -35,6 +35,7 @@ from skspin._store.chunk import (
 )
 from skspin._store.folder import Folder
 from skspin._store.memory import Memory
+from skspin._store.writer import Writer
 from skspin._system import return_free_memory, warn
 
 _WAITING_BYTES = 1 << 24  # of rows, at most, that wait to be written
@@ -80,7 +81,11 @@ class _Request:
 
 
 class Missing:
-    """Distinct texts that lack the same columns, for the caller to compute."""
+    """Distinct texts that lack the same columns, for the caller to compute.
+
+    What is added is stored beside that: a thread sums it up and writes it, at most 16 MB at a time
+    and as many that wait.
+    """
 
     def __init__(self, store: Store, texts: Sequence[str], request: _Request, lacks: np.ndarray):
         members = np.flatnonzero((request.found != lacks).all(axis=1))
@@ -96,6 +101,8 @@ class Missing:
             targets = [wanted.slices[i] for i in segments]
             self._copies = list(zip(self.layout.slices, targets, strict=True))
         self._waiting: list[int] = []  # positions of texts whose rows are not stored yet
+        self._n_left = len(members)
+        self._writer = Writer()
         self._written, self._took = time.monotonic(), 0.0
 
     def add(self, positions: np.ndarray, values: np.ndarray) -> None:
@@ -104,24 +111,34 @@ class Missing:
         for source, target in self._copies:
             self._out[rows, target] = values[:, source]
         self._waiting.extend(positions.tolist())
-        # A quick model gets few large chunks, and what a slow one computed is stored at once.
+        self._n_left -= len(positions)
+        is_full = len(self._waiting) * values[:1].nbytes >= _WAITING_BYTES
+        # A quick model gets few large chunks, and what a slow one computed is stored at once; the
+        # last of it by `close`.
         is_due = time.monotonic() - self._written >= _SHARE * self._took
-        if is_due or len(self._waiting) * values[:1].nbytes >= _WAITING_BYTES:
-            self.flush()
+        if is_full or (is_due and self._n_left and not self._writer.is_busy):
+            waiting = self._waiting.copy()
+            self._writer.begin(lambda: self._store_rows(waiting))
+            self._waiting.clear()  # Ctrl-C before it stores some twice, and loses none
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Store what waits."""
-        if self._waiting:
-            begun = time.monotonic()
-            chunk = Chunk.blank(self._about, [self._digests[i] for i in self._waiting])
-            rows = self._rows[self._waiting]
-            for piece in pieces(len(rows), chunk.row_bytes):
-                for source, target in self._copies:
-                    chunk.rows[piece, source] = self._out[rows[piece], target]
-            self._store.add(chunk.seal())
-            self._waiting.clear()
-            self._written = time.monotonic()
-            self._took = self._written - begun
+        try:
+            self._writer.close()
+        finally:
+            if self._waiting:
+                self._store_rows(self._waiting)
+
+    def _store_rows(self, positions: list[int]) -> None:
+        begun = time.monotonic()
+        chunk = Chunk.blank(self._about, [self._digests[i] for i in positions])
+        rows = self._rows[positions]
+        for piece in pieces(len(rows), chunk.row_bytes):
+            for source, target in self._copies:
+                chunk.rows[piece, source] = self._out[rows[piece], target]
+        self._store.add(chunk.seal())
+        self._written = time.monotonic()
+        self._took = self._written - begun
 
 
 class Store:
@@ -198,7 +215,7 @@ class Store:
             try:
                 yield missing
             finally:  # also when the caller fails or is interrupted
-                missing.flush()
+                missing.close()
         if len(first) < n_texts:
             source = np.array([first[digest] for digest in digests])
             again = np.flatnonzero(source != np.arange(n_texts))
