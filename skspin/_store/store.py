@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, repeat
 from numbers import Real
 from secrets import token_hex
@@ -94,7 +94,7 @@ class Missing:
         self._rows = request.rows[members]
         self.texts = [texts[row] for row in self._rows.tolist()]
         self._digests = [request.digests[i] for i in members.tolist()]
-        self._about = About(request.about.key, self.layout, request.about.model)
+        self._about = replace(request.about, layout=self.layout)
         self._store, self._out = store, request.out
         self._copies = [(slice(None), slice(None))]  # from columns computed to columns asked for
         if not lacks.all():
@@ -107,6 +107,8 @@ class Missing:
 
     def add(self, positions: np.ndarray, values: np.ndarray) -> None:
         """Take rows (k, n_columns) of the texts at ``positions`` (k,), to fill in and to store."""
+        # Rounded before they are filled in: a row is the same whether it was stored or not.
+        values = self._about.round(values)
         rows = self._rows[positions]
         for source, target in self._copies:
             self._out[rows, target] = values[:, source]
@@ -181,7 +183,14 @@ class Store:
     # Looking up
 
     def look_up(
-        self, key: str, texts: Sequence[str], layout: Layout, out: np.ndarray, *, model: str = ""
+        self,
+        key: str,
+        texts: Sequence[str],
+        layout: Layout,
+        out: np.ndarray,
+        *,
+        model: str = "",
+        dtype: str = "float32",
     ) -> Iterator[Missing]:
         """Fill ``out`` with what is stored, and yield what is missing, to be added.
 
@@ -197,6 +206,8 @@ class Store:
             Complete when the iteration has ended, if all that was missing was added.
         model : str, default=""
             The name under which `info` counts what is added; decides nothing else.
+        dtype : {"float32", "float16"}, default="float32"
+            The format that rows are rounded to and stored in; found are those of this format only.
         """
         digests = text_digests(texts)
         n_texts = len(digests)
@@ -206,7 +217,7 @@ class Store:
             rows = np.sort(list(first.values()))
             distinct = [digests[row] for row in rows.tolist()]
         found = np.zeros((len(rows), len(layout.segments)), bool)
-        request = _Request(About(key, layout, model), distinct, rows, out, found)
+        request = _Request(About(key, layout, model, dtype), distinct, rows, out, found)
         self._fill(request)
         lacking = ~found[~found.all(axis=1)]
         all_alike = (lacking == lacking[:1]).all()  # as most often, which is quick to see
@@ -230,8 +241,9 @@ class Store:
                 self._refresh(key)
         # What another thread merges meanwhile is found where it was, or else in a chunk yet newer.
         chunks = dict(self._chunks)
-        wanted = request.about.layout
-        layouts = [(n, a.layout) for n, a in list(self._abouts.items()) if n.startswith(key)]
+        wanted, dtype = request.about.layout, request.about.dtype
+        abouts = [(n, a) for n, a in list(self._abouts.items()) if n.startswith(key)]
+        layouts = [(n, a.layout) for n, a in abouts if a.dtype == dtype]
         layouts.sort(key=lambda named: named[1] != wanted)  # first where all columns may be
         for name, layout in layouts:
             common = find_common(layout, wanted)
@@ -260,7 +272,7 @@ class Store:
         rows, texts = rows[in_file], texts[in_file]
         sound = np.empty(len(rows), bool)
         parts = pieces(len(rows), chunk.row_bytes)
-        buffer = np.empty((len(rows[parts[0]]), chunk.rows.shape[1]), "<f4")
+        buffer = np.empty((len(rows[parts[0]]), chunk.rows.shape[1]), chunk.rows.dtype)
         for part in parts:
             values, targets = buffer[: len(rows[part])], request.rows[texts[part]]
             sound[part] = good = chunk.take(rows[part], values)

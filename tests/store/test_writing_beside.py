@@ -56,7 +56,9 @@ def test_a_slow_disk_holds_nobody_up_until_two_blocks_wait(tmp_path, put):
     texts = [f"wide {i}" for i in range(N_WIDE)]
     caller = threading.Thread(target=add_one_by_one, args=(store, texts, WIDE, n_added.append))
     caller.start()
-    caller.join(2)  # more than it needs for as far as it gets
+    while len(n_added) < 16:
+        caller.join(0.01)
+    caller.join(0.3)
     assert caller.is_alive() and len(n_added) == 16  # 1 is being written, and 16 MiB wait
     ready.set()
     caller.join(60)
