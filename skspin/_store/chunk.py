@@ -79,7 +79,7 @@ class About:
             return rows
         with np.errstate(over="ignore"):  # what becomes infinite is refused
             rounded = rows.astype(DTYPES[self.dtype])
-            largest = max(float(rows.max()), -float(rows.min()))
+            largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
             if np.isfinite(np.array(largest, DTYPES[self.dtype])):
                 return rounded
         column = int(np.abs(rows).max(axis=0).argmax())

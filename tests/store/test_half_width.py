@@ -62,6 +62,7 @@ def test_a_number_that_has_no_room_is_refused_by_layer_and_site(tmp_path, number
     with pytest.raises(ValueError, match=said):
         for missing in store.look_up("", ["a", "b"], LAYOUT, out, dtype="float16"):
             missing.add(np.array([0]), rows[:1])
+            missing.add(np.array([], int), rows[:0])  # the windows of a text that is not complete
             missing.add(np.array([1]), rows[1:])
     (missing,) = as_new_process(tmp_path).look_up("", ["a", "b"], LAYOUT, out, dtype="float16")
     assert missing.texts == ["b"]
