@@ -209,11 +209,3 @@ def test_nothing_is_shown_unless_asked_for(tokenizer, capfd):
     out, shown = capfd.readouterr()
     assert out == ""
     assert "6/6" in shown and "texts" in shown and "tokens/s" in shown
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_what_the_cpu_gives(tokenizer):
-    model = tiny()
-    expected = rows_of(recipe_of(model, tokenizer), sentences(500))
-    rows = rows_of(recipe_of(model.cuda(), tokenizer, batch_tokens=500), sentences(500))
-    np.testing.assert_allclose(rows, expected, atol=1e-4)
