@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import pkgutil
 import re
@@ -20,6 +21,9 @@ PAGES = [
     for folder in (".", "user_guide", "how_to")
     for page in sorted((ROOT / "docs" / folder).glob("*.rst"))
 ]
+README = ROOT / "README.md"
+SOURCES = sorted((ROOT / "skspin").rglob("*.py"))
+DATASETS = ("load_docstrings", "demo_model", "demo_llm")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(skspin.__path__, "skspin.")
@@ -61,7 +65,7 @@ def test_the_examples_in_pages_run(page):
 def test_the_reference_lists_every_public_name():
     page = (ROOT / "docs/api.rst").read_text()
     listed = set(re.findall(r"^(?:   |\.\. data:: )(\w+)$", page, re.MULTILINE))
-    assert listed >= set(skspin.__all__) | {"load_docstrings", "demo_model"}
+    assert listed >= {*skspin.__all__, *DATASETS}
 
 
 def strings_in(path):
@@ -91,3 +95,43 @@ def test_every_example_has_a_place_in_the_course(monkeypatch):
     lessons = importlib.import_module("gallery_order").LESSONS
     sys.modules.pop("gallery_order")
     assert set(lessons) >= {path.name for path in (ROOT / "docs/examples").glob("*.py")}
+
+
+@pytest.mark.parametrize("name", [*skspin.__all__, *DATASETS])
+def test_the_reference_of_a_public_name_leads_on(name):
+    if name == "TRUSTED_TYPES":  # a value, which has no docstring
+        return
+    documented = getattr(skspin if name in skspin.__all__ else skspin.datasets, name)
+    for what in ("See Also\n", "Examples\n", ":doc:`/"):
+        assert what in documented.__doc__
+
+
+def code_blocks(page):
+    """Give the code blocks of a page: what follows `code-block::`, its options, its lines."""
+    pattern = r"^\.\. code-block:: (\w+)\n((?:   :.+\n)*)\n((?:   .*\n|\n)+)"
+    return re.findall(pattern, page.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_block_of_code_runs_or_says_that_it_is_only_shown(page):
+    captions = [options for language, options, _ in code_blocks(page) if language == "python"]
+    assert all(":caption: Only shown" in options for options in captions)
+
+
+@pytest.mark.parametrize("path", [*PAGES, README, *SOURCES], ids=name_of)
+def test_code_fits_the_column(path):
+    text = path.read_text()
+    lines = re.findall(r"^ *((?:>>>|\.\.\.) .*?)(?:  # doctest: .*)?$", text, re.MULTILINE)
+    lines += "\n".join(re.findall(r"```(.*?)```", text, re.DOTALL)).split("\n")
+    lines += [line[3:] for *_, block in code_blocks(path) for line in block.splitlines()]
+    assert [line for line in lines if len(line) > 79] == []
+
+
+def test_the_code_in_the_readme_runs(monkeypatch, capsys):
+    few = functools.partial(skspin.datasets.load_docstrings, 30)
+    monkeypatch.setattr(skspin.datasets, "load_docstrings", few)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert "select__sparsity" in capsys.readouterr().out
