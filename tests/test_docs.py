@@ -127,6 +127,18 @@ def test_code_fits_the_column(path):
     assert [line for line in lines if len(line) > 79] == []
 
 
+def test_what_people_search_for_is_on_a_page():
+    pages = "\n".join(page.read_text() for page in PAGES)
+    terms = ("embedding", "hidden states", "GPU", "cache", "GridSearchCV", "guard")
+    assert [term for term in terms if term not in pages] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pictures_say_in_words_what_they_show(page):
+    options = re.findall(r"^ *\.\. (?:image|figure):: .+\n((?: +:.+\n)*)", page.read_text(), re.M)
+    assert all(":alt:" in given for given in options)
+
+
 def test_the_code_in_the_readme_runs(monkeypatch, capsys):
     few = functools.partial(skspin.datasets.load_docstrings, 30)
     monkeypatch.setattr(skspin.datasets, "load_docstrings", few)

@@ -63,8 +63,8 @@ labels = [
 train, held_out, y_train, y_held_out = train_test_split(
     texts, labels, test_size=0.3, stratify=labels, random_state=0
 )
-# A model treats the very first token as no other. Behind a prompt, none of the
-# text's is.
+# Many models have unusual activations at the very first token. With a prompt
+# in front, that is none of the text's.
 spin = make_spin_pipeline(
     **model, prompt="Review: {text}", pool_over="text", pooling="mean"
 )
@@ -75,8 +75,8 @@ print(f"held-out accuracy {spin.score(held_out, y_held_out):.2f}")
 # %%
 # A threshold for few false alarms
 # --------------------------------
-# Who watches a text raises the alarm if *any* prefix reaches the threshold. So
-# what counts is each text's highest score, and the threshold is chosen on the
+# A guard raises the alarm if *any* prefix reaches the threshold. So what counts
+# is each text's highest score, and the threshold is chosen on the
 # highest scores of held-out texts: at most one good text in ten may raise it.
 
 scores = score_prefixes(spin, held_out)
