@@ -75,8 +75,8 @@ print(f"held-out accuracy {spin.score(held_out, y_held_out):.2f}")
 # %%
 # A threshold for few false alarms
 # --------------------------------
-# A guard raises the alarm if *any* prefix reaches the threshold. So what counts
-# is each text's highest score, and the threshold is chosen on the
+# A guard raises the alarm if *any* prefix reaches the threshold. So what
+# counts is each text's highest score, and the threshold is chosen on the
 # highest scores of held-out texts: at most one good text in ten may raise it.
 
 scores = score_prefixes(spin, held_out)
