@@ -140,7 +140,7 @@ def test_pictures_say_in_words_what_they_show(page):
 
 
 def test_the_code_in_the_readme_runs(monkeypatch, capsys):
-    few = functools.partial(skspin.datasets.load_docstrings, 30)
+    few = functools.partial(skspin.datasets.load_docstrings, 20)
     monkeypatch.setattr(skspin.datasets, "load_docstrings", few)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names = {}
