@@ -48,6 +48,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
     One L1-regularised logistic regression, the probe, is fitted to each layer's activations. A
     neuron's salience is its squared weight; each layer keeps the fewest neurons that together hold
     at least ``1 - sparsity`` of the layer's salience. This is the selection step of SPIN [1]_.
+    Read more in the user guide, :doc:`/user_guide/how_it_works`.
 
     Parameters
     ----------

@@ -20,6 +20,12 @@ joblib distributed xxhash matplotlib
 def show_versions() -> None:
     """Print the versions and the devices that skspin finds, to be put into a bug report.
 
+    Read more in :doc:`/install`.
+
+    See Also
+    --------
+    sklearn.show_versions : The same for scikit-learn.
+
     Examples
     --------
     >>> import skspin

@@ -42,6 +42,15 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
 
     The model is never trained. Its weights are loaded when the first text needs them, once per
     process, device and dtype, and are shared by all estimators; they are no part of a pickle.
+    Read more in the user guide, :doc:`/user_guide/choosing` and :doc:`/user_guide/scale`.
+
+    The parameters are of three kinds:
+
+    - *what is read*: ``model``, ``tokenizer``, ``revision``, ``site``, ``layers``, ``pooling``,
+      ``stack``, ``prompt``, ``max_length``, ``long_texts``, ``overlap``, ``pool_over``;
+    - *where it runs*: ``device``, ``dtype``, ``batch_tokens``, ``n_jobs``, ``verbose``,
+      ``trust_remote_code``, ``model_kwargs``;
+    - *what is kept*: ``cache``, ``output_folder``.
 
     Parameters
     ----------
@@ -149,7 +158,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     --------
     >>> from skspin import LLMActivationTransformer
     >>> from skspin.datasets import demo_model
-    >>> transformer = LLMActivationTransformer(demo_model(), layers=[0, -1], dtype="float32")
+    >>> transformer = LLMActivationTransformer(
+    ...     demo_model(), layers=[0, -1], dtype="float32"
+    ... )
     >>> X = transformer.fit_transform(["A fine film.", "A waste of time."])
     >>> X.shape
     (2, 768)

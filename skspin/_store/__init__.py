@@ -27,6 +27,8 @@ _FOLDERS: dict[str, tuple[Store, bool]] = {}
 def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     """Open the store that a ``cache`` parameter names, to see or clear it or to set its bound.
 
+    Read more in the user guide, :doc:`/user_guide/searching`, and in :doc:`/how_to/new_texts`.
+
     Parameters
     ----------
     cache : "memory", path or None, default="memory"
@@ -38,6 +40,10 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     Store
         The same one each time. ``info()`` counts entries, bytes and models, ``clear()`` forgets
         everything, and ``limit``, in bytes, can be assigned.
+
+    See Also
+    --------
+    LLMActivationTransformer : Its ``cache`` says which store it uses.
 
     Examples
     --------
