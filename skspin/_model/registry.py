@@ -59,11 +59,16 @@ if hasattr(os, "register_at_fork"):  # Windows never forks.
     os.register_at_fork(after_in_child=_recover_from_fork)
 
 
-def load_backbone(source: Source, device: Any = None, dtype: Any = "auto") -> Backbone:
-    """Load a model, or find the copy that this process has on that device already."""
+def load_backbone(
+    source: Source, device: Any = None, dtype: Any = "auto", name: str | None = None
+) -> Backbone:
+    """Load a model, or find the copy that this process has on that device already.
+
+    ``name`` is the model's fingerprint, for callers who have just taken it.
+    """
     device, dtype = resolve_placement(source, device, dtype)
     with _lock:
-        name = fingerprint(source)
+        name = name or fingerprint(source)
         if source.in_memory:
             return _assemble(source, source.model, dtype, name)
         key = (source, device, dtype)
