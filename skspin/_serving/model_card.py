@@ -65,7 +65,7 @@ print(classifier.decision_function(texts))
 ```
 
 `model.onnx` takes {inputs}, each int64 of shape ({axes}) with axes of any length, padded
-on the right with zeros in the mask, and gives `decision_values`. `labels.json` says how texts become tokens.
+on the right, and gives `decision_values`. `labels.json` says how texts become tokens.
 
 On {n_texts:,} texts its decision values differ from the pipeline's by at most {difference:.1e}.
 {int8}
@@ -142,8 +142,9 @@ def _facts(
     activations: LLMActivationTransformer, steps: list[Any], layout: Layout, score: Any
 ) -> Iterator[str]:
     for step in steps:
-        if isinstance(n_texts := getattr(step, "n_samples_seen_", None), int | np.integer):
-            yield f"Training texts: {n_texts:,}"
+        n_texts = getattr(step, "n_samples_seen_", None)  # scalers count
+        if n_texts is not None and np.ndim(n_texts) == 0:
+            yield f"Training texts: {n_texts:,.0f}"
             break
     for step in steps:
         if isinstance(step, SalientNeuronSelector):
