@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ from skspin._pipeline import flatten
 from skspin._version import __version__
 
 
-def settings_of(
-    pipeline: Pipeline, layout: Layout, encoder: Any, takes: Collection[str]
-) -> dict[str, Any]:
-    """Gather labels and how texts are read; ``takes`` are the inputs that the model has."""
+def settings_of(pipeline: Pipeline, layout: Layout, encoder: Any, columns: Any) -> dict[str, Any]:
+    """Gather labels and how texts are read; ``columns`` is what `cut_model` gives."""
     recipe = encoder.recipe
     classes, several = _classes_of(pipeline)
     axes = ["n_texts", *["n_windows"] * (recipe.long_texts == "windows"), "n_tokens"]
     names = ["input_ids", "attention_mask"]
-    names += ["token_type_ids"] * (encoder.has_types and "token_type_ids" in takes)
+    names += ["token_type_ids"] * (encoder.has_types and "token_type_ids" in columns.inputs)
     names += ["pooled"] * (recipe.long_texts == "windows" or recipe.pool_over != "all")
     return {
         "classes": classes,
@@ -40,6 +37,7 @@ def settings_of(
         "inputs": {name: axes for name in names},
         "output": "decision_values",
         "model": _name(recipe.model_name),
+        "architecture": type(columns.model).__name__,
         "fingerprint": recipe.fingerprint,
         "skspin": __version__,
     }

@@ -22,9 +22,9 @@ tags:
 - skspin
 ---
 
-# Text classifier on inner neurons of {model}
+# Text classifier on inner neurons of {model} ({architecture})
 
-A text goes through the first {n_used} of {n_layers} blocks of the language model {model}.
+A text goes through the first {n_used} of {n_layers} blocks of the frozen language model `{model}`.
 Activations of its neurons ({n_columns:,} columns, pooled over the text's tokens) are weighed and
 summed up to a decision value for each label. `model.onnx` holds all of that, from token ids on.
 
@@ -91,6 +91,7 @@ def write_card(
     activations, *steps = flatten(pipeline)
     return _CARD.format(
         model=settings["model"],
+        architecture=settings["architecture"],
         n_used=max(segment.layer for segment in layout.segments),
         n_layers=activations.n_layers_,
         n_columns=layout.n_columns,

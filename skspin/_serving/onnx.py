@@ -122,7 +122,7 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     encoder, sample = _open_sample(transformer, texts)
     with _new_folder(Path(folder)) as unfinished:
         module = module_of(transformer, form)
-        settings = settings_of(pipeline, transformer.layout_, encoder, module.columns.inputs)
+        settings = settings_of(pipeline, transformer.layout_, encoder, module.columns)
         _write(unfinished / "labels.json", json.dumps(settings, indent=1, ensure_ascii=False))
         kind = _write_tokenizer(encoder, settings, unfinished / "tokenizer.json")
         write_graph(module, settings["inputs"], unfinished / "model.onnx")

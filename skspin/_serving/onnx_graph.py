@@ -41,19 +41,27 @@ def write_graph(module: Any, inputs: Mapping[str, list[str]], path: Path) -> Non
         raise ValueError(
             f"torch {torch.__version__} can't export {type(module.columns.model).__name__} of "
             f"transformers {transformers.__version__} as ONNX ({reason}). Try newer versions of "
-            'both, or model_kwargs={"attn_implementation": "eager"}; to_torch needs no export.'
+            'these and of onnxscript, or model_kwargs={"attn_implementation": "eager"}; to_torch '
+            "needs no export."
         ) from error
 
 
 def write_int8(graph: Path, path: Path) -> None:
     """Write a graph once more with weights and products in 8 bits."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # Some versions of the exporter note wrong shapes, of which shape inference complains.
+    without_shapes = path.with_name(f"{graph.name}.tmp")
+    model = onnx.load(graph, load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, without_shapes)
     with _quietly():
         # Without VNNI, sums of two products of 8 bits overflow; with weights of 7 they can't.
         quantize_dynamic(
-            graph, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+            without_shapes, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
         )
+    without_shapes.unlink()
 
 
 def _need_float32(module: Any) -> None:
