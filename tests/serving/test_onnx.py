@@ -1,10 +1,12 @@
 """A pipeline as an ONNX folder: the same labels, by what the folder alone says of itself."""
 
+import importlib.util
 import json
 import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from tokenizers import processors
 from skspin import LLMActivationTransformer, SalientNeuronSelector, export_onnx, prune
 from skspin.datasets import demo_model
 
+GUIDE = Path(__file__).parents[2] / "docs/user_guide"
 N_TEXTS = 60
 POOLINGS = ("mean", "max", "first", "last")
 # Left out of a small image; nothing of it may be imported.
@@ -174,6 +177,29 @@ def test_the_folder_says_what_it_is(reviewed):
     ):
         assert fact in " ".join(card.split())
     assert str(demo_model()) not in card + json.dumps(labels)
+
+
+@LONG
+@pytest.mark.parametrize("name", ["serve_onnx", "serve_pipeline"])
+def test_the_services_of_the_guide_answer_as_the_pipeline(name, reviewed, tmp_path, monkeypatch):
+    import skops.io
+    from fastapi.testclient import TestClient
+
+    spin, texts, report = reviewed
+    skops.io.dump(prune(spin), tmp_path / "spin.skops")
+    served = report.folder if name == "serve_onnx" else tmp_path / "spin.skops"
+    monkeypatch.setenv("SPIN", str(served))
+    spec = importlib.util.spec_from_file_location(name, GUIDE / f"{name}.py")
+    service = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(service)
+    client = TestClient(service.app)
+    asked = [texts[:1], texts[1:30], ["", "word " * 600]]
+    for request in asked:
+        answer = client.post("/labels", json=request)
+        assert answer.status_code == 200
+        assert answer.json() == spin.predict(request).tolist()
+    for request in ([], ["a"] * 65, [1], "text"):
+        assert client.post("/labels", json=request).status_code == 422
 
 
 @pytest.fixture(scope="module")
