@@ -12,7 +12,7 @@ from skspin._pickling import TRUSTED_TYPES
 from skspin._pipeline import make_spin_pipeline
 from skspin._prune import prune
 from skspin._selector import SalientNeuronSelector
-from skspin._serving import PrefixScorer, PrefixStreamer, score_prefixes, to_torch
+from skspin._serving import PrefixScorer, PrefixStreamer, export_onnx, score_prefixes, to_torch
 from skspin._show_versions import show_versions
 from skspin._store import open_store
 from skspin._transformer import LLMActivationTransformer
@@ -31,6 +31,7 @@ __all__ = [
     "TokenContributionDisplay",
     "explain_neurons",
     "explain_tokens",
+    "export_onnx",
     "make_spin_pipeline",
     "open_store",
     "prune",

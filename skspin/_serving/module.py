@@ -84,9 +84,13 @@ def to_torch(pipeline):
     >>> (module(**inputs) > 0).int().tolist()
     [1, 0]
     """
+    return module_of(*linear_parts(pipeline, "to_torch")[:2])
+
+
+def module_of(transformer: LLMActivationTransformer, form: LinearForm) -> Any:
+    """Make the module of a pipeline's linear parts."""
     from skspin._serving.decisions import PipelineModule
 
-    transformer, form, _ = linear_parts(pipeline, "to_torch")
     columns = transformer._cut_model()
     return PipelineModule(columns, form, columns.model.device)
 

@@ -1,0 +1,32 @@
+"""Serve what export_onnx wrote: SPIN=folder uvicorn serve_onnx:app"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import onnxruntime
+from fastapi import FastAPI
+from pydantic import Field
+from tokenizers import Tokenizer
+
+folder = Path(os.environ["SPIN"])
+settings = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))  # it truncates and pads
+session = onnxruntime.InferenceSession(folder / "model.onnx")
+app = FastAPI()
+
+
+@app.post("/labels")
+def labels(texts: Annotated[list[str], Field(min_length=1, max_length=64)]):
+    found = tokenizer.encode_batch(texts)
+    inputs = {
+        "input_ids": [text.ids for text in found],
+        "attention_mask": [text.attention_mask for text in found],
+        "token_type_ids": [text.type_ids for text in found],
+    }
+    inputs = {name: np.array(inputs[name], dtype=np.int64) for name in settings["inputs"]}
+    (values,) = session.run(None, inputs)
+    chosen = values.argmax(axis=1) if values.ndim == 2 else (values > 0).astype(int)
+    return [settings["classes"][number] for number in chosen]

@@ -1,0 +1,268 @@
+"""A fitted pipeline as a folder that needs neither skspin nor torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from numbers import Real
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from sklearn.utils import Bunch
+
+from skspin._explain import LinearForm
+from skspin._pickling import shallow_copy
+from skspin._pipeline import fitted_pipeline
+from skspin._serving.labels import settings_of
+from skspin._serving.model_card import write_card
+from skspin._serving.module import linear_parts, module_of
+from skspin._serving.onnx_graph import write_graph, write_int8
+from skspin._texts import open_texts
+from skspin._transformer import LLMActivationTransformer
+
+_TOLERANCE = 1e-4  # of decision values; of those above 1, relative
+_ROUNDING = 8 * np.finfo(np.float32).eps  # of activations, relative
+_BATCH = 32  # texts
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# What every model is tried on, with a text longer than it reads.
+_TEXTS = (
+    "A fine film, and not a minute too long.",
+    "No.",
+    "Der Akku hält, was er verspricht — 很好 🙂, but the screen\n\tdoes not; 3.5 of 5.",
+    "It is",
+)
+_SENTENCE = "The hall was full, the play was new, and nobody had told us how it would end. "
+_LONGEST = 600  # words
+
+
+def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
+    """Write a fitted pipeline with a linear head into a folder, as ONNX.
+
+    What is in the folder runs with numpy, onnxruntime and tokenizers alone: ``model.onnx``, from
+    token ids to decision values, of any number of texts and tokens; ``tokenizer.json``;
+    ``labels.json`` with the classes and how texts are read; and ``README.md``, a model card that
+    says what the pipeline is and how it was trained, with the code that runs it.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+        Fitted, pruned or not, as :func:`to_torch` takes it.
+    folder : str or path
+        A new folder, or an empty one, in a folder that exists.
+    texts : container of str or None, default=None
+        Texts on which what was written is compared with the pipeline; None for some of skspin's
+        own, of which one is longer than ``max_length``.
+    score : float, dict or None, default=None
+        What to say in the model card of how well the pipeline does; a dict names each figure.
+    quantize : {"int8"} or None, default=None
+        "int8" also writes ``model.int8.onnx``, with weights in 8 bits and activations that are
+        brought to 8 bits as they come, and counts the labels that change on ``texts``, which must
+        be given. It takes a third of the space or less; how much faster it is depends on the
+        processor. Neurons that vary little for their size, as some hidden states do, do not survive
+        8 bits, so look at the count.
+
+    Returns
+    -------
+    report : Bunch
+        ``folder`` : Path; ``n_texts`` : int, how many were compared; ``difference`` : float, the
+        largest one of decision values; ``n_changed`` : int or None, how many of the texts get
+        another label in int8.
+
+    Raises
+    ------
+    ImportError
+        If onnx, onnxruntime or onnxscript is missing: ``pip install "skspin[onnx]"``.
+    FileExistsError
+        If ``folder`` is there and not empty.
+    TypeError, ValueError
+        If the pipeline is none that :func:`to_torch` takes, or reads conversations, which need a
+        chat template; if the tokenizer has no ``tokenizer.json``; if a model in memory is not in
+        float32; or if torch can't export the model.
+    RuntimeError
+        If what was written gives decision values that differ by more than 1e-4 (of those above 1,
+        relative), and more than what rounding activations to float32 explains. As with every other
+        error, nothing is left behind.
+
+    See Also
+    --------
+    to_torch : The same as a torch module.
+
+    Notes
+    -----
+    Decision values are compared with the pipeline's in float32, by the code that is in the model
+    card. What is written reads texts. Of a pipeline that pools over all tokens it is not known
+    whether it was fitted on conversations; such a one is not for export.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from skspin import export_onnx, make_spin_pipeline
+    >>> from skspin.datasets import demo_model
+    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
+    >>> labels = [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0).fit(texts, labels)
+    >>> report = export_onnx(spin, Path(tempfile.mkdtemp()) / "films")
+    >>> sorted(path.name for path in report.folder.iterdir())
+    ['README.md', 'labels.json', 'model.onnx', 'tokenizer.json']
+    >>> report.difference < 1e-4
+    True
+    """
+    pipeline = fitted_pipeline(pipeline, "export_onnx")
+    _check_options(score, quantize, texts)
+    _need_packages()
+    transformer, form, _ = linear_parts(pipeline, "export_onnx")
+    encoder, sample = _open_sample(transformer, texts)
+    with _new_folder(Path(folder)) as unfinished:
+        module = module_of(transformer, form)
+        settings = settings_of(pipeline, transformer.layout_, encoder, module.columns)
+        _write(unfinished / "labels.json", json.dumps(settings, indent=1, ensure_ascii=False))
+        kind = _write_tokenizer(encoder, settings, unfinished / "tokenizer.json")
+        write_graph(module, settings["inputs"], unfinished / "model.onnx")
+        written = kind(unfinished)
+        report = Bunch(
+            folder=Path(folder),
+            n_texts=len(sample),
+            difference=_compare(written, transformer, form, sample),
+            n_changed=None,
+        )
+        if quantize:
+            write_int8(unfinished / "model.onnx", unfinished / "model.int8.onnx")
+            report.n_changed = _count_changes(written, kind(unfinished, "model.int8.onnx"), sample)
+        card = write_card(pipeline, transformer.layout_, settings, score, report, kind)
+        _write(unfinished / "README.md", card)
+    return report
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def _check_options(score: Any, quantize: Any, texts: Any) -> None:
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r} must be None or 'int8'.")
+    if quantize and texts is None:
+        raise ValueError(
+            f"quantize={quantize!r} changes some labels, and how many is counted on your texts. "
+            "Pass texts=, some hundreds that are like those to come."
+        )
+    if not (score is None or isinstance(score, Real | Mapping)):
+        raise TypeError(
+            f"score is a {type(score).__name__}, but must be a number, a dict of numbers or None."
+        )
+
+
+def _need_packages() -> None:
+    missing = [name for name in _PACKAGES if not find_spec(name)]
+    if missing:
+        raise ImportError(
+            f"export_onnx needs {', '.join(missing)}, which is not installed. Run: "
+            'pip install "skspin[onnx]"'
+        )
+
+
+def _open_sample(transformer: LLMActivationTransformer, texts: Any) -> tuple[Any, list[str]]:
+    """Make what tokenizes texts, and list the texts to compare on."""
+    chunks = open_texts(list(_TEXTS) if texts is None else texts)
+    pool_over = transformer.text_params_["pool_over"]
+    if chunks.conversations or pool_over not in ("all", "text"):
+        reads = "texts holds" if chunks.conversations else f"pool_over={pool_over!r} is for"
+        raise ValueError(
+            f"{reads} conversations, which need the tokenizer's chat template, and that can't "
+            "leave. Use to_torch, or fit on texts that the chat template has written."
+        )
+    encoder = transformer._text_encoder(chunks)
+    if texts is not None:
+        return encoder, chunks.to_list()
+    n_repeats = 1 + min(encoder.max_length, _LONGEST) // len(_SENTENCE.split())
+    return encoder, [*_TEXTS, _SENTENCE * n_repeats]
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder beside the one that is asked for, which becomes that one in the end."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"folder={str(folder)!r} is there already. Name a new one.")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"folder={str(folder)!r} is to be in {str(folder.absolute().parent)!r}, which is no "
+            "folder. Make that first."
+        )
+    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.{uuid4().hex[:8]}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if folder.exists():
+            folder.rmdir()  # some systems rename onto no folder, empty or not
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_tokenizer(encoder: Any, settings: Mapping[str, Any], path: Path) -> type:
+    """Write the tokenizer, and choose the class that runs what it gives."""
+    from tokenizers import Tokenizer
+
+    from skspin._serving.onnx_classifier import Classifier
+    from skspin._serving.onnx_windows import WindowClassifier
+
+    tokenizer = Tokenizer.from_str(encoder.to_json())
+    whole = settings["prompt"] is None and settings["pool_over"] == "all"
+    cut_at_end = settings["long_texts"] == "truncate" and settings["truncation_side"] == "right"
+    # A text that has no token gets one, which the tokenizer can't be told.
+    plain = whole and cut_at_end and bool(tokenizer.encode("").ids)
+    if plain:
+        tokenizer.enable_truncation(settings["max_length"])
+        padding = getattr(encoder.tokenizer, "pad_token_id", None) or 0
+        tokenizer.enable_padding(pad_id=padding, pad_token=tokenizer.id_to_token(padding))
+    tokenizer.save(str(path))
+    return Classifier if plain else WindowClassifier
+
+
+def _compare(
+    classifier: Any, transformer: LLMActivationTransformer, form: LinearForm, texts: list[str]
+) -> float:
+    """Find the largest difference to the pipeline, or raise where it is more than rounding."""
+    plain = shallow_copy(transformer).set_params(cache=None, output_folder=None, verbose=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* longer than max_length")
+        columns = np.asarray(plain.transform(texts), dtype=np.float64)
+    constant = form.intercept + form.offsets.sum(axis=1)
+    expected = columns @ form.weights.T + constant  # (n_texts, n_values)
+    allowed = _TOLERANCE * np.maximum(1, np.abs(expected))
+    # A neuron that hardly varies has a large weight, by which its rounding is multiplied.
+    allowed += _ROUNDING * np.abs(columns) @ np.abs(form.weights.T)
+    # One text alone, and several at a time.
+    starts = [0, *range(1, len(texts), _BATCH)]
+    ends = [*starts[1:], len(texts)]
+    batches = (texts[start:end] for start, end in zip(starts, ends, strict=True))
+    found = np.concatenate([classifier.decision_function(batch) for batch in batches])
+    differences = np.abs(found.reshape(expected.shape) - expected)  # (n_texts, n_values)
+    wrong = ~(differences <= allowed)
+    if wrong.any():
+        text, value = np.argwhere(wrong)[0]
+        raise RuntimeError(
+            f"What was written gives the text {texts[text][:60]!r} a decision value that differs "
+            f"from the pipeline's by {differences[text, value]:.1e}, of "
+            f"{allowed[text, value]:.1e} allowed. Nothing was left behind. Please report this "
+            "model; to_torch may do."
+        )
+    return float(differences.max())
+
+
+def _count_changes(whole: Any, short: Any, texts: list[str]) -> int:
+    """Count the texts of which another model predicts another label."""
+    starts = range(0, len(texts), _BATCH)
+    batches = [texts[start : start + _BATCH] for start in starts]
+    return sum(
+        one != other
+        for batch in batches
+        for one, other in zip(whole.predict(batch), short.predict(batch), strict=True)
+    )

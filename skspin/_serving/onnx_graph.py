@@ -1,0 +1,89 @@
+"""Writing a module as an ONNX graph, and in 8 bits: torch's exporter and onnxruntime's tools."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# An example for the axes n_texts, n_windows and n_tokens: lengths that no part of a model has.
+_LENGTHS = {"n_texts": 3, "n_windows": 2, "n_tokens": 7}
+
+
+def write_graph(module: Any, inputs: Mapping[str, list[str]], path: Path) -> None:
+    """Write a `PipelineModule` as ONNX; ``inputs`` names the axes, all of any length, of each."""
+    import torch
+
+    _need_float32(module)
+    sample = {
+        name: torch.ones([_LENGTHS[axis] for axis in axes], dtype=torch.long)
+        for name, axes in inputs.items()
+    }
+    try:
+        with _quietly():
+            program = torch.onnx.export(
+                module.cpu(),
+                kwargs=sample,
+                dynamo=True,
+                dynamic_shapes={name: dict(enumerate(axes)) for name, axes in inputs.items()},
+                input_names=list(inputs),
+                output_names=["decision_values"],
+                verbose=False,
+            )
+            program.save(path)  # type: ignore[union-attr]
+    except Exception as error:  # Tracing runs a model's own code, which may do anything.
+        import transformers
+
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), "")
+        raise ValueError(
+            f"torch {torch.__version__} can't export {type(module.columns.model).__name__} of "
+            f"transformers {transformers.__version__} as ONNX ({reason}). Try newer versions of "
+            'these and of onnxscript, or model_kwargs={"attn_implementation": "eager"}; to_torch '
+            "needs no export."
+        ) from error
+
+
+def write_int8(graph: Path, path: Path) -> None:
+    """Write a graph once more with weights and products in 8 bits."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # Some versions of the exporter note wrong shapes, of which shape inference complains.
+    without_shapes = path.with_name(f"{graph.name}.tmp")
+    model = onnx.load(graph, load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, without_shapes)
+    with _quietly():
+        # Without VNNI, sums of two products of 8 bits overflow; with weights of 7 they can't.
+        quantize_dynamic(
+            without_shapes, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+        )
+    without_shapes.unlink()
+
+
+def _need_float32(module: Any) -> None:
+    import torch
+
+    formats = {w.dtype for w in module.parameters() if w.is_floating_point()}
+    if formats != {torch.float32}:
+        names = ", ".join(sorted(str(name).removeprefix("torch.") for name in formats))
+        raise ValueError(
+            f"The model in memory is in {names}, but what is written computes in float32. Pass "
+            "model.float() and fit again."
+        )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Hold back what exporters say of themselves. Faults are exceptions, and pass."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,257 @@
+"""A pipeline as an ONNX folder: the same labels, by what the folder alone says of itself."""
+
+import importlib.util
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from growing_texts import words
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import MultiOutputClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tiny_models import TINY, tiny_tokenizer
+from tokenizers import processors
+
+from skspin import LLMActivationTransformer, SalientNeuronSelector, export_onnx, prune
+from skspin.datasets import demo_model
+
+GUIDE = Path(__file__).parents[2] / "docs/user_guide"
+N_TEXTS = 60
+POOLINGS = ("mean", "max", "first", "last")
+# Left out of a small image; nothing of it may be imported.
+ABSENT = ("skspin", "sklearn", "torch", "transformers", "scipy", "pandas", "onnx")
+close = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def write_texts():
+    random = np.random.RandomState(0)
+    lengths = random.randint(1, 14, N_TEXTS)
+    kinds = np.arange(N_TEXTS) % 3
+    texts = [
+        " ".join(f"word{18 * kind + random.randint(18)}" for _ in range(length))
+        for kind, length in zip(kinds, lengths, strict=True)
+    ]
+    return texts, kinds
+
+
+TEXTS, KINDS = write_texts()
+NEW = ["word3", "word5 word40 word33 " * 9, " ", "word1 word2 unheard \ud800 of", *TEXTS[:20]]
+SEVERAL = np.stack([KINDS == 0, KINDS > 0], axis=1).astype(int)
+LONG = pytest.mark.filterwarnings("ignore:.* longer than max_length")
+
+
+def fitted(name, y, head, tokenizer=None, **params):
+    model = TINY[name].build()
+    tokenizer = tokenizer or tiny_tokenizer()
+    step = LLMActivationTransformer(model, tokenizer=tokenizer, pooling=POOLINGS, **params)
+    several = y.ndim == 2 and y.max() > 1  # which a selector does not take
+    select = "passthrough" if several else SalientNeuronSelector(C=1.0)
+    return make_pipeline(step, select, StandardScaler(), head).fit(TEXTS, y)
+
+
+def bare_tokenizer():
+    """Make one that adds no special tokens, and cuts off a text's beginning."""
+    tokenizer = words()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    tokenizer.truncation_side = "left"
+    return tokenizer
+
+
+PIPELINES = {
+    "binary": ("bert", np.array(["no", "yes"])[KINDS % 2], LogisticRegression(), {"layers": [1]}),
+    "multilabel": (
+        *("gpt2", SEVERAL, OneVsRestClassifier(LogisticRegression())),
+        {"tokenizer": bare_tokenizer(), "layers": [2], "max_length": 10},
+    ),
+    "several outputs": (
+        *("bert", np.stack([KINDS, KINDS % 2], axis=1), MultiOutputClassifier(RidgeClassifier())),
+        {"long_texts": "windows", "max_length": 7, "overlap": 3, "layers": [1, 2]},
+    ),
+    "causal windows": (
+        *("gpt2", KINDS, OneVsRestClassifier(LogisticRegression())),
+        {"long_texts": "windows", "max_length": 7, "overlap": 1, "pool_over": "text"},
+    ),
+    "prompt": (
+        *("llama", KINDS > 0, LogisticRegression()),
+        {"prompt": "word1 {text} word2", "max_length": 12, "pool_over": "text", "layers": [1, 2]}
+        | {"site": ("mlp", "attention")},
+    ),
+}
+
+
+def run_card(folder, texts, model="model.onnx"):
+    """Run the code of a model card where skspin and all that it needs can't be imported."""
+    card = (folder / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import .*?)```", card, re.DOTALL)
+    begin = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
+    end = f"""
+classifier = type(classifier)(".", {model!r})
+texts = json.loads({json.dumps(texts)!r})
+values = [classifier.decision_function(part) for part in (texts[:1], texts[1:3], texts[3:])]
+labels = [classifier.predict(texts[start : start + 32]) for start in range(0, len(texts), 32)]
+print(json.dumps([sum(labels, []), np.concatenate(values).tolist()]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", begin + code + end], cwd=folder, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    labels, values = json.loads(run.stdout.splitlines()[-1])
+    return np.array(labels), np.array(values)
+
+
+def decisions(spin, texts):
+    if hasattr(spin, "decision_function"):
+        return spin.decision_function(texts)
+    columns = spin[:-1].transform(texts)
+    return np.column_stack([member.decision_function(columns) for member in spin[-1].estimators_])
+
+
+@LONG
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_code_in_the_card_gives_the_labels_and_decision_values(name, tmp_path):
+    model, y, head, params = PIPELINES[name]
+    spin = fitted(model, y, head, **params)
+    report = export_onnx(prune(spin) if name == "multilabel" else spin, tmp_path / "model")
+    assert report.difference < 1e-4 and report.n_changed is None and report.n_texts > 4
+    labels, values = run_card(report.folder, NEW)
+    np.testing.assert_allclose(values, decisions(spin, NEW), **close)
+    np.testing.assert_array_equal(labels, spin.predict(NEW))
+
+
+@pytest.fixture(scope="module")
+def reviewed(tmp_path_factory):
+    """Export the demo model once, with all that can be asked for."""
+    from reviews import reviews
+
+    from skspin import make_spin_pipeline
+
+    texts, kinds = reviews(40)
+    names = np.array(["film", "restaurant", "hotel"])[kinds]
+    spin = make_spin_pipeline(demo_model(), dtype="float32").set_params(
+        select__max_layer=2, select__C=0.3, select__tol=1e-2, classify__C=0.1
+    )
+    spin.fit(texts[:100], names[:100])
+    folder = tmp_path_factory.mktemp("onnx") / "model"
+    report = export_onnx(spin, folder, texts=texts, score={"accuracy": 0.75}, quantize="int8")
+    return spin, texts, report
+
+
+def test_a_real_model_and_its_8_bits_run_by_themselves(reviewed):
+    spin, texts, report = reviewed
+    labels, values = run_card(report.folder, texts)
+    np.testing.assert_allclose(values, spin.decision_function(texts), **close)
+    np.testing.assert_array_equal(labels, spin.predict(texts))
+    short, _ = run_card(report.folder, texts, "model.int8.onnx")
+    assert report.n_changed == (short != labels).sum() < 0.1 * len(texts)
+    assert report.n_texts == len(texts)
+    sizes = {path.name: path.stat().st_size for path in report.folder.iterdir()}
+    assert sorted(sizes) == [
+        *("README.md", "labels.json", "model.int8.onnx", "model.onnx", "tokenizer.json")
+    ]
+    assert sizes["model.int8.onnx"] < 0.3 * sizes["model.onnx"]
+
+
+def test_the_folder_says_what_it_is(reviewed):
+    spin, texts, report = reviewed
+    labels = json.loads((report.folder / "labels.json").read_text())
+    assert labels["classes"] == ["film", "hotel", "restaurant"]
+    assert labels["fingerprint"] == spin[0].model_fingerprint_
+    assert labels["max_length"] == 512 and labels["pooling"] == ["mean", "max"]
+    assert labels["inputs"]["attention_mask"] == ["n_texts", "n_tokens"]
+    card = (report.folder / "README.md").read_text()
+    for fact in (
+        "the first 2 of 6 blocks",
+        "Training texts: 100.",
+        f"Sparsity: {spin['select'].sparsity_:.2%}",
+        "accuracy: 0.75.",
+        "LogisticRegression(C=0.1, max_iter=1000)",
+        f"gives {report.n_changed} of these 120 texts another label",
+    ):
+        assert fact in " ".join(card.split())
+    assert str(demo_model()) not in card + json.dumps(labels)
+
+
+@LONG
+@pytest.mark.parametrize("name", ["serve_onnx", "serve_pipeline"])
+def test_the_services_of_the_guide_answer_as_the_pipeline(name, reviewed, tmp_path, monkeypatch):
+    import skops.io
+    from fastapi.testclient import TestClient
+
+    spin, texts, report = reviewed
+    skops.io.dump(prune(spin), tmp_path / "spin.skops")
+    served = report.folder if name == "serve_onnx" else tmp_path / "spin.skops"
+    monkeypatch.setenv("SPIN", str(served))
+    spec = importlib.util.spec_from_file_location(name, GUIDE / f"{name}.py")
+    service = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(service)
+    client = TestClient(service.app)
+    asked = [texts[:1], texts[1:30], ["", "word " * 600]]
+    for request in asked:
+        answer = client.post("/labels", json=request)
+        assert answer.status_code == 200
+        assert answer.json() == spin.predict(request).tolist()
+    for request in ([], ["a"] * 65, [1], "text"):
+        assert client.post("/labels", json=request).status_code == 422
+
+
+@pytest.fixture(scope="module")
+def small():
+    return fitted("gpt2", KINDS > 0, LogisticRegression(), layers=[1])
+
+
+def test_nothing_is_left_behind_when_the_check_fails(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("skspin._serving.onnx._TOLERANCE", -1)
+    with pytest.raises(RuntimeError, match="the text 'A fine film.*differs.*Nothing was left"):
+        export_onnx(small, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_torch_can_not_trace_is_named(tmp_path):
+    spin = fitted("bert", KINDS > 0, LogisticRegression(), layers=[1])
+    embeddings = spin[0].model.embeddings
+    forward = embeddings.forward
+
+    def undecided(input_ids, **others):
+        return forward(input_ids=input_ids, **others) * (2 if input_ids.max() < 0 else 1)
+
+    embeddings.forward = undecided
+    with pytest.raises(ValueError, match=r"torch 2.* can't export BertModel of transformers \d"):
+        export_onnx(spin, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_what_can_not_be_written_is_refused_at_once(small, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match="full' is there already"):
+        export_onnx(small, tmp_path / "full")
+    with pytest.raises(FileNotFoundError, match="which is no folder. Make that first"):
+        export_onnx(small, tmp_path / "a" / "b")
+    with pytest.raises(ValueError, match="quantize='int4' must be None or 'int8'"):
+        export_onnx(small, tmp_path / "model", quantize="int4")
+    with pytest.raises(ValueError, match="counted on your texts. Pass texts="):
+        export_onnx(small, tmp_path / "model", quantize="int8")
+    with pytest.raises(TypeError, match="score is a str"):
+        export_onnx(small, tmp_path / "model", score="good")
+    with pytest.raises(TypeError, match="export_onnx takes a fitted Pipeline"):
+        export_onnx(small[-1], tmp_path / "model")
+    with pytest.raises(ValueError, match="conversations, which need the tokenizer's chat template"):
+        export_onnx(small, tmp_path / "model", texts=[[{"role": "user", "content": "word1"}]])
+    half = fitted("gpt2", KINDS > 0, LogisticRegression(), layers=[1])
+    half[0].model.to(torch.bfloat16)
+    half.fit(TEXTS, KINDS > 0)
+    with pytest.raises(ValueError, match=r"in memory is in bfloat16.*model.float\(\)"):
+        export_onnx(half, tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r'needs onnxscript, .* pip install "skspin\[onnx\]"'):
+        export_onnx(small, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
