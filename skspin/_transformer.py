@@ -50,7 +50,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
       ``stack``, ``prompt``, ``max_length``, ``long_texts``, ``overlap``, ``pool_over``;
     - *where it runs*: ``device``, ``dtype``, ``batch_tokens``, ``n_jobs``, ``verbose``,
       ``trust_remote_code``, ``model_kwargs``;
-    - *what is kept*: ``cache``, ``output_folder``.
+    - *what is kept*: ``cache``, ``store_dtype``, ``output_folder``.
 
     Parameters
     ----------
@@ -283,7 +283,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return self
 
     def transform(self, X):
-        """Compute the activations of texts, or recall them where they are stored.
+        """Compute the activations of texts, or look them up in the store.
 
         Parameters
         ----------
