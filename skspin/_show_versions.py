@@ -7,7 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from skspin._model.device import resolve_device, resolve_dtype
+from skspin._model import resolve_device, resolve_dtype
 from skspin._version import __version__
 
 # Their versions are read without importing them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from skspin._display.axes import BLUE, VERMILION, given_or_new
-from skspin._explain.tokens import explain_tokens
+from skspin._explain import explain_tokens
 
 _MOST_BARS = 40
 _MOST_CHARACTERS = 28
