@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -265,6 +266,7 @@ def load_tokenizer(source: Source) -> Any:
             transformers.AutoTokenizer.from_pretrained,
             trust_remote_code=source.trust_remote_code,
         )
+    _read_header.cache_clear()  # the tokenizer is what is loaded last
     # Without a vocabulary to read, transformers may make up an empty one.
     found = files.is_gguf or files.holds(("tokenizer*", *_TOKENIZER.shown_by))
     if not found or not len(tokenizer):
@@ -302,16 +304,26 @@ def _arguments(files: Files, root: str) -> Iterator[dict[str, str]]:
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path!r} is no GGUF file. Give the folder that it is in.")
-    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers import modeling_gguf_pytorch_utils as converter
 
-    bar = reader.tqdm  # which nothing else turns off
-    reader.tqdm = partial(bar, disable=True)
+    gguf: Any = import_module("gguf")
+    bar, reader = converter.tqdm, gguf.GGUFReader
+    converter.tqdm = partial(bar, disable=True)  # which nothing else turns off
+    # It takes seconds, and is asked for with configuration, weights and tokenizer.
+    gguf.GGUFReader = lambda path: _read_header(path, os.stat(path).st_mtime_ns)
     try:
         # An empty folder keeps transformers from reading other files beside this one.
         with TemporaryDirectory() as empty:
             yield {"pretrained_model_name_or_path": empty, "gguf_file": os.path.abspath(path)}
     finally:
-        reader.tqdm = bar
+        converter.tqdm, gguf.GGUFReader = bar, reader
+
+
+@lru_cache(maxsize=1)
+def _read_header(path: str, _: int) -> Any:
+    from gguf.gguf_reader import GGUFReader
+
+    return GGUFReader(path)
 
 
 def _load(files: Files, kind: _Kind, from_pretrained: Callable[..., Any], **options: Any) -> Any:

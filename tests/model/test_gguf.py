@@ -153,6 +153,16 @@ def test_the_fingerprint_is_the_files_content_alone(file, model):
         fitted.transform(TEXTS)
 
 
+def test_a_files_header_is_read_once(file, monkeypatch):
+    read, init = [], gguf.GGUFReader.__init__
+    monkeypatch.setattr(
+        gguf.GGUFReader, "__init__", lambda self, path: read.append(path) or init(self, path)
+    )
+    forget_models()
+    LLMActivationTransformer(file, cache=None).fit_transform(TEXTS)
+    assert len(read) == 1
+
+
 def test_a_file_comes_from_the_hub(file, cache, new_process):
     repository = os.path.join(cache["cache_dir"], "models--org--tiny", "snapshots", COMMIT)
     os.mkdir(os.path.join(repository, "q8"))
