@@ -85,7 +85,11 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
-_PAGES_ALONE = ("index", "install", "api", "development", "changelog", "cite")
+# An empty "Section Navigation" says nothing.
+_PAGES_ALONE = (
+    *("index", "install", "api", "benchmarks", "development", "changelog", "cite"),
+    *("design/probes", "genindex", "search"),
+)
 html_sidebars = {name: [] for name in _PAGES_ALONE}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -39,6 +39,7 @@ def make_spin_pipeline(
     (:class:`SalientNeuronSelector`), ``scale`` (:class:`~sklearn.preprocessing.StandardScaler`) and
     ``classify``. The defaults are near what validation parts of four data sets chose (a sparsity of
     0, 0.1, 0.1 and 0.2; a head of ``C=0.003`` three times and 0.1 once); both are worth a search.
+    Read more in the user guide, :doc:`/user_guide/how_it_works`, and in :doc:`/how_to/index`.
 
     Parameters
     ----------
@@ -61,6 +62,12 @@ def make_spin_pipeline(
     pipeline : Pipeline
         Not fitted.
 
+    See Also
+    --------
+    LLMActivationTransformer : The first step, and all of its parameters.
+    SalientNeuronSelector : The second step.
+    prune : Makes a fitted pipeline compute only what it uses.
+
     References
     ----------
     .. [1] Jiao et al., "SPIN: Sparsifying and Integrating Internal Neurons in Large Language Models
@@ -70,9 +77,11 @@ def make_spin_pipeline(
     --------
     >>> from skspin import make_spin_pipeline
     >>> from skspin.datasets import demo_model
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
-    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0)  # few texts, large C
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(demo_model())
+    >>> spin = spin.set_params(select__C=1.0)  # few texts, large C
     >>> spin = spin.fit(texts, labels)
     >>> spin.predict(["A lovely film.", "A dreadful bore."])
     array([1, 0])

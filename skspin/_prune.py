@@ -55,7 +55,7 @@ def prune(pipeline):
     """Leave out of a fitted pipeline whatever its classifier does not use.
 
     The language model then stops after the deepest layer in use, and only the neurons in use are
-    pooled. Predictions stay the same.
+    pooled. Predictions stay the same. Read more in the user guide, :doc:`/user_guide/deploying`.
 
     Parameters
     ----------
@@ -87,15 +87,23 @@ def prune(pipeline):
     NotFittedError
         If it is not fitted.
 
+    See Also
+    --------
+    to_torch : A torch module of a pipeline with a linear head.
+    make_spin_pipeline : Makes a pipeline that can be pruned.
+
     Examples
     --------
     >>> from skspin import make_spin_pipeline, prune
     >>> from skspin.datasets import demo_model
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
-    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0).fit(texts, labels)
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0)
+    >>> spin = spin.fit(texts, labels)
     >>> pruned = prune(spin)
-    >>> pruned["activations"].layout_.n_columns < spin["activations"].layout_.n_columns / 100
+    >>> n_before = spin["activations"].layout_.n_columns
+    >>> pruned["activations"].layout_.n_columns < n_before / 100
     True
     >>> pruned.predict(["A lovely film.", "A dreadful bore."]).tolist()
     [1, 0]

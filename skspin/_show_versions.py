@@ -7,7 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from skspin._model.device import resolve_device, resolve_dtype
+from skspin._model import resolve_device, resolve_dtype
 from skspin._version import __version__
 
 # Their versions are read without importing them.
@@ -19,6 +19,12 @@ joblib distributed xxhash matplotlib
 
 def show_versions() -> None:
     """Print the versions and the devices that skspin finds, to be put into a bug report.
+
+    Read more in :doc:`/install`.
+
+    See Also
+    --------
+    sklearn.show_versions : The same for scikit-learn.
 
     Examples
     --------

@@ -5,22 +5,38 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Frames of these packages stand between a user's line and the code that warns.
 _IN_BETWEEN = {"skspin", "sklearn", "joblib", "contextlib"}
 _ASSUMED_MEMORY = 8 * 1024**3  # bytes, where the system does not tell
+_held = threading.local()
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     """Warn at the nearest line that is neither skspin's nor scikit-learn's."""
+    if (held := getattr(_held, "messages", None)) is not None:
+        held.append(str(message))
+        return
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _package(frame.f_globals) in _IN_BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+@contextmanager
+def held_warnings() -> Iterator[list[str]]:
+    """List what this thread would warn of, for the thread that has the user's line on its stack."""
+    _held.messages = []
+    try:
+        yield _held.messages
+    finally:
+        del _held.messages
 
 
 def _package(module: dict) -> str:

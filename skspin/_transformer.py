@@ -26,7 +26,7 @@ from skspin._model import (
 )
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context, diagram_block
-from skspin._store import Output, Store, open_output, open_store
+from skspin._store import DTYPES, Output, Store, open_output, open_store
 from skspin._system import warn
 from skspin._texts import TextChunks, TextTokens, open_texts
 
@@ -42,6 +42,15 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
 
     The model is never trained. Its weights are loaded when the first text needs them, once per
     process, device and dtype, and are shared by all estimators; they are no part of a pickle.
+    Read more in the user guide, :doc:`/user_guide/choosing` and :doc:`/user_guide/scale`.
+
+    The parameters are of three kinds:
+
+    - *what is read*: ``model``, ``tokenizer``, ``revision``, ``site``, ``layers``, ``pooling``,
+      ``stack``, ``prompt``, ``max_length``, ``long_texts``, ``overlap``, ``pool_over``;
+    - *where it runs*: ``device``, ``dtype``, ``batch_tokens``, ``n_jobs``, ``verbose``,
+      ``trust_remote_code``, ``model_kwargs``;
+    - *what is kept*: ``cache``, ``store_dtype``, ``output_folder``.
 
     Parameters
     ----------
@@ -93,10 +102,16 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         compute capability 8 and up, CPUs with AMX), float32 elsewhere, and for a loaded model its
         own. Pooling adds up in float32 and the output is float32 in any case.
     batch_tokens : int or "auto", default="auto"
-        Tokens per batch, padding included. It changes speed and memory, not results.
+        Tokens that go through the model at a time, padding included. On a CPU, batches that run
+        side by side share them. It changes speed and memory, not results.
     cache : "memory", path or None, default="memory"
         Where activations are kept so that no text goes through the model twice: in this process, in
         a folder that processes share, or nowhere.
+    store_dtype : {"float32", "float16"}, default="float32"
+        The format of what is kept. "float16" takes half the memory, or disk, and rounds activations
+        to three decimal digits, also those that were just computed, so that a text has the same row
+        whether it was kept or not; one beyond 65,504 is an error. The output is float32 in any
+        case. Contributions and scores of single tokens are never kept, and not rounded.
     output_folder : path or None, default=None
         Where the output goes if it is larger than memory: :meth:`transform` then writes a file in
         this folder and gives it back mapped into memory, read-only. The same texts and columns go
@@ -143,7 +158,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     --------
     >>> from skspin import LLMActivationTransformer
     >>> from skspin.datasets import demo_model
-    >>> transformer = LLMActivationTransformer(demo_model(), layers=[0, -1], dtype="float32")
+    >>> transformer = LLMActivationTransformer(
+    ...     demo_model(), layers=[0, -1], dtype="float32"
+    ... )
     >>> X = transformer.fit_transform(["A fine film.", "A waste of time."])
     >>> X.shape
     (2, 768)
@@ -168,6 +185,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         "dtype": [StrOptions({"auto", "float32", "bfloat16", "float16"})],
         "batch_tokens": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "cache": [str, os.PathLike, None],
+        "store_dtype": [StrOptions(set(DTYPES))],
         "output_folder": [str, os.PathLike, None],
         "n_jobs": [
             Interval(Integral, 1, None, closed="left"),
@@ -198,6 +216,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         dtype="auto",
         batch_tokens="auto",
         cache="memory",
+        store_dtype="float32",
         output_folder=None,
         n_jobs=None,
         verbose=0,
@@ -220,6 +239,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         self.dtype = dtype
         self.batch_tokens = batch_tokens
         self.cache = cache
+        self.store_dtype = store_dtype
         self.output_folder = output_folder
         self.n_jobs = n_jobs
         self.verbose = verbose
@@ -263,7 +283,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return self
 
     def transform(self, X):
-        """Compute the activations of texts, or recall them where they are stored.
+        """Compute the activations of texts, or look them up in the store.
 
         Parameters
         ----------
@@ -287,7 +307,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             If ``fit`` was not called.
         TypeError, ValueError
             If ``X`` is no container of texts, a device or folder can't be used, or an activation
-            is not finite, as float16 can overflow.
+            is not finite, as float16 can overflow, or beyond what ``store_dtype`` holds.
         MemoryError
             If a single text does not fit into the memory of the device.
         OSError
@@ -301,7 +321,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         recipe = self._recipe(store, texts, self.text_params_)
         recipe.check_fingerprint(self.model_fingerprint_)
         shape = (len(texts), self.layout_.n_columns)
-        with open_output(self.output_folder, shape, f"{recipe.key}{self.layout_}") as output:
+        key = f"{recipe.key}{self.layout_}{self.store_dtype}"
+        with open_output(self.output_folder, shape, key) as output:
             self._fill(output, texts, recipe, store)
         return ActivationArray(output.matrix, self.layout_)
 
@@ -360,8 +381,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             output.note(chunk)
             rows = output.matrix[start : start + len(chunk)]
             start += len(chunk)
-            name = recipe.model_name
-            for missing in store.look_up(recipe.key, chunk, self.layout_, rows, model=name):
+            named = {"model": recipe.model_name, "dtype": self.store_dtype}
+            for missing in store.look_up(recipe.key, chunk, self.layout_, rows, **named):
                 n_computed += len(missing.texts)
                 for found in extract(recipe, missing.texts, missing.layout):
                     missing.add(found.positions, found.values)

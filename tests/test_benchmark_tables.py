@@ -65,7 +65,11 @@ def test_an_overview_puts_each_figure_where_its_line_and_column_meet(as_page):
         {"set": "b", "method": "two", "test": 0.7},
     ]
     overview = ("On test texts", "method", "set", "{test:.1f}")
-    page = as_page("accuracy", [{"machine": MACHINE, "rows": rows}], {}, overview)
-    first, _ = page.split(".. list-table::")[1:]
+    columns = {"data": "{set}", "method": "{method}", "test": "{test:.2f}"}
+    page = as_page("accuracy", [{"machine": MACHINE, "rows": rows}], columns, overview)
+    first, of_a, of_b = page.split(".. list-table::")[1:]
     assert first.startswith(" On test texts\n")
     assert cells(first) == [["method", "a", "b"], ["one", "0.9", "0.8"], ["two", "", "0.7"]]
+    assert page.count(".. dropdown::") == 2
+    assert cells(of_a) == [["method", "test"], ["one", "0.90"]]
+    assert cells(of_b) == [["method", "test"], ["one", "0.80"], ["two", "0.70"]]

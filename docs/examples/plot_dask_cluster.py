@@ -2,17 +2,20 @@
 A Dask cluster
 ==============
 
-Reading texts is the heavy part, and it can be shared out: each worker takes some texts, runs them
-through its own copy of the model and gives rows of activations back. skspin leaves this to joblib,
-so it runs wherever joblib runs: in processes on this machine, or on a cluster of `Dask
-<https://distributed.dask.org>`__ workers on many."""
+Reading texts is the heavy part, and it can be shared out: each worker takes
+some texts, runs them through its own copy of the model and gives rows of
+activations back. skspin leaves this to joblib, so it runs wherever joblib
+runs: in processes on this machine, or on a cluster of `Dask
+<https://distributed.dask.org>`__ workers on many.
+"""
 
 # %%
 # A cluster
 # ---------
-# Two workers, each a process of its own that shares nothing with this one. For a real cluster give
-# ``Client`` its scheduler's address. Workers need skspin and the model (a hub id, or a folder that
-# is at the same path everywhere), and no disk in common.
+# Two workers, each a process of its own that shares nothing with this one. For
+# a real cluster give ``Client`` its scheduler's address. Workers need skspin
+# and the model (a hub id, or a folder that is at the same path everywhere),
+# and no disk in common.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +29,10 @@ from skspin.datasets import demo_model, load_docstrings
 
 docstrings = load_docstrings(n_per_class=150)
 train, test, y_train, y_test = train_test_split(
-    docstrings.data, docstrings.target, stratify=docstrings.target, random_state=0
+    docstrings.data,
+    docstrings.target,
+    stratify=docstrings.target,
+    random_state=0,
 )
 cluster = SubprocessCluster(
     n_workers=2,
@@ -40,9 +46,9 @@ print(f"{len(client.scheduler_info()['workers'])} workers")
 # %%
 # Nothing changes in the pipeline
 # -------------------------------
-# ``parallel_config`` says where to run. This process cuts the texts into shards of like work, keeps
-# what comes back in the store, and does the rest: the probes and the head are small. The model is
-# loaded by the workers only.
+# ``parallel_config`` says where to run. This process cuts the texts into
+# shards of like work, keeps what comes back in the store, and does the rest:
+# the probes and the head are small. The model is loaded by the workers only.
 
 spin = make_spin_pipeline(demo_model(), site="hidden", pooling="mean")
 with parallel_config(backend="dask"), get_task_stream(client) as stream:
@@ -53,8 +59,8 @@ print(f"accuracy on {len(test)} test texts: {score:.3f}")
 # %%
 # Who did what
 # ------------
-# One bar for each shard. The first one on each worker is long, because the worker imports PyTorch
-# and loads the model; it then keeps it.
+# One bar for each shard. The first one on each worker is long, because the
+# worker imports PyTorch and loads the model; it then keeps it.
 
 shards = [
     (task["worker"], part["start"], part["stop"])
@@ -74,7 +80,9 @@ for worker, start, stop in shards:
         color="C0",
         edgecolor="white",
     )
-ax.set_yticks(range(len(workers)), [f"worker {i + 1}" for i in range(len(workers))])
+ax.set_yticks(
+    range(len(workers)), [f"worker {i + 1}" for i in range(len(workers))]
+)
 ax.set(xlabel="seconds")
 ax.spines[["top", "right"]].set_visible(False)
 plt.show()
@@ -82,11 +90,14 @@ plt.show()
 # %%
 # The same numbers
 # ----------------
-# Where a text was read does not show: the rows are those that this process computes by itself. All
-# of them are kept here now, so a search needs no cluster any more.
+# Where a text was read does not show: the rows are those that this process
+# computes by itself. All of them are kept here now, so a search needs no
+# cluster any more.
 
 client.close()
 cluster.close()
-alone = LLMActivationTransformer(demo_model(), cache=None).fit_transform(test[:20])
+alone = LLMActivationTransformer(demo_model(), cache=None).fit_transform(
+    test[:20]
+)
 difference = np.abs(spin["activations"].transform(test[:20]) - alone).max()
 print(f"Largest difference over 20 texts: {difference:.1e}")

@@ -2,9 +2,10 @@
 Using a GPU
 ===========
 
-There is nothing to set: with ``device=None`` and ``dtype="auto"`` a GPU is used where PyTorch finds
-one, in bfloat16 where the GPU multiplies it natively. This script times the same texts on whatever
-this machine has, in both number formats; on a machine without a GPU it shows the CPU alone.
+There is nothing to set: with ``device=None`` and ``dtype="auto"`` a GPU is
+used where PyTorch finds one, in bfloat16 where the GPU multiplies it natively.
+This script times the same texts on whatever this machine has, in both number
+formats; on a machine without a GPU it shows the CPU alone.
 """
 
 # %%
@@ -28,8 +29,8 @@ else:
 # %%
 # All hidden layers, every time anew
 # ----------------------------------
-# The first call loads the model, so it is not timed. ``cache=None`` keeps nothing, and both calls
-# compute.
+# The first call loads the model, so it is not timed. ``cache=None`` keeps
+# nothing, and both calls compute.
 
 speed, activations = {}, {}
 for device, dtype in places:
@@ -40,7 +41,10 @@ for device, dtype in places:
     started = time.perf_counter()
     activations[device, dtype] = transformer.transform(texts)
     speed[device, dtype] = len(texts) / (time.perf_counter() - started)
-    print(f"{device:<5} dtype={dtype:<8} {speed[device, dtype]:7.0f} texts per second")
+    print(
+        f"{device:<5} dtype={dtype:<8} "
+        f"{speed[device, dtype]:7.0f} texts per second"
+    )
 
 figure, ax = plt.subplots(figsize=(6.4, 2.4), layout="constrained")
 names = [f'{device}, dtype="{dtype}"' for device, dtype in speed]
@@ -55,19 +59,24 @@ plt.show()
 # %%
 # How far the numbers move
 # ------------------------
-# bfloat16 has three significant digits. What comes out is pooled in float32, and its direction
-# hardly changes. ``dtype="auto"`` takes bfloat16 on GPUs of compute capability 8 and later and on
-# CPUs with AMX. Other CPUs gain by it or lose, as you see above for yours.
+# bfloat16 has three significant digits. What comes out is pooled in float32,
+# and its direction hardly changes. ``dtype="auto"`` takes bfloat16 on GPUs of
+# compute capability 8 and later and on CPUs with AMX. Other CPUs gain by it or
+# lose, as you see above for yours.
 
 reference = activations["cpu", "float32"]
 for (device, dtype), X in activations.items():
     cosine = (X * reference).sum(axis=1) / np.linalg.norm(X, axis=1)
     cosine /= np.linalg.norm(reference, axis=1)
-    print(f"{device:<5} dtype={dtype:<8} least cosine similarity {cosine.min():.5f}")
+    print(
+        f"{device:<5} dtype={dtype:<8} "
+        f"least cosine similarity {cosine.min():.5f}"
+    )
 
 # %%
 # Several GPUs, small GPUs
 # ------------------------
-# ``device=["cuda:0", "cuda:1"]`` puts a copy of the model on each and shares the texts out. A model
-# that does not fit on one GPU can be spread over several by ``model_kwargs={"device_map":
-# "auto"}``. A pipeline that was fitted on a GPU loads and predicts on a machine without one.
+# ``device=["cuda:0", "cuda:1"]`` puts a copy of the model on each and shares
+# the texts out. A model that does not fit on one GPU can be spread over
+# several by ``model_kwargs={"device_map": "auto"}``. A pipeline that was
+# fitted on a GPU loads and predicts on a machine without one.

@@ -2,10 +2,11 @@
 Several labels at once
 ======================
 
-A text may be about several things. Here a document is one, two or three paragraphs from different
-libraries' docstrings, and the labels say which libraries occur in it. The selector takes the
-indicator matrix as it is: it fits one probe for each label and layer, and a neuron's salience is
-summed over labels.
+A text may be about several things. Here a document is one, two or three
+paragraphs from different libraries' docstrings, and the labels say which
+libraries occur in it. The selector takes the indicator matrix as it is: it
+fits one probe for each label and layer, and a neuron's salience is summed over
+labels.
 """
 
 # %%
@@ -36,14 +37,18 @@ while position + 3 <= len(docstrings.data):
     position = parts.stop
 Y = np.array(labels).astype(int)  # (n_documents, n_labels)
 train, test, Y_train, Y_test = train_test_split(documents, Y, random_state=0)
-print(f"{len(train)} documents to learn from, with {Y_train.sum(axis=1).mean():.1f} labels each")
+print(
+    f"{len(train)} documents to learn from, "
+    f"with {Y_train.sum(axis=1).mean():.1f} labels each"
+)
 
 # %%
 # One pipeline for all labels
 # ---------------------------
 # Only the head has to be told: scikit-learn's
-# :class:`~sklearn.multiclass.OneVsRestClassifier` takes an indicator matrix. Beside the mean over
-# tokens stands their maximum, because a library may be the subject of one sentence only.
+# :class:`~sklearn.multiclass.OneVsRestClassifier` takes an indicator matrix.
+# Beside the mean over tokens stands their maximum, because a library may be
+# the subject of one sentence only.
 
 spin = make_spin_pipeline(
     demo_model(),
@@ -53,11 +58,14 @@ spin = make_spin_pipeline(
     head=OneVsRestClassifier(LogisticRegression(C=0.003, max_iter=1000)),
 ).fit(train, Y_train)
 words = make_pipeline(
-    TfidfVectorizer(sublinear_tf=True), OneVsRestClassifier(LogisticRegression(C=10))
+    TfidfVectorizer(sublinear_tf=True),
+    OneVsRestClassifier(LogisticRegression(C=10)),
 ).fit(train, Y_train)
 
 precision = {
-    name: average_precision_score(Y_test, model.predict_proba(test), average=None)
+    name: average_precision_score(
+        Y_test, model.predict_proba(test), average=None
+    )
     for name, model in [("SPIN", spin), ("TF-IDF", words)]
 }
 for name, values in precision.items():
@@ -66,8 +74,8 @@ for name, values in precision.items():
 # %%
 # Which layers each label looks at
 # --------------------------------
-# The probes' squared weights, summed within each layer, show where the knowledge about a label
-# sits. Rows add up to 1.
+# The probes' squared weights, summed within each layer, show where the
+# knowledge about a label sits. Rows add up to 1.
 
 selector = spin["select"]
 shares = np.array(
@@ -78,7 +86,9 @@ shares = np.array(
 )
 shares /= shares.sum(axis=1, keepdims=True)
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(10, 3.6), layout="constrained"
+)
 heights = np.arange(5)
 for offset, (name, values) in zip([-0.2, 0.2], precision.items(), strict=True):
     left.barh(heights + offset, values, height=0.38, label=name)

@@ -2,15 +2,17 @@
 Quickstart: classify text with a language model's salient neurons
 =================================================================
 
-A frozen language model has already learnt a lot about text. Here its inner neurons tell from which
-of five Python libraries a docstring comes, with the libraries' names masked. The model is a small
-MiniLM that comes with a Python package, so nothing is downloaded.
+A frozen language model has already learnt a lot about text. Here its inner
+neurons tell from which of five Python libraries a docstring comes, with the
+libraries' names masked. The model is a small MiniLM that comes with a Python
+package, so nothing is downloaded.
 """
 
 # %%
 # Real text
 # ---------
-# The text is on every machine that has skspin: docstrings of the libraries it needs.
+# The text is on every machine that has skspin: docstrings of the libraries it
+# needs.
 
 import tempfile
 import time
@@ -34,17 +36,25 @@ from skspin.datasets import demo_model, load_docstrings
 
 docstrings = load_docstrings(n_per_class=400)
 train, test, y_train, y_test = train_test_split(
-    docstrings.data, docstrings.target, test_size=0.3, stratify=docstrings.target, random_state=0
+    docstrings.data,
+    docstrings.target,
+    test_size=0.3,
+    stratify=docstrings.target,
+    random_state=0,
 )
-print(f"{len(train)} texts to learn from, {len(test)} to be tested on; one of them:")
+print(
+    f"{len(train)} texts to learn from, {len(test)} to be tested on; "
+    "one of them:"
+)
 print(f"  {docstrings.target_names[y_train[0]]}: {train[0]}\n")
 
 # %%
 # Search over sparsity
 # --------------------
-# The pipeline reads the hidden states and the feed-forward neurons of all layers, keeps the salient
-# ones and trains a small classifier on them. The search tries eight sparsities with five folds: 41
-# fits, but each text goes through the model once, because its activations are kept.
+# The pipeline reads the hidden states and the feed-forward neurons of all
+# layers, keeps the salient ones and trains a small classifier on them. The
+# search tries eight sparsities with five folds: 41 fits, but each text goes
+# through the model once, because its activations are kept.
 
 spin = make_spin_pipeline(demo_model(), site=("hidden", "mlp"), verbose=1)
 search = GridSearchCV(
@@ -55,7 +65,10 @@ search = GridSearchCV(
 )
 started = time.perf_counter()
 search.fit(train, y_train)
-print(f"Searched in {time.perf_counter() - started:.0f} s; best: {search.best_params_}")
+print(
+    f"Searched in {time.perf_counter() - started:.0f} s; "
+    f"best: {search.best_params_}"
+)
 
 # %%
 # Beside two baselines
@@ -74,7 +87,11 @@ selector = search.best_estimator_["select"]
 print(f"\n{'':<34}{'columns':>8}{'test accuracy':>15}")
 for name, columns, model in [
     ("SPIN, salient neurons", selector.n_selected_.sum(), search),
-    ("last layer, mean over tokens", last_layer[0].layout_.n_columns, last_layer),
+    (
+        "last layer, mean over tokens",
+        last_layer[0].layout_.n_columns,
+        last_layer,
+    ),
     ("TF-IDF", len(words[0].vocabulary_), words),
 ]:
     print(f"{name:<34}{columns:>8}{model.score(test, y_test):>15.3f}")
@@ -82,22 +99,29 @@ for name, columns, model in [
 # %%
 # Save it, load it
 # ----------------
-# The file holds no weights of the language model. It remembers which ones it needs, and refuses
-# others.
+# The file holds no weights of the language model. It remembers which ones it
+# needs, and refuses others.
 
-here = Path("docs/_build") if Path("docs").is_dir() else Path(tempfile.mkdtemp())
+here = (
+    Path("docs/_build") if Path("docs").is_dir() else Path(tempfile.mkdtemp())
+)
 here.mkdir(exist_ok=True)
 joblib.dump(search.best_estimator_, here / "quickstart.joblib")
 loaded = joblib.load(here / "quickstart.joblib")
 assert (loaded.predict(test) == search.predict(test)).all()
 size = (here / "quickstart.joblib").stat().st_size / 1e6
-print(f"\nSaved and loaded {here / 'quickstart.joblib'} ({size:.1f} MB): the same predictions.")
+print(
+    f"\nSaved and loaded {here / 'quickstart.joblib'} ({size:.1f} MB): "
+    "the same predictions."
+)
 
 # %%
 # What sparsity does, and where the salient neurons are
 # -----------------------------------------------------
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(11, 4), layout="constrained"
+)
 SparsityPathDisplay.from_search(search, ax=left)
 LayerSalienceDisplay.from_estimator(selector, ax=right)
 figure.savefig(here / "quickstart.png", dpi=150)

@@ -2,10 +2,12 @@
 How many neurons? A search over sparsity
 ========================================
 
-Sparsity decides how many neurons of each layer are kept. There are two rules for it: keep the
-fewest neurons that hold a share of the layer's *salience* (SPIN's rule), or keep a share of the
-layer's neurons by *count*. Both read the same probes, so searching over all of this costs one pass
-through the language model and one probe for each layer and fold."""
+Sparsity decides how many neurons of each layer are kept. There are two rules
+for it: keep the fewest neurons that hold a share of the layer's *salience*
+(SPIN's rule), or keep a share of the layer's neurons by *count*. Both read the
+same probes, so searching over all of this costs one pass through the language
+model and one probe for each layer and fold.
+"""
 
 # %%
 # Real text, and a small model that needs no download:
@@ -24,8 +26,9 @@ spin = make_spin_pipeline(demo_model(), site="hidden", pooling="mean")
 # %%
 # Search both rules
 # -----------------
-# The values differ, because they mean different things: at 0.9 the first rule keeps the neurons
-# with the first tenth of the salience, often one or two; the second keeps a tenth of the neurons.
+# The values differ, because they mean different things: at 0.9 the first rule
+# keeps the neurons with the first tenth of the salience, often one or two; the
+# second keeps a tenth of the neurons.
 
 searches = {}
 for criterion, values in [
@@ -35,11 +38,14 @@ for criterion, values in [
     spin.set_params(select__criterion=criterion)
     search = GridSearchCV(spin, {"select__sparsity": values}, cv=5)
     searches[criterion] = search.fit(docstrings.data, docstrings.target)
-    print(f"{criterion}: best {search.best_params_}, accuracy {search.best_score_:.3f}")
+    print(
+        f"{criterion}: best {search.best_params_}, "
+        f"accuracy {search.best_score_:.3f}"
+    )
 
 # %%
-# skspin draws a search as its score, with the standard deviation over folds, and the number of
-# neurons that are kept. SPIN's rule is on the left.
+# skspin draws a search as its score, with the standard deviation over folds,
+# and the number of neurons that are kept. SPIN's rule is on the left.
 
 figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
 displays = {
@@ -51,8 +57,8 @@ plt.show()
 # %%
 # The two rules by what they cost
 # -------------------------------
-# To compare the rules, put the number of neurons on the axis. How many columns the classifier sees
-# matters much more than by which rule they were chosen.
+# To compare the rules, put the number of neurons on the axis. How many columns
+# the classifier sees matters much more than by which rule they were chosen.
 
 figure, ax = plt.subplots(layout="constrained")
 for (criterion, display), marker in zip(displays.items(), "os", strict=True):
@@ -64,15 +70,20 @@ for (criterion, display), marker in zip(displays.items(), "os", strict=True):
         capsize=3,
         label=f'criterion="{criterion}"',
     )
-ax.set(xscale="log", xlabel="neurons kept, of all layers", ylabel="accuracy, 5 folds")
+ax.set(
+    xscale="log",
+    xlabel="neurons kept, of all layers",
+    ylabel="accuracy, 5 folds",
+)
 ax.legend(frameon=False)
 plt.show()
 
 # %%
 # The same neurons in every fold?
 # -------------------------------
-# A selection that changes with every fold says little about the model. The share of neurons that
-# two folds have in common tells; two random choices of the same sizes would share far fewer.
+# A selection that changes with every fold says little about the model. The
+# share of neurons that two folds have in common tells; two random choices of
+# the same sizes would share far fewer.
 
 best = clone(searches["salience"].best_estimator_)
 supports = []
@@ -82,6 +93,12 @@ for rows, _ in StratifiedKFold(5).split(docstrings.data, docstrings.target):
 pairs = [(a, b) for i, a in enumerate(supports) for b in supports[:i]]
 shared = np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs])
 by_chance = np.mean(
-    [a.mean() * b.mean() / (a.mean() + b.mean() - a.mean() * b.mean()) for a, b in pairs]
+    [
+        a.mean() * b.mean() / (a.mean() + b.mean() - a.mean() * b.mean())
+        for a, b in pairs
+    ]
 )
-print(f"Two folds share {shared:.0%} of their neurons; by chance it would be {by_chance:.0%}.")
+print(
+    f"Two folds share {shared:.0%} of their neurons; "
+    f"by chance it would be {by_chance:.0%}."
+)

@@ -2,15 +2,17 @@
 Text beside numbers: SPIN in a ColumnTransformer
 ================================================
 
-Tables often have a text column among others. Here a table of docstrings has a few words of text and
-seven numbers. A :class:`~sklearn.compose.ColumnTransformer` sends the text to the language model
-and the numbers past it; one classifier sees both."""
+Tables often have a text column among others. Here a table of docstrings has a
+few words of text and seven numbers. A
+:class:`~sklearn.compose.ColumnTransformer` sends the text to the language
+model and the numbers past it; one classifier sees both.
+"""
 
 # %%
 # A table with text and numbers
 # -----------------------------
-# The numbers are counted from whole docstrings, and only the first four words of each are left in
-# the text column, so that no column has everything.
+# The numbers are counted from whole docstrings, and only the first four words
+# of each are left in the text column, so that no column has everything.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,8 +47,8 @@ print(table.head(3).to_string())
 # %%
 # Each column to its own transformer
 # ----------------------------------
-# The text needs both of SPIN's steps: the selector has to stand behind the transformer, where it
-# can see which column belongs to which layer.
+# The text needs both of SPIN's steps: the selector has to stand behind the
+# transformer, where it can see which column belongs to which layer.
 
 spin = make_pipeline(
     LLMActivationTransformer(demo_model(), layers=[0, 2, 4, 6]),
@@ -55,11 +57,15 @@ spin = make_pipeline(
 branches = {
     "numbers": [("numbers", "passthrough", numbers)],
     "text": [("text", spin, "text")],
-    "text and numbers": [("text", spin, "text"), ("numbers", "passthrough", numbers)],
+    "text and numbers": [
+        ("text", spin, "text"),
+        ("numbers", "passthrough", numbers),
+    ],
 }
 
 # %%
-# The texts go through the model once for all that follows, folds and branches alike.
+# The texts go through the model once for all that follows, folds and branches
+# alike.
 
 scores = {}
 for name, branch in branches.items():

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 folder = Path(os.environ["SPIN"])
 settings = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))  # it truncates and pads
+# It truncates and pads.
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 session = onnxruntime.InferenceSession(folder / "model.onnx")
 app = FastAPI()
 
@@ -26,7 +27,10 @@ def labels(texts: Annotated[list[str], Field(min_length=1, max_length=64)]):
         "attention_mask": [text.attention_mask for text in found],
         "token_type_ids": [text.type_ids for text in found],
     }
-    inputs = {name: np.array(inputs[name], dtype=np.int64) for name in settings["inputs"]}
+    inputs = {
+        name: np.array(inputs[name], np.int64) for name in settings["inputs"]
+    }
     (values,) = session.run(None, inputs)
-    chosen = values.argmax(axis=1) if values.ndim == 2 else (values > 0).astype(int)
+    several = values.ndim == 2  # one value for each of more than two labels
+    chosen = values.argmax(axis=1) if several else (values > 0).astype(int)
     return [settings["classes"][number] for number in chosen]

@@ -10,7 +10,8 @@ from pydantic import Field
 import skspin
 
 pipeline = skops.io.load(os.environ["SPIN"], trusted=skspin.TRUSTED_TYPES)
-pipeline.set_params(activations__cache=None)  # nothing is kept of what people send
+# Nothing is kept of what people send.
+pipeline.set_params(activations__cache=None)
 pipeline.predict(["Weights are loaded now, and not by the first request."])
 app = FastAPI()
 

@@ -18,7 +18,8 @@ _LAYER_NAME = re.compile(r"(?:(encoder|decoder)_)?layer(\d+)_([a-z]+)")
 class LayerSalienceDisplay:
     """Each layer's probe score, and how many of its neurons were selected.
 
-    It is best made with :meth:`from_estimator`. The parameters are kept as attributes.
+    It is best made with :meth:`from_estimator`. The parameters are kept as attributes. Read more in
+    the user guide, :doc:`/user_guide/explaining`.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ class PrefixScoresDisplay:
     """A class's score after every token of one text, with a threshold.
 
     It is best made with :meth:`from_estimator` or :meth:`from_scores`. The parameters are kept as
-    attributes.
+    attributes. Read more in the user guide, :doc:`/user_guide/growing`.
 
     Parameters
     ----------
@@ -47,7 +47,9 @@ class PrefixScoresDisplay:
     >>> import numpy as np
     >>> from skspin import PrefixScoresDisplay
     >>> display = PrefixScoresDisplay(
-    ...     tokens=["It", "is", "a", "bore"], scores=np.array([0.1, 0.0, -0.2, -1.5]), threshold=-1
+    ...     tokens=["It", "is", "a", "bore"],
+    ...     scores=np.array([0.1, 0.0, -0.2, -1.5]),
+    ...     threshold=-1,
     ... )
     >>> display.plot().ax_.get_ylabel()
     'score'

@@ -13,7 +13,8 @@ from skspin._display.axes import BLUE, ORANGE, given_or_new, legend_above, panel
 class SparsityPathDisplay:
     """The score of a search against sparsity, and how many neurons each sparsity keeps.
 
-    It is best made with :meth:`from_search`. The parameters are kept as attributes.
+    It is best made with :meth:`from_search`. The parameters are kept as attributes. Read more in
+    the user guide, :doc:`/user_guide/searching`.
 
     Parameters
     ----------
@@ -52,7 +53,9 @@ class SparsityPathDisplay:
     >>> from sklearn.pipeline import make_pipeline
     >>> from skspin import SalientNeuronSelector, SparsityPathDisplay
     >>> X = np.random.default_rng(0).normal(size=(200, 40))
-    >>> model = make_pipeline(SalientNeuronSelector(layer_sizes=10), LogisticRegression())
+    >>> model = make_pipeline(
+    ...     SalientNeuronSelector(layer_sizes=10), LogisticRegression()
+    ... )
     >>> grid = {"salientneuronselector__sparsity": [0.2, 0.5, 0.8]}
     >>> search = GridSearchCV(model, grid).fit(X, X[:, 25] > 0)
     >>> display = SparsityPathDisplay.from_search(search)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from skspin._display.axes import BLUE, VERMILION, given_or_new
-from skspin._explain.tokens import explain_tokens
+from skspin._explain import explain_tokens
 
 _MOST_BARS = 40
 _MOST_CHARACTERS = 28
@@ -15,7 +15,7 @@ class TokenContributionDisplay:
     """The tokens of one text, in reading order, and what each adds to a class's decision value.
 
     It is best made with :meth:`from_estimator` or :meth:`from_explanation`. The parameters are kept
-    as attributes.
+    as attributes. Read more in the user guide, :doc:`/user_guide/explaining`.
 
     Parameters
     ----------
@@ -45,9 +45,11 @@ class TokenContributionDisplay:
     --------
     >>> from skspin import TokenContributionDisplay, make_spin_pipeline
     >>> from skspin.datasets import demo_model
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
-    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0).fit(texts, labels)
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0)
+    >>> spin = spin.fit(texts, labels)
     >>> display = TokenContributionDisplay.from_estimator(spin, "A lovely film.")
     >>> display.tokens
     ['[CLS]', 'A', 'lovely', 'film', '.', '[SEP]']

@@ -88,6 +88,8 @@ class NeuronExplanation:
 def explain_neurons(estimator, texts, neurons, *, n_top=10):
     """Find the tokens that activate neurons most, so that a person can name them.
 
+    Read more in :doc:`/how_to/name_a_neuron`.
+
     Parameters
     ----------
     estimator : Pipeline or LLMActivationTransformer
@@ -115,13 +117,21 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     NotFittedError
         If the estimator is not fitted.
 
+    See Also
+    --------
+    explain_tokens : What each token adds to a decision.
+    LayerSalienceDisplay : How many neurons each layer gives.
+
     Examples
     --------
     >>> from skspin import LLMActivationTransformer, explain_neurons
     >>> from skspin.datasets import demo_model
-    >>> texts = ["Two cats and a dog.", "The weather was fine.", "A cat sat on the mat."]
-    >>> transformer = LLMActivationTransformer(demo_model(), site="mlp", layers=4).fit(texts)
-    >>> explanation = explain_neurons(transformer, texts, "layer4_mlp_mean_17", n_top=2)
+    >>> texts = ["Two cats.", "The weather was fine.", "A cat sat on the mat."]
+    >>> transformer = LLMActivationTransformer(demo_model(), site="mlp", layers=4)
+    >>> transformer = transformer.fit(texts)
+    >>> explanation = explain_neurons(
+    ...     transformer, texts, "layer4_mlp_mean_17", n_top=2
+    ... )
     >>> [len(hits) for hits in explanation.hits.values()]
     [2]
     """

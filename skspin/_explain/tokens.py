@@ -214,7 +214,8 @@ def explain_tokens(pipeline, texts):
     under mean pooling each token takes its share, under max pooling the token that attains the
     maximum (the first of several) takes all, and so does the first or the last token under those
     poolings. Where a step centres the columns, contributions count from that centre: a token
-    that leaves every neuron at its average adds nothing.
+    that leaves every neuron at its average adds nothing. Read more in the user guide,
+    :doc:`/user_guide/explaining`.
 
     Parameters
     ----------
@@ -247,6 +248,11 @@ def explain_tokens(pipeline, texts):
     NotFittedError
         If the pipeline is not fitted.
 
+    See Also
+    --------
+    explain_neurons : The tokens that activate a neuron most.
+    TokenContributionDisplay : A picture of one text's contributions.
+
     Notes
     -----
     A token's activations depend on the whole text, as the model mixes the tokens: contributions say
@@ -256,13 +262,15 @@ def explain_tokens(pipeline, texts):
     --------
     >>> from skspin import explain_tokens, make_spin_pipeline
     >>> from skspin.datasets import demo_model
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
     >>> spin = make_spin_pipeline(demo_model(), dtype="float32")
     >>> spin = spin.set_params(select__C=1.0).fit(texts, labels)
     >>> text = "A lovely film, and a dreadful bore."
     >>> explanation = explain_tokens(spin, [text])
-    >>> added = sum(explanation.for_class(1)[0]) + explanation.intercept_for_class(1)
+    >>> added = sum(explanation.for_class(1)[0])
+    >>> added += explanation.intercept_for_class(1)
     >>> bool(abs(added - spin.decision_function([text])[0]) < 1e-4)
     True
     """

@@ -96,7 +96,8 @@ def text_encoder(recipe: Recipe) -> Any:
 def _load(recipe: Recipe) -> Any:
     from skspin._model import registry
 
-    return registry.load_backbone(recipe.source, as_devices(recipe.device)[0], recipe.number_format)
+    device = as_devices(recipe.device)[0]
+    return registry.load_backbone(recipe.source, device, recipe.number_format, recipe.fingerprint)
 
 
 def prefix_activations(

@@ -1,15 +1,19 @@
 """Texts in batches of similar length, under a budget of tokens.
 
 Texts are tokenized in the background, sorted by length within groups, and run the longest first, so
-that memory falls short at once or not at all. A batch that does not fit into memory is halved, and
-the model remembers. What is batched are windows: one of most texts, several of long ones.
+that memory falls short at once or not at all. On a CPU each core runs a batch of its own, or all
+share one, whichever is faster. A batch that does not fit into memory is halved, and the model
+remembers. What is batched are windows: one of most texts, several of long ones.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from math import ceil, inf
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from skspin._layout import Layout
+from skspin._model.cores import runner, usable_cores
 from skspin._model.forward import pooled_forward
 from skspin._model.pooling import WindowMerge
 from skspin._model.positions import most_tokens
@@ -35,6 +40,10 @@ _CHUNK_CHARACTERS = 1 << 21
 # of the heap that one leaves do not fit the next: without this, 25,000 texts of SST-2
 # take 770 MB beyond their array instead of 470.
 _TRIM_BATCHES = 8
+# Two ways to use a CPU's cores are tried where there are at least as many batches as this.
+_TRIAL_BATCHES = 8
+# Tokens below which a core's own batch is not worth its start.
+_LEAST_SHARE = 512
 # Batches that a GPU is given ahead of the one whose results are fetched.
 _AHEAD = 2
 
@@ -82,7 +91,8 @@ def extract(
 def encoder_of(backbone: Backbone, recipe: Recipe) -> TextEncoder:
     """Make the encoder that a recipe asks for, within the positions that a model has."""
     max_length = most_tokens(backbone.model, recipe.max_length)
-    return TextEncoder(backbone.tokenizer, recipe, max_length, backbone.anatomy.is_causal)
+    is_causal = backbone.anatomy.is_causal
+    return TextEncoder(backbone.tokenizer, backbone.bare_tokenizer, recipe, max_length, is_causal)
 
 
 class TokenBudget:
@@ -96,6 +106,7 @@ class TokenBudget:
         self._backbone = backbone
         auto = isinstance(batch_tokens, str)
         self._wanted = _good_size(backbone) if auto else int(batch_tokens)
+        self._least = _LEAST_SHARE if auto else 0
         # Where padding leaks into real tokens, a pass takes texts of one length only.
         self._start_share = 0.0 if backbone.anatomy.mixes_padding else _START_SHARE
 
@@ -104,13 +115,21 @@ class TokenBudget:
         """Tokens in a batch at most, unless one text alone has more."""
         return min(self._wanted, self._backbone.token_limit or self._wanted)
 
-    def n_texts(self, lengths: np.ndarray) -> int:
+    def share(self, n_at_once: int, n_left: int) -> int:
+        """Tokens in each of several batches at a time, of which none is to wait for the others."""
+        if n_at_once == 1:
+            return self.tokens
+        each = min(max(self._wanted // n_at_once, self._least, 1), self.tokens)
+        n_rounds = ceil(n_left / (n_at_once * each))
+        return ceil(n_left / (n_at_once * max(1, n_rounds)))
+
+    def n_texts(self, lengths: np.ndarray, n_tokens: int) -> int:
         """Say how many of the next texts, whose lengths descend, make a batch: at least one.
 
-        The batch ends where its padding would cost more than starting another.
+        It has ``n_tokens`` at most, and ends where its padding would cost more than another batch.
         """
         widest = int(lengths[0])
-        fitting = lengths[: max(1, self.tokens // widest)]
+        fitting = lengths[: max(1, n_tokens // widest)]
         padding = np.cumsum(widest - fitting)
         return int(np.searchsorted(padding, self.tokens * self._start_share, side="right"))
 
@@ -181,32 +200,95 @@ def _run(
     backbone: Backbone, windows: list[Window], layout: Layout, budget: TokenBudget
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Run the windows of one group; give each batch's numbers and their activations."""
-    lengths = np.array([len(window) for window in windows])
-    order = np.argsort(-lengths, kind="stable")
-    ahead = _AHEAD if backbone.device.type == "cuda" else 0
-    running: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
-    start = n_batches = 0
-    while start < len(order):
-        batch = order[start : start + budget.n_texts(lengths[order[start:]])]
-        result = _try_batch(backbone, [windows[i] for i in batch], layout)
-        if result is None:
-            _release_memory(backbone.device)
-            budget.halve(len(batch) * int(lengths[batch[0]]))
-            continue
-        start += len(batch)
-        n_batches += 1
-        if backbone.device.type == "cpu" and n_batches % _TRIM_BATCHES == 0:
-            _release_memory(backbone.device)
-        running.append((batch, result))
-        if len(running) > ahead:
-            done, result = running.popleft()
-            yield done, result()
-    for batch, result in running:
-        yield batch, result()
+    waiting = _Waiting(windows)
+    n_at_once = n_cores = min(usable_cores(backbone.device), len(windows))
+    if n_cores > 1 and waiting.n_tokens >= _TRIAL_BATCHES * budget.tokens:
+        seconds = {n_cores: inf, 1: inf}  # per token, at best
+        for n_tried in (n_cores, 1, n_cores, 1):
+            n_tokens, started = waiting.n_tokens, time.perf_counter()
+            found = list(_run_batches(backbone, windows, layout, budget, waiting, n_tried, n_tried))
+            took = time.perf_counter() - started
+            seconds[n_tried] = min(seconds[n_tried], took / max(1, n_tokens - waiting.n_tokens))
+            yield from found
+        n_at_once = min(seconds, key=seconds.__getitem__)
+    while waiting:
+        yield from _run_batches(backbone, windows, layout, budget, waiting, n_at_once)
+        n_at_once = 1  # side by side, one text alone was too much
+
+
+class _Waiting:
+    """The windows of a group that are still to be run, the longest first."""
+
+    def __init__(self, windows: list[Window]):
+        self._lengths = np.array([len(window) for window in windows])
+        self._left = np.empty(0, dtype=np.intp)
+        self.put_back(np.arange(len(windows)))
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(len(self._left))
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens in all."""
+        return int(self._lengths[self._left].sum())
+
+    def take(self, budget: TokenBudget, n_tokens: int) -> np.ndarray:
+        """Choose the windows of the next batch, by their numbers."""
+        n_windows = budget.n_texts(self._lengths[self._left], n_tokens)
+        batch, self._left = np.split(self._left, [n_windows])
+        return batch
+
+    def put_back(self, batch: np.ndarray) -> None:
+        """Have the windows of a batch that failed wait again."""
+        left = np.concatenate([batch, self._left])
+        self._left = left[np.argsort(-self._lengths[left], kind="stable")]
+
+
+def _run_batches(
+    backbone: Backbone,
+    windows: list[Window],
+    layout: Layout,
+    budget: TokenBudget,
+    waiting: _Waiting,
+    n_at_once: int,
+    n_batches: float = inf,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Run some batches, or all; those that are too large wait again."""
+    n_tokens = budget.share(n_at_once, waiting.n_tokens)
+    # Side by side, each thread has its next batch before its last result is taken.
+    ahead = _AHEAD if backbone.device.type == "cuda" else 2 * (n_at_once - 1)
+    running: deque[tuple[np.ndarray, Callable[[], Callable[[], np.ndarray] | None]]] = deque()
+    n_done = 0
+    with runner(n_at_once) as run:
+        while True:
+            while waiting and n_batches and len(running) <= ahead:
+                batch = waiting.take(budget, min(n_tokens, budget.tokens))
+                chosen = [windows[i] for i in batch]
+                is_alone = n_at_once == 1 and len(batch) == 1
+                running.append(
+                    (batch, run(partial(_try_batch, backbone, chosen, layout, is_alone)))
+                )
+                n_batches -= 1
+            if not running:
+                return
+            batch, wait = running.popleft()
+            result = wait()
+            if result is None:
+                _release_memory(backbone.device)
+                budget.halve(len(batch) * len(windows[batch[0]]))
+                waiting.put_back(batch)
+                if len(batch) == 1:
+                    n_batches = 0
+                continue
+            n_done += 1
+            if backbone.device.type == "cpu" and n_done % _TRIM_BATCHES == 0:
+                _release_memory(backbone.device)
+            yield batch, result()
 
 
 def _try_batch(
-    backbone: Backbone, windows: list[Window], layout: Layout
+    backbone: Backbone, windows: list[Window], layout: Layout, is_alone: bool
 ) -> Callable[[], np.ndarray] | None:
     """Start a batch; None if it did not fit into memory (whose frames are gone by then)."""
     try:
@@ -215,7 +297,7 @@ def _try_batch(
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        if len(windows) == 1:
+        if is_alone:
             raise MemoryError(
                 f"One text of {len(windows[0])} tokens does not fit into the memory of "
                 f"{backbone.device}. Use a smaller max_length, another dtype or another device."

@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,14 @@ def _digest_tokenizer(tokenizer: Any) -> str:
         rules["options"] = repr(sorted(getattr(tokenizer, "init_kwargs", {}).items()))
         rules["special"] = repr(sorted(getattr(tokenizer, "special_tokens_map", {}).items()))
     else:
-        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+        rules = {"backend": _digest_backend(backend.to_str())}
     return _digest([json.dumps([settings, rules], sort_keys=True)])
+
+
+@lru_cache(maxsize=4)  # most calls find a tokenizer as the call before did
+def _digest_backend(definition: str) -> str:
+    rules = json.loads(definition) | {"truncation": None, "padding": None}
+    return _digest([json.dumps(rules, sort_keys=True)])
 
 
 def _digest(texts: Iterable[str]) -> str:

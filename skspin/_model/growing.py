@@ -1,4 +1,7 @@
-"""One text that arrives in pieces, read with the model's key-value cache."""
+"""One text that arrives in pieces, read with the model's key-value cache.
+
+The cache has room ahead, so that one more token is written and nothing is copied.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from skspin._layout import Layout, Segment
 from skspin._model.batches import encoder_of
-from skspin._model.cache import roomy_cache
-from skspin._model.causal import check_cut, check_end, check_prefixes
 from skspin._model.forward import token_forward
 from skspin._model.positions import most_tokens
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
+from skspin._model.token_level import check_cut, check_end, check_prefixes
 from skspin._model.tokens import OpenTokens, replace_surrogates
 from skspin._texts import TextTokens
 
 _STRETCH = 512  # tokens in a pass
 _TRIAL = 8  # tokens to try a cache with
+_LEAST = 256  # tokens that a cache has room for
 
 
 class Added(NamedTuple):
@@ -227,3 +233,44 @@ class Speller:
         self._ids = self._ids[self._n_written :]
         self._n_written = len(self._ids)
         return text[len(written) :]
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one block, in tensors that double when they are full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._all_keys = self._all_values = torch.empty(0)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values (1, n_heads, n_tokens, n_neurons); give all of them."""
+        start = self.get_seq_length()
+        self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
+        self._all_keys = _write(self._all_keys, key_states, start)
+        self._all_values = _write(self._all_values, value_states, start)
+        end = start + key_states.shape[-2]
+        self.keys, self.values = self._all_keys[..., :end, :], self._all_values[..., :end, :]
+        return self.keys, self.values
+
+
+def _write(states: Tensor, new: Tensor, start: int) -> Tensor:
+    end = start + new.shape[-2]
+    if not start or end > states.shape[-2]:
+        larger = new.new_empty(*new.shape[:-2], max(_LEAST, 2 * end), new.shape[-1])
+        if start:
+            larger[..., :start, :] = states[..., :start, :]
+        states = larger
+    states[..., start:end, :] = new
+    return states
+
+
+def roomy_cache(config: Any) -> DynamicCache:
+    """Make an empty cache as transformers does, but for room in layers that keep all tokens."""
+    cache = DynamicCache(config=config)
+    # By exact type: others, such as those of sliding windows, keep few tokens.
+    cache.layers = [
+        _RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache

@@ -16,7 +16,32 @@ from skspin._model.files import Source
 
 
 class ModelMismatchError(ValueError):
-    """The model's weights or its tokenizer are not those that the estimator was fitted with."""
+    """The model's weights or its tokenizer are not those that the estimator was fitted with.
+
+    Read what to do about it in the user guide, :doc:`/user_guide/troubleshooting`.
+
+    See Also
+    --------
+    LLMActivationTransformer : Its ``revision`` pins a model of the hub.
+
+    Examples
+    --------
+    A fitted transformer is given another tokenizer.
+
+    >>> from skspin import LLMActivationTransformer, ModelMismatchError
+    >>> from skspin.datasets import demo_model
+    >>> from transformers import AutoTokenizer
+    >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    >>> transformer = LLMActivationTransformer(demo_model(), layers=0).fit(["A"])
+    >>> tokenizer.add_tokens(["filmic"])
+    1
+    >>> transformer = transformer.set_params(tokenizer=tokenizer)
+    >>> try:
+    ...     transformer.transform(["A filmic film."])
+    ... except ModelMismatchError as error:
+    ...     "fitted with" in str(error)
+    True
+    """
 
 
 @dataclass(frozen=True)

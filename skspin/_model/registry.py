@@ -14,6 +14,7 @@ from skspin._model.anatomy import Anatomy, find_anatomy
 from skspin._model.device import resolve_device, resolve_dtype, usable_device
 from skspin._model.files import Source, load_model, load_skeleton, load_tokenizer
 from skspin._model.fingerprint import fingerprint
+from skspin._model.tokens import bare_copy
 from skspin._model.trial import try_anatomy
 
 
@@ -23,6 +24,7 @@ class Backbone:
 
     model: Any  # loaded here: in eval mode, frozen; passed in: as it is
     tokenizer: Any
+    bare_tokenizer: Any  # its copy for reading texts; None of one that is written in Python
     anatomy: Anatomy
     device: torch.device  # where its inputs go
     dtype: str  # format of its activations, e.g. "float32"
@@ -57,11 +59,16 @@ if hasattr(os, "register_at_fork"):  # Windows never forks.
     os.register_at_fork(after_in_child=_recover_from_fork)
 
 
-def load_backbone(source: Source, device: Any = None, dtype: Any = "auto") -> Backbone:
-    """Load a model, or find the copy that this process has on that device already."""
+def load_backbone(
+    source: Source, device: Any = None, dtype: Any = "auto", name: str | None = None
+) -> Backbone:
+    """Load a model, or find the copy that this process has on that device already.
+
+    ``name`` is the model's fingerprint, for callers who have just taken it.
+    """
     device, dtype = resolve_placement(source, device, dtype)
     with _lock:
-        name = fingerprint(source)
+        name = name or fingerprint(source)
         if source.in_memory:
             return _assemble(source, source.model, dtype, name)
         key = (source, device, dtype)
@@ -106,7 +113,8 @@ def resolve_placement(source: Source, device: Any = None, dtype: Any = "auto") -
 def _assemble(source: Source, model: Any, dtype: str, name: str) -> Backbone:
     tokenizer = load_tokenizer(source)
     device = _input_device(model)
-    return Backbone(model, tokenizer, try_anatomy(model, device, name), device, dtype, name)
+    bare, anatomy = bare_copy(tokenizer), try_anatomy(model, device, name)
+    return Backbone(model, tokenizer, bare, anatomy, device, dtype, name)
 
 
 def _input_device(model: Any) -> torch.device:

@@ -10,7 +10,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +81,7 @@ class _Filled(NamedTuple):
 
 
 class TextEncoder:
-    """A tokenizer, which is left as it is, and what a recipe says of tokens.
+    """A tokenizer, which is left as it is, its `bare_copy`, and what a recipe says of tokens.
 
     ``max_length`` is the recipe's, or less where the model has fewer positions. A text that has
     more tokens loses its last ones, or its first where the tokenizer's ``truncation_side`` is
@@ -89,10 +89,16 @@ class TextEncoder:
     a token's context is what comes before it.
     """
 
-    def __init__(self, tokenizer: Any, recipe: Recipe, max_length: int, is_causal: bool):
+    def __init__(
+        self,
+        tokenizer: Any,
+        bare: Tokenizer | None,
+        recipe: Recipe,
+        max_length: int,
+        is_causal: bool,
+    ):
         self.tokenizer, self.recipe, self.max_length = tokenizer, recipe, max_length
-        self.is_causal = is_causal
-        self._fast = _bare_copy(tokenizer)
+        self.is_causal, self._fast = is_causal, bare
         self.has_types = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
         # A template writes special tokens itself.
         self._options = {"add_special_tokens": not recipe.conversations}
@@ -446,14 +452,17 @@ def _spans_of(encoding: Encoding, spans: list[_Span]) -> np.ndarray:
     return np.where(special, -1, found)
 
 
-def _bare_copy(tokenizer: Any) -> Tokenizer | None:
+def bare_copy(tokenizer: Any) -> Tokenizer | None:
     """Copy the Rust part of a tokenizer, without truncation and padding; None if it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
+    return None if backend is None else _parse(backend.to_str())
+
+
+@lru_cache(maxsize=4)  # a tokenizer in memory is copied in every call, and may have changed
+def _parse(definition: str) -> Tokenizer:
+    copy = Tokenizer.from_str(definition)
     # They are settings of the object, left over from whatever was called last, and another thread
     # that uses it may change them at any time.
-    copy = Tokenizer.from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()
     return copy

@@ -10,6 +10,7 @@ from skspin._probes.layer import LayerProbe, ProbeSettings, fit_layers, probe_ca
 from skspin._probes.salience import CRITERIA, SALIENCES
 from skspin._probes.solver import solve_probes
 from skspin._probes.targets import Targets, encode_targets, validation_rows
+from skspin._probes.tensors import is_tensor, to_host
 
 __all__ = [
     "CRITERIA",
@@ -19,7 +20,9 @@ __all__ = [
     "Targets",
     "encode_targets",
     "fit_layers",
+    "is_tensor",
     "probe_cache",
     "solve_probes",
+    "to_host",
     "validation_rows",
 ]

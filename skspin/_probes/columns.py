@@ -17,19 +17,18 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-_CONVERTED = 2**20  # values converted at a time, however wide rows are: 8 MiB of float64
-
 
 class Columns:
     """The matrix ``Z = (X - mean) / scale``, without ever holding it.
 
     Mean and scale are folded into the products; all that goes in and comes out is float64, save the
     Gram matrix. ``X`` is read as it lies, or converted block of rows by block of rows to ``dtype``.
+    A tensor is read where it is, which is then the device.
     """
 
     def __init__(
         self,
-        X: np.ndarray,  # (n_texts, n_columns), float32
+        X: Any,  # (n_texts, n_columns), float32; an array or a tensor
         mean: np.ndarray,  # (n_columns,), as is scale
         scale: np.ndarray,
         dtype: str,
@@ -106,7 +105,7 @@ class Columns:
     def _blocks(self, stretch: slice, n_rows: int | None = None) -> Iterator[tuple[slice, Any]]:
         n_rows = n_rows or self._arrays.rows or len(self._X)
         if self._arrays.converts:
-            n_rows = min(n_rows, max(1, _CONVERTED // self._X.shape[1]))
+            n_rows = min(n_rows, max(1, self._arrays.converted // self._X.shape[1]))
         for start in range(stretch.start, stretch.stop, n_rows):
             rows = slice(start, min(start + n_rows, stretch.stop))
             yield rows, self._arrays.cast(self._X[rows])
@@ -117,6 +116,7 @@ class _HostArrays:
 
     # A block of this size stays in a core's cache between the few passes over it.
     gram_rows = 1024
+    converted = 2**20  # values converted at a time, however wide rows are: 8 MiB of float64
 
     def __init__(self, dtype: str) -> None:
         self._dtype = np.dtype(dtype)
@@ -147,7 +147,8 @@ class _TorchArrays:
     """What torch calls them."""
 
     rows = None
-    converts = False  # all is held in the arithmetic of the products
+    converts = False  # what comes from the host is held in the arithmetic of the products
+    converted = 2**24
     gram_rows = 65_536
 
     def __init__(self, dtype: str, device: str) -> None:
@@ -155,8 +156,11 @@ class _TorchArrays:
 
         self._torch, self._dtype, self._device = torch, getattr(torch, dtype), device
 
-    def hold(self, X: np.ndarray) -> Any:
-        return self.load(X)
+    def hold(self, X: Any) -> Any:
+        if isinstance(X, np.ndarray):
+            return self.load(X)
+        self.converts = X.dtype != self._dtype
+        return X
 
     def load(self, array: np.ndarray) -> Any:
         return self._torch.tensor(array, dtype=self._dtype, device=self._device)
@@ -165,7 +169,7 @@ class _TorchArrays:
         return self._torch.tensor(index, device=self._device)
 
     def cast(self, block: Any) -> Any:
-        return block
+        return block.to(self._dtype)
 
     def take(self, block: Any, index: Any) -> Any:
         return block.index_select(1, index)

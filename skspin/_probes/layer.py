@@ -12,13 +12,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
 from sklearn.utils import gen_batches
 
+from skspin._probes.columns import Columns, Threads
 from skspin._probes.solver import ProbeSolution, solve_probes
 from skspin._probes.targets import Targets
+from skspin._probes.tensors import is_tensor, mean_and_deviation
 
 _BATCH_BYTES = 1 << 20  # of rows in float64 at a time; they stay in a core's cache
 _DIGEST_BYTES = 1 << 18  # gathered at a time; hashed while they are in a core's cache
@@ -51,7 +54,7 @@ class LayerProbe:
 
 
 def fit_layers(
-    X: np.ndarray,  # (n_rows, n_columns)
+    X: Any,  # (n_rows, n_columns); a tensor stays on its device
     layers: Iterable[slice | np.ndarray],  # the columns of each
     targets: Targets,
     validation: np.ndarray,  # (n_held_out,): which rows of the targets
@@ -60,19 +63,24 @@ def fit_layers(
     use_cache: bool,
 ) -> Iterator[LayerProbe]:
     """Fit a probe to each layer, one at a time: only its columns are ever copied."""
-    fit = probe_cache.find_or_fit if use_cache else _fit_layer
+    # To digest a tensor, it would have to be copied to the host.
+    fit = probe_cache.find_or_fit if use_cache and not is_tensor(X) else _fit_layer
     for columns in layers:
         # Taken by number, columns come in the memory order of rows.
-        block = X[:, columns] if isinstance(columns, slice) else X.take(columns, axis=1)
+        by_slice = isinstance(columns, slice) or is_tensor(X)
+        block = X[:, columns] if by_slice else X.take(columns, axis=1)
         yield fit(block[targets.rows], targets, validation, settings)
 
 
 def _fit_layer(
-    block: np.ndarray, targets: Targets, validation: np.ndarray, settings: ProbeSettings
+    block: Any, targets: Targets, validation: np.ndarray, settings: ProbeSettings
 ) -> LayerProbe:
     """Solve the problems of one layer, whose activations ``block`` holds, (n_texts, n_neurons)."""
     with np.errstate(over="ignore"):  # what becomes infinite is refused with better words
-        block = np.ascontiguousarray(block, dtype=np.float32)
+        if is_tensor(block):
+            block = block.float().contiguous()
+        else:
+            block = np.ascontiguousarray(block, dtype=np.float32)
     _refuse_large(block)
     # From all rows, validation rows included: labels do not enter into them.
     mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
@@ -103,13 +111,7 @@ def _fit_layer(
     solved = solve(trials + known)
     coef = np.vstack([probe.coef for probe in solved[: len(trials)]])
     intercept = np.hstack([probe.intercept for probe in solved[: len(trials)]])
-    # By batches, for the same reason as below: this is a copy in float64.
-    decisions = np.concatenate(
-        [
-            (block[validation[rows]] - mean) / scale @ coef.T + intercept
-            for rows in _row_batches(len(validation), block)
-        ]
-    )  # (n_rows, n_trials * n_problems)
+    decisions = _decide(block, validation, mean, scale, coef) + intercept
     scores = [
         targets.score(decision, validation) for decision in np.split(decisions, len(trials), axis=1)
     ]
@@ -126,11 +128,25 @@ def _fit_layer(
     )
 
 
+def _decide(
+    block: Any, rows: np.ndarray, mean: np.ndarray, scale: np.ndarray, coef: np.ndarray
+) -> np.ndarray:
+    """Compute what coefficients (n_problems, n_neurons) make of some rows, without intercepts."""
+    if is_tensor(block):
+        kept = block[rows]
+        columns = Columns(kept, mean, scale, "float64", str(kept.device), Threads())
+        return columns.scores(coef).T
+    # By batches, for the same reason as below: this is a copy in float64.
+    return np.concatenate(
+        [(block[rows[batch]] - mean) / scale @ coef.T for batch in _row_batches(len(rows), block)]
+    )  # (n_rows, n_problems)
+
+
 def _row_batches(n_rows: int, block: np.ndarray) -> Iterator[slice]:
     return gen_batches(n_rows, max(1, _BATCH_BYTES // (8 * block.shape[1])))
 
 
-def _refuse_large(block: np.ndarray) -> None:
+def _refuse_large(block: Any) -> None:
     largest = max(-float(block.min()), float(block.max()))
     if not largest <= _LARGEST:
         raise ValueError(
@@ -141,7 +157,7 @@ def _refuse_large(block: np.ndarray) -> None:
 
 
 def _mean_and_scale(
-    block: np.ndarray, row_weights: np.ndarray, eps: float
+    block: Any, row_weights: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure each column; the scale of one that does not vary is infinite, so that it is 0."""
     mean, scale = _mean_and_deviation(block, row_weights)
@@ -159,13 +175,13 @@ def _mean_and_scale(
     return mean, np.where(varies, scale, np.inf)
 
 
-def _mean_and_deviation(
-    block: np.ndarray, row_weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _mean_and_deviation(block: Any, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average and standard deviation of each column, in float64."""
     # StandardScaler gives the same numbers, in more time than it takes to solve the probe: it looks
     # for missing values and corrects for rounding that two passes do not have.
     shares = row_weights / row_weights.sum()  # (n_texts,)
+    if is_tensor(block):
+        return mean_and_deviation(block, shares)
     batches = list(_row_batches(len(block), block))
     mean = sum(shares[rows] @ block[rows].astype(np.float64) for rows in batches)
     variance = np.zeros(block.shape[1])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import compress, repeat
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +20,7 @@ from numpy.typing import ArrayLike
 from skspin._probes.columns import Columns, Threads, threads_in_place_of_blas
 from skspin._probes.penalties import PENALTIES
 from skspin._probes.problem import Problem
+from skspin._probes.tensors import is_tensor
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class ProbeSolution:
 
 
 def solve_probes(
-    X: np.ndarray,  # (n_texts, n_columns), finite; not copied where it is contiguous float32
+    X: Any,  # (n_texts, n_columns), finite; not copied if contiguous float32; a tensor stays
     targets: np.ndarray,  # (n_texts, n_problems): +1 or -1
     *,
     C: ArrayLike,  # one positive number, or (n_problems,)
@@ -48,14 +50,15 @@ def solve_probes(
     max_iter: int = 100,  # Newton steps after which it is given up
     mean: np.ndarray | None = None,  # (n_columns,): columns become (X - mean) / scale in passing
     scale: np.ndarray | None = None,
-    device: str | None = None,  # of torch; gaps are measured by NumPy in float64 all the same
+    device: str | None = None,  # of torch, a tensor's own; gaps are measured in float64
 ) -> ProbeSolution:
     """Solve logistic regressions that share arithmetic and nothing else.
 
     Nothing warns here: the caller, who knows what the problems are, compares ``dual_gap`` to
     ``tol``.
     """
-    X = np.ascontiguousarray(X, dtype=np.float32)
+    if not is_tensor(X):
+        X = np.ascontiguousarray(X, dtype=np.float32)
     n, d = X.shape
     mean = np.zeros(d) if mean is None else np.asarray(mean, np.float64)
     scale = np.ones(d) if scale is None else np.asarray(scale, np.float64)
@@ -75,7 +78,7 @@ def solve_probes(
     # First in float32, which is fast, then in float64, which is true: problems that float32 has
     # solved are measured once more and done; any others are finished there.
     with threads_in_place_of_blas() as threads:
-        for dtype, where in (("float32", device), ("float64", None)):
+        for dtype, where in (("float32", device), ("float64", device if is_tensor(X) else None)):
             unsolved = [problem for problem in problems if problem.objective > 0]
             columns = Columns(X, mean, scale, dtype, where, threads)
             _descend(unsolved, columns, threads, tol, max_iter, final=dtype == "float64")

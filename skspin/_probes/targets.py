@@ -15,6 +15,7 @@ from sklearn.preprocessing import label_binarize
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
+from skspin._probes.tensors import to_host
 from skspin._system import warn
 
 _SOME_COLUMNS = 32
@@ -143,7 +144,7 @@ def _label_weights(indicator: np.ndarray, class_weight: Any, base: np.ndarray) -
 
 
 def validation_rows(
-    X: np.ndarray, targets: Targets, fraction: float, random_state: np.random.RandomState
+    X: Any, targets: Targets, fraction: float, random_state: np.random.RandomState
 ) -> np.ndarray:
     """Choose a share of the targets' distinct rows, at least one, stratified, in ascending order.
 
@@ -162,9 +163,10 @@ def validation_rows(
     return np.flatnonzero(chosen[numbers])
 
 
-def _number_distinct_rows(X: np.ndarray, targets: Targets) -> np.ndarray:
+def _number_distinct_rows(X: Any, targets: Targets) -> np.ndarray:
     """Give equal rows with equal labels one number, by first appearance: (n_texts,)."""
-    some = np.ascontiguousarray(X[:, -_SOME_COLUMNS:][targets.rows]).view(np.uint32)
+    some = to_host(X[:, -_SOME_COLUMNS:][targets.rows])  # (n_texts, n_some)
+    some = np.ascontiguousarray(some).view(np.uint32)
     words = np.column_stack([targets.strata, some]).astype(np.uint64)
     codes = (words * _FACTORS[: words.shape[1]]).sum(axis=1)  # (n_texts,)
     _, code, counts = np.unique(codes, return_inverse=True, return_counts=True)
@@ -175,6 +177,6 @@ def _number_distinct_rows(X: np.ndarray, targets: Targets) -> np.ndarray:
     keys: list[Any] = codes.tolist()
     rows = np.arange(len(X))[targets.rows]  # (n_texts,)
     for i in alike:
-        keys[i] = targets.strata[i], xxhash.xxh3_128_digest(X[rows[i]].tobytes())
+        keys[i] = targets.strata[i], xxhash.xxh3_128_digest(to_host(X[rows[i]]).tobytes())
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

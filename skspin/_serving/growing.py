@@ -20,7 +20,8 @@ class PrefixScorer:
     The model keeps what it has read in its key-value cache, so a token's time is about the same
     however long the text is. Scores are those of :func:`score_prefixes`, and do not depend on how
     the text was cut: strings are tokenized as a whole, so the last word is held back until the
-    next one begins (or ``final=True``); token ids are taken as they come.
+    next one begins (or ``final=True``); token ids are taken as they come. Read more in the user
+    guide, :doc:`/user_guide/growing`.
 
     Parameters
     ----------
@@ -57,15 +58,25 @@ class PrefixScorer:
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaModel
     >>> from skspin import PrefixScorer, make_spin_pipeline
     >>> from skspin.datasets import demo_model
-    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    >>> model = LlamaModel(LlamaConfig(vocab_size=30522, num_attention_heads=2, **sizes))
+    >>> config = LlamaConfig(
+    ...     vocab_size=30522,
+    ...     hidden_size=32,
+    ...     intermediate_size=64,
+    ...     num_hidden_layers=2,
+    ...     num_attention_heads=2,
+    ... )
+    >>> model = LlamaModel(config)
     >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
     >>> spin = make_spin_pipeline(model, tokenizer=tokenizer, pool_over="text")
     >>> scorer = PrefixScorer(spin.set_params(select__C=1.0).fit(texts, labels))
-    >>> [scorer.push(piece).tokens[0].surfaces() for piece in ("A love", "ly fi", "lm.")]
-    [['A'], ['lovely'], []]
+    >>> for piece in ("A love", "ly fi", "lm."):
+    ...     scorer.push(piece).tokens[0].surfaces()
+    ['A']
+    ['lovely']
+    []
     >>> scorer.push("", final=True).tokens[0].surfaces()
     ['film', '.']
     >>> value = spin.decision_function(["A lovely film."])[0]
@@ -181,7 +192,8 @@ class PrefixStreamer:
 
     Pass it as ``streamer``, and in ``stopping_criteria`` if it is to stop the text:
     ``model.generate(**inputs, streamer=guard, stopping_criteria=[guard])``. Each call of
-    ``generate`` is a new text; the prompt and special tokens are not part of it.
+    ``generate`` is a new text; the prompt and special tokens are not part of it. Read more in the
+    user guide, :doc:`/user_guide/growing`.
 
     Parameters
     ----------
@@ -215,18 +227,28 @@ class PrefixStreamer:
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     >>> from skspin import PrefixScorer, PrefixStreamer, make_spin_pipeline
     >>> from skspin.datasets import demo_model
-    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    >>> config = LlamaConfig(vocab_size=30522, num_attention_heads=2, **sizes)
+    >>> config = LlamaConfig(
+    ...     vocab_size=30522,
+    ...     hidden_size=32,
+    ...     intermediate_size=64,
+    ...     num_hidden_layers=2,
+    ...     num_attention_heads=2,
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
     >>> spin = make_spin_pipeline(model, tokenizer=tokenizer, pool_over="text")
     >>> scorer = PrefixScorer(spin.set_params(select__C=1.0).fit(texts, labels))
     >>> guard = PrefixStreamer(scorer, tokenizer, threshold=-1e6)
     >>> prompt = tokenizer("What a", return_tensors="pt")["input_ids"]
     >>> written = model.generate(
-    ...     prompt, max_new_tokens=5, streamer=guard, stopping_criteria=[guard], pad_token_id=0
+    ...     prompt,
+    ...     max_new_tokens=5,
+    ...     streamer=guard,
+    ...     stopping_criteria=[guard],
+    ...     pad_token_id=0,
     ... )
     >>> written.shape[1] - prompt.shape[1], guard.crossing_.token
     (1, 0)

@@ -63,19 +63,24 @@ def to_torch(pipeline):
     Notes
     -----
     Blocks after the deepest layer in use are not in the module, nor what no neuron in use depends
-    on. Making it runs the model on a few tokens, and compares.
+    on. Making it runs the model on a few tokens, and compares. Read more in the user guide,
+    :doc:`/user_guide/deploying`.
 
     Examples
     --------
     >>> from transformers import AutoTokenizer
     >>> from skspin import make_spin_pipeline, to_torch
     >>> from skspin.datasets import demo_model
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
-    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0).fit(texts, labels)
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0)
+    >>> spin = spin.fit(texts, labels)
     >>> module = to_torch(spin)
     >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    >>> inputs = tokenizer(["A lovely film.", "Dreadful."], padding=True, return_tensors="pt")
+    >>> inputs = tokenizer(
+    ...     ["A lovely film.", "Dreadful."], padding=True, return_tensors="pt"
+    ... )
     >>> (module(**inputs) > 0).int().tolist()
     [1, 0]
     """

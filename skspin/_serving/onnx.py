@@ -93,12 +93,14 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     See Also
     --------
     to_torch : The same as a torch module.
+    prune : A smaller pipeline, for all kinds of classifiers.
 
     Notes
     -----
     Decision values are compared with the pipeline's in float32, by the code that is in the model
     card. What is written reads texts. Of a pipeline that pools over all tokens it is not known
-    whether it was fitted on conversations; such a one is not for export.
+    whether it was fitted on conversations; such a one is not for export. Read more in the user
+    guide, :doc:`/user_guide/serving`.
 
     Examples
     --------
@@ -106,9 +108,11 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     >>> from pathlib import Path
     >>> from skspin import export_onnx, make_spin_pipeline
     >>> from skspin.datasets import demo_model
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
-    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0).fit(texts, labels)
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
+    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0)
+    >>> spin = spin.fit(texts, labels)
     >>> report = export_onnx(spin, Path(tempfile.mkdtemp()) / "films")
     >>> sorted(path.name for path in report.folder.iterdir())
     ['README.md', 'labels.json', 'model.onnx', 'tokenizer.json']

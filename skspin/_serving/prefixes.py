@@ -191,7 +191,8 @@ def score_prefixes(pipeline, texts):
     One pass through a causal model is enough: what it makes of a token does not change with what
     follows, and pooling goes along (a mean is a running sum, a maximum a running maximum). So the
     scores are those that ``pipeline`` gives to the prompt with the text's first token, its first
-    two, and so on; with the last one they are those of the whole text.
+    two, and so on; with the last one they are those of the whole text. Read more in the user guide,
+    :doc:`/user_guide/growing`.
 
     Parameters
     ----------
@@ -232,11 +233,18 @@ def score_prefixes(pipeline, texts):
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaModel
     >>> from skspin import make_spin_pipeline, score_prefixes
     >>> from skspin.datasets import demo_model
-    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    >>> model = LlamaModel(LlamaConfig(vocab_size=30522, num_attention_heads=2, **sizes))
+    >>> config = LlamaConfig(
+    ...     vocab_size=30522,
+    ...     hidden_size=32,
+    ...     intermediate_size=64,
+    ...     num_hidden_layers=2,
+    ...     num_attention_heads=2,
+    ... )
+    >>> model = LlamaModel(config)
     >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    >>> texts = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags."] * 2
-    >>> labels = [1, 1, 1, 0, 0, 0] * 2
+    >>> good = ["A fine film.", "Lovely.", "What a joy."]
+    >>> bad = ["A bore.", "Dreadful.", "It drags."]
+    >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
     >>> spin = make_spin_pipeline(model, tokenizer=tokenizer, pool_over="text")
     >>> spin = spin.set_params(select__C=1.0).fit(texts, labels)
     >>> text = "A lovely film, and a dreadful bore."

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 
+from skspin._store.chunk import DTYPES
 from skspin._store.folder import Folder
 from skspin._store.memory import Memory
 from skspin._store.output import Output, open_output
 from skspin._store.store import Missing, Store, StoreInfo
 from skspin._system import machine_memory
 
-__all__ = ["Missing", "Output", "Store", "StoreInfo", "open_output", "open_store"]
+__all__ = ["DTYPES", "Missing", "Output", "Store", "StoreInfo", "open_output", "open_store"]
 
 # One bound for everything that this process keeps in memory, whatever folder it was meant for.
 _MEMORY = Store(Memory(machine_memory() // 4))
@@ -25,6 +26,8 @@ _FOLDERS: dict[str, tuple[Store, bool]] = {}
 
 def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     """Open the store that a ``cache`` parameter names, to see or clear it or to set its bound.
+
+    Read more in the user guide, :doc:`/user_guide/searching`, and in :doc:`/how_to/new_texts`.
 
     Parameters
     ----------
@@ -37,6 +40,10 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     Store
         The same one each time. ``info()`` counts entries, bytes and models, ``clear()`` forgets
         everything, and ``limit``, in bytes, can be assigned.
+
+    See Also
+    --------
+    LLMActivationTransformer : Its ``cache`` says which store it uses.
 
     Examples
     --------

@@ -17,6 +17,8 @@ import xxhash
 from skspin._layout import Layout, Segment
 from skspin._system import warn
 
+DTYPES = {"float32": "<f4", "float16": "<f2"}  # that rows may be stored in
+_NAMES = {kind: name for name, kind in DTYPES.items()}
 _PIECE_BYTES = 1 << 20  # of rows copied at a time, so that they are checked from the CPU's cache
 
 
@@ -39,19 +41,23 @@ def pieces(n_rows: int, row_bytes: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class About:
-    """What a chunk says of itself: its key, its columns, and the model's name for people."""
+    """What a chunk says of itself: its key, its columns, and the model's name for people.
+
+    The format of its rows stands in its record's type.
+    """
 
     key: str
     layout: Layout
     model: str = field(default="", compare=False)
+    dtype: str = "float32"
 
     @classmethod
     @lru_cache(maxsize=64)  # most chunks of a store say the same
-    def from_json(cls, encoded: bytes) -> About:
+    def from_json(cls, encoded: bytes, dtype: str) -> About:
         """Read what `encoded` wrote."""
         key, segments, model = json.loads(encoded)
         layout = tuple(Segment(*[*s[:5], s[5] and tuple(s[5])]) for s in segments)
-        return cls(key, Layout(layout), model)
+        return cls(key, Layout(layout), model, dtype)
 
     @cached_property
     def encoded(self) -> bytes:
@@ -62,9 +68,28 @@ class About:
 
     @cached_property
     def name(self) -> str:
-        """How the names of chunks of this key and layout begin."""
-        columns = json.dumps([(s.key, s.width, s.neurons) for s in self.layout.segments])
+        """How the names of chunks of this key, layout and format begin."""
+        segments = [(s.key, s.width, s.neurons) for s in self.layout.segments]
+        columns = json.dumps([*segments, *([self.dtype] if self.dtype != "float32" else [])])
         return f"{name_of_key(self.key)}{xxhash.xxh3_64_hexdigest(columns.encode())}-"
+
+    def round(self, rows: np.ndarray) -> np.ndarray:
+        """Round rows (k, n_columns) to their format; a ValueError if one has no room there."""
+        if self.dtype == "float32":
+            return rows
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            rounded = rows.astype(DTYPES[self.dtype])
+            largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
+            if np.isfinite(np.array(largest, DTYPES[self.dtype])):
+                return rounded
+        column = int(np.abs(rows).max(axis=0).argmax())
+        ends = [columns.stop for columns in self.layout.slices]
+        segment = self.layout.segments[int(np.searchsorted(ends, column, side="right"))]
+        raise ValueError(
+            f"store_dtype={self.dtype!r} holds numbers up to {np.finfo(self.dtype).max:,.0f}, but "
+            f"an activation of layer {segment.layer} at site {segment.site!r} is {largest:,.0f}. "
+            "Use store_dtype='float32'."
+        )
 
 
 @dataclass(frozen=True)
@@ -118,15 +143,16 @@ class Chunk:
         self.record, self.name = record, name
         try:
             encoded, n_texts = record["about"].tobytes(), len(record["texts"])
-            self.about = About.from_json(encoded)
-            expected = _record_type(len(encoded), n_texts, self.about.layout.n_columns)
+            dtype = _NAMES.get(record["rows"].dtype.str, "float32")
+            self.about = About.from_json(encoded, dtype)
+            expected = _record_type(len(encoded), n_texts, self.about.layout.n_columns, dtype)
         except (ValueError, TypeError, IndexError) as error:
             raise DamagedChunk(f"What {name} says of itself is damaged") from error
         if record.dtype != expected or record.shape or not name.startswith(self.about.name):
             raise DamagedChunk(f"{name} is not what it says of itself")
         self.digests: list[bytes] = record["texts"].tolist()
-        self.rows = np.asarray(record["rows"])  # (n_texts, n_columns), "<f4"
-        self.row_bytes = 4 * self.rows.shape[1]
+        self.rows = np.asarray(record["rows"])  # (n_texts, n_columns)
+        self.row_bytes = self.rows.itemsize * self.rows.shape[1]
         self._checksums = np.asarray(record["checksums"])
         # Their seeds: no row is taken for that of another text, model or layout.
         halves = np.array(record["texts"]).view("<u8").reshape(-1, 2)
@@ -137,7 +163,7 @@ class Chunk:
     def blank(cls, about: About, digests: Sequence[bytes]) -> Chunk:
         """Make room for the rows of texts; fill in ``rows``, then call `seal`."""
         shape = len(about.encoded), len(digests), about.layout.n_columns
-        record = np.empty((), _record_type(*shape))
+        record = np.empty((), _record_type(*shape, about.dtype))
         record["about"] = np.frombuffer(about.encoded, np.uint8)
         record["texts"] = np.frombuffer(b"".join(digests), "V16")
         return cls(record, about.name)
@@ -178,7 +204,7 @@ def merge(chunks: Sequence[Chunk], where: object) -> Chunk | None:
         members = np.flatnonzero(owners == i)
         for piece in pieces(len(members), chunk.row_bytes):
             to = members[piece]
-            values = np.empty((len(to), chunk.rows.shape[1]), "<f4")
+            values = np.empty((len(to), chunk.rows.shape[1]), chunk.rows.dtype)
             sound[to] = chunk.take(rows[to], values)
             merged.rows[to] = values
     if sound.all():
@@ -188,9 +214,10 @@ def merge(chunks: Sequence[Chunk], where: object) -> Chunk | None:
 
 
 @lru_cache(maxsize=64)
-def _record_type(n_about: int, n_texts: int, n_columns: int) -> np.dtype:
+def _record_type(n_about: int, n_texts: int, n_columns: int, dtype: str) -> np.dtype:
     texts = [("texts", "V16", (n_texts,)), ("checksums", "<u8", (n_texts,))]
-    return np.dtype([("about", "u1", (n_about,)), *texts, ("rows", "<f4", (n_texts, n_columns))])
+    rows = ("rows", DTYPES[dtype], (n_texts, n_columns))
+    return np.dtype([("about", "u1", (n_about,)), *texts, rows])
 
 
 def _checksums(rows: np.ndarray, seeds: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, repeat
 from numbers import Real
 from secrets import token_hex
@@ -35,6 +35,7 @@ from skspin._store.chunk import (
 )
 from skspin._store.folder import Folder
 from skspin._store.memory import Memory
+from skspin._store.writer import Writer
 from skspin._system import return_free_memory, warn
 
 _WAITING_BYTES = 1 << 24  # of rows, at most, that wait to be written
@@ -80,7 +81,11 @@ class _Request:
 
 
 class Missing:
-    """Distinct texts that lack the same columns, for the caller to compute."""
+    """Distinct texts that lack the same columns, for the caller to compute.
+
+    What is added is stored beside that: a thread sums it up and writes it, at most 16 MB at a time
+    and as many that wait.
+    """
 
     def __init__(self, store: Store, texts: Sequence[str], request: _Request, lacks: np.ndarray):
         members = np.flatnonzero((request.found != lacks).all(axis=1))
@@ -89,39 +94,53 @@ class Missing:
         self._rows = request.rows[members]
         self.texts = [texts[row] for row in self._rows.tolist()]
         self._digests = [request.digests[i] for i in members.tolist()]
-        self._about = About(request.about.key, self.layout, request.about.model)
+        self._about = replace(request.about, layout=self.layout)
         self._store, self._out = store, request.out
         self._copies = [(slice(None), slice(None))]  # from columns computed to columns asked for
         if not lacks.all():
             targets = [wanted.slices[i] for i in segments]
             self._copies = list(zip(self.layout.slices, targets, strict=True))
         self._waiting: list[int] = []  # positions of texts whose rows are not stored yet
+        self._n_left = len(members)
+        self._writer = Writer()
         self._written, self._took = time.monotonic(), 0.0
 
     def add(self, positions: np.ndarray, values: np.ndarray) -> None:
         """Take rows (k, n_columns) of the texts at ``positions`` (k,), to fill in and to store."""
+        # Rounded before they are filled in: a row is the same whether it was stored or not.
+        values = self._about.round(values)
         rows = self._rows[positions]
         for source, target in self._copies:
             self._out[rows, target] = values[:, source]
         self._waiting.extend(positions.tolist())
-        # A quick model gets few large chunks, and what a slow one computed is stored at once.
+        self._n_left -= len(positions)
+        is_full = len(self._waiting) * values[:1].nbytes >= _WAITING_BYTES
+        # A quick model gets few large chunks, and what a slow one computed is stored at once; the
+        # last of it by `close`.
         is_due = time.monotonic() - self._written >= _SHARE * self._took
-        if is_due or len(self._waiting) * values[:1].nbytes >= _WAITING_BYTES:
-            self.flush()
+        if is_full or (is_due and self._n_left and not self._writer.is_busy):
+            waiting = self._waiting.copy()
+            self._writer.begin(lambda: self._store_rows(waiting))
+            self._waiting.clear()  # Ctrl-C before it stores some twice, and loses none
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Store what waits."""
-        if self._waiting:
-            begun = time.monotonic()
-            chunk = Chunk.blank(self._about, [self._digests[i] for i in self._waiting])
-            rows = self._rows[self._waiting]
-            for piece in pieces(len(rows), chunk.row_bytes):
-                for source, target in self._copies:
-                    chunk.rows[piece, source] = self._out[rows[piece], target]
-            self._store.add(chunk.seal())
-            self._waiting.clear()
-            self._written = time.monotonic()
-            self._took = self._written - begun
+        try:
+            self._writer.close()
+        finally:
+            if self._waiting:
+                self._store_rows(self._waiting)
+
+    def _store_rows(self, positions: list[int]) -> None:
+        begun = time.monotonic()
+        chunk = Chunk.blank(self._about, [self._digests[i] for i in positions])
+        rows = self._rows[positions]
+        for piece in pieces(len(rows), chunk.row_bytes):
+            for source, target in self._copies:
+                chunk.rows[piece, source] = self._out[rows[piece], target]
+        self._store.add(chunk.seal())
+        self._written = time.monotonic()
+        self._took = self._written - begun
 
 
 class Store:
@@ -164,7 +183,14 @@ class Store:
     # Looking up
 
     def look_up(
-        self, key: str, texts: Sequence[str], layout: Layout, out: np.ndarray, *, model: str = ""
+        self,
+        key: str,
+        texts: Sequence[str],
+        layout: Layout,
+        out: np.ndarray,
+        *,
+        model: str = "",
+        dtype: str = "float32",
     ) -> Iterator[Missing]:
         """Fill ``out`` with what is stored, and yield what is missing, to be added.
 
@@ -180,6 +206,8 @@ class Store:
             Complete when the iteration has ended, if all that was missing was added.
         model : str, default=""
             The name under which `info` counts what is added; decides nothing else.
+        dtype : {"float32", "float16"}, default="float32"
+            The format that rows are rounded to and stored in; found are those of this format only.
         """
         digests = text_digests(texts)
         n_texts = len(digests)
@@ -189,7 +217,7 @@ class Store:
             rows = np.sort(list(first.values()))
             distinct = [digests[row] for row in rows.tolist()]
         found = np.zeros((len(rows), len(layout.segments)), bool)
-        request = _Request(About(key, layout, model), distinct, rows, out, found)
+        request = _Request(About(key, layout, model, dtype), distinct, rows, out, found)
         self._fill(request)
         lacking = ~found[~found.all(axis=1)]
         all_alike = (lacking == lacking[:1]).all()  # as most often, which is quick to see
@@ -198,7 +226,7 @@ class Store:
             try:
                 yield missing
             finally:  # also when the caller fails or is interrupted
-                missing.flush()
+                missing.close()
         if len(first) < n_texts:
             source = np.array([first[digest] for digest in digests])
             again = np.flatnonzero(source != np.arange(n_texts))
@@ -213,8 +241,9 @@ class Store:
                 self._refresh(key)
         # What another thread merges meanwhile is found where it was, or else in a chunk yet newer.
         chunks = dict(self._chunks)
-        wanted = request.about.layout
-        layouts = [(n, a.layout) for n, a in list(self._abouts.items()) if n.startswith(key)]
+        wanted, dtype = request.about.layout, request.about.dtype
+        abouts = [(n, a) for n, a in list(self._abouts.items()) if n.startswith(key)]
+        layouts = [(n, a.layout) for n, a in abouts if a.dtype == dtype]
         layouts.sort(key=lambda named: named[1] != wanted)  # first where all columns may be
         for name, layout in layouts:
             common = find_common(layout, wanted)
@@ -243,7 +272,7 @@ class Store:
         rows, texts = rows[in_file], texts[in_file]
         sound = np.empty(len(rows), bool)
         parts = pieces(len(rows), chunk.row_bytes)
-        buffer = np.empty((len(rows[parts[0]]), chunk.rows.shape[1]), "<f4")
+        buffer = np.empty((len(rows[parts[0]]), chunk.rows.shape[1]), chunk.rows.dtype)
         for part in parts:
             values, targets = buffer[: len(rows[part])], request.rows[texts[part]]
             sound[part] = good = chunk.take(rows[part], values)

@@ -19,6 +19,7 @@ from fine_tuning import measure_fine_tuning
 from language_model import measure_language_model
 from paper_recipe import measure_paper_recipe
 from record import write_record
+from sklearn.ensemble import VotingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -32,6 +33,13 @@ from skspin.datasets import demo_llm, demo_model
 STRENGTHS = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0]
 
 
+SPIN_GRID = {
+    "select__sparsity": [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6],
+    "classify__C": STRENGTHS[:-1],
+}
+WINDOWS = [128, 256]  # tokens, special ones included
+
+
 def search(splits, method, pipeline, grid, texts=None, test=None):
     """Choose, refit and test one pipeline; return it with its row of the table."""
     found = GridSearchCV(pipeline, grid, cv=splits.folds)
@@ -40,7 +48,7 @@ def search(splits, method, pipeline, grid, texts=None, test=None):
     return best, {
         "set": splits.name,
         "method": method,
-        "columns": best[-1].n_features_in_,
+        "columns": sum(p[-1].n_features_in_ for p in getattr(best, "estimators_", [best])),
         "validation": found.best_score_,
         "test": best.score(splits.test if test is None else test, splits.y_test),
         "chosen": {name.split("__")[1]: value for name, value in found.best_params_.items()},
@@ -51,11 +59,15 @@ def logistic_regression():
     return LogisticRegression(max_iter=1000)
 
 
-def measure_tfidf(splits, model):
+def search_tfidf(splits):
     tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
     grid = {"logisticregression__C": [0.3, 1, 3, 10, 30, 100, 300, 1000]}
     pipeline = make_pipeline(tfidf, logistic_regression())
-    yield search(splits, "TF-IDF, logistic regression", pipeline, grid)[1]
+    return search(splits, "TF-IDF, logistic regression", pipeline, grid)
+
+
+def measure_tfidf(splits, model):
+    yield search_tfidf(splits)[1]
 
 
 def measure_hidden(splits, model, method, layers):
@@ -83,15 +95,15 @@ def measure_sentence_transformers(splits, model):
     yield search(splits, method, pipeline, grid, X, X_test)[1]
 
 
+def spin_pipeline(model, **params):
+    return make_spin_pipeline(
+        model, site=("hidden", "mlp"), pooling=("mean", "max"), dtype="float32", **params
+    )
+
+
 def measure_spin(splits, model):
     """Measure SPIN, and with the settings chosen then once more in bfloat16."""
-    spin = make_spin_pipeline(
-        model, site=("hidden", "mlp"), pooling=("mean", "max"), dtype="float32"
-    )
-    grid = {
-        "select__sparsity": [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6],
-        "classify__C": STRENGTHS[:-1],
-    }
+    spin, grid = spin_pipeline(model), SPIN_GRID
     best, row = search(splits, "SPIN, hidden states and mlp neurons", spin, grid)
     yield row
 
@@ -99,6 +111,25 @@ def measure_spin(splits, model):
     settings = {name: [best.get_params()[name]] for name in grid}
     half = spin.set_params(activations__dtype="bfloat16")
     yield search(splits, "the same in bfloat16", half, settings)[1]
+
+
+def measure_long_texts(splits, model):
+    """Cut off long texts, read them in windows, and ask TF-IDF, too.
+
+    The vote is that of the pipeline with the best validation score and of TF-IDF.
+    """
+    ways = [("truncate", 512), *(("windows", length) for length in WINDOWS)]
+    found = []
+    for how, max_length in ways:
+        spin = spin_pipeline(model, long_texts=how, max_length=max_length)
+        found.append(search(splits, f"SPIN, {how}, {max_length} tokens", spin, SPIN_GRID))
+        yield found[-1][1]
+        open_store("memory").clear()  # the next needs the room
+    spin = max(found, key=lambda result: result[1]["validation"])[0]
+    tfidf, row = search_tfidf(splits)
+    yield row
+    vote = VotingClassifier([("spin", spin), ("tfidf", tfidf)], voting="soft")
+    yield search(splits, "soft vote of the best SPIN and TF-IDF", vote, {})[1]
 
 
 METHODS = {
@@ -110,6 +141,7 @@ METHODS = {
     "paper": measure_paper_recipe,
     "fine-tuning": measure_fine_tuning,
     "llm": measure_language_model,
+    "long": measure_long_texts,
 }
 QUICK_TEXTS = 200  # to learn from, and as many to test
 

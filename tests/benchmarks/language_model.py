@@ -46,7 +46,7 @@ def measure_language_model(splits, model):
     strengths = {"logisticregression__C": STRENGTHS}
     for prompt in (None, PROMPTS.get(splits.name)):
         transformer = LLMActivationTransformer(
-            model, site=("hidden", "mlp"), pooling=POOLINGS, prompt=prompt, dtype="bfloat16",
+            model, site=("hidden", "mlp"), pooling=POOLINGS, prompt=prompt,
             cache=None,
         ).fit(splits.texts)  # fmt: skip
         train, test = read(transformer, splits.texts), read(transformer, splits.test)

@@ -124,7 +124,7 @@ def objectives(Z, signs, costs, weights, coef, intercept):
     return costs * losses + np.abs(coef).sum(axis=1)
 
 
-def solve_together(X, scaler, signs, costs, weights):
+def solve_together(X, scaler, signs, costs, weights, device=None):
     """Solve all problems by skspin; return seconds, weights and intercepts."""
     started = time.perf_counter()
     found = solve_probes(
@@ -135,6 +135,7 @@ def solve_together(X, scaler, signs, costs, weights):
         tol=TOL,
         mean=scaler.mean_,
         scale=scaler.scale_,
+        device=device,
     )
     return time.perf_counter() - started, found.coef, found.intercept
 

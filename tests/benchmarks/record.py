@@ -70,6 +70,7 @@ def installed(name):
         return None
 
 
-def write_record(path, rows):
-    """Write rows, which are dicts, with the machine they were measured on."""
-    path.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
+def write_record(path, rows, **facts):
+    """Write rows, which are dicts, with the machine they were measured on and more facts of it."""
+    machine = describe_machine() | facts
+    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

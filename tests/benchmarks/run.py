@@ -141,6 +141,7 @@ BENCHMARKS = {
             "MB/s": "{mb_per_second:,.0f}",
             "times numpy's": "{beside_numpy:.2f}",
             "times the rows' bytes": "{of_the_rows:.3f}",
+            "times an extraction without a store": "{beside_none:.3f}",
         },
     ),
     "prune": Benchmark(

@@ -31,6 +31,8 @@ LAYOUT = Layout(tuple(Segment(None, layer, "hidden", "mean", 384) for layer in r
 ORDER = np.random.default_rng(1).permutation(len(TEXTS))
 BATCH = 64  # rows that come from the model at a time
 N_SINGLE = 2000  # texts that come one by one
+N_EXTRACTED, N_TURNS = 500, 3  # texts that a model reads, with and without a store
+WIDE = {"site": "mlp", "pooling": ("mean", "max")}
 
 
 def rows():
@@ -38,10 +40,10 @@ def rows():
     return rng.standard_normal((len(TEXTS), 7 * 384), dtype=np.float32)
 
 
-def fill(store, values, texts=TEXTS, layout=LAYOUT, key="benchmark"):
+def fill(store, values, texts=TEXTS, layout=LAYOUT, key="benchmark", dtype="float32"):
     out = np.ones(values.shape, np.float32)  # the system has found its memory before
     start = time.perf_counter()
-    for missing in store.look_up(key, texts, layout, out):
+    for missing in store.look_up(key, texts, layout, out, dtype=dtype):
         for first in range(0, len(texts), BATCH):
             batch = np.arange(first, min(first + BATCH, len(texts)))
             missing.add(batch, values[batch])
@@ -81,7 +83,7 @@ def measure_disk(folder):
 def real_texts(data):
     import pandas as pd
 
-    texts = pd.read_csv(data / "sst2.csv.gz").text.tolist()
+    texts = pd.read_csv(data / "sst2.csv.gz").text.drop_duplicates().tolist()
     return [texts[i] for i in np.random.default_rng(1).permutation(len(texts))]
 
 
@@ -130,6 +132,11 @@ def measure_writing(folder):
     figures = {}
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
         figures["write to disk"] = fill(open_store(fresh), values)
+        bytes_before = open_store(fresh).info().n_bytes
+        figures["write to disk, float16"] = fill(open_store(fresh), values, dtype="float16")
+        half = open_store(fresh).info().n_bytes - bytes_before
+        figures["disk counted"] = bytes_before / values.nbytes
+        figures["disk counted, float16"] = half / values.nbytes
         one_by_one = seconds(fill_one_by_one, open_store(fresh), values)
         figures["one by one to disk"] = one_by_one / N_SINGLE
     figures["write to memory"] = fill(memory, values)
@@ -137,6 +144,24 @@ def measure_writing(folder):
     figures["memory counted"] = memory.info().n_bytes / values.nbytes
     figures["one by one to memory"] = seconds(fill_one_by_one, memory, values) / N_SINGLE
     return figures
+
+
+def measure_storing(folder, data):
+    """Measure what storing adds to an extraction, by turns: seconds of the one, and a ratio."""
+    texts, took = real_texts(data)[:N_EXTRACTED], {}
+    for turn in range(N_TURNS + 1):
+        for dtype in (None, "float32", "float16"):
+            with tempfile.TemporaryDirectory(dir=folder) as fresh:
+                fitted = transformer(None if dtype is None else fresh)
+                fitted.set_params(store_dtype=dtype or "float32", **WIDE).fit(texts)
+                if turn:  # the first one loads the model
+                    took.setdefault(dtype, []).append(seconds(fitted.transform, texts))
+                else:
+                    fitted.transform(texts[:64])
+    return {
+        f"extraction, stored in {dtype}": median(np.divide(took[dtype], took[None]))
+        for dtype in ("float32", "float16")
+    }
 
 
 def touch_memory():
@@ -149,7 +174,11 @@ MEASURES = {
     "disk": measure_disk,
     "writing": measure_writing,
 }
-REAL_MEASURES = {"real numpy": measure_real_numpy, "transformer": measure_transformer}
+REAL_MEASURES = {
+    "real numpy": measure_real_numpy,
+    "transformer": measure_transformer,
+    "storing": measure_storing,
+}
 
 
 def in_new_process(name, folder, data=None):
@@ -163,7 +192,7 @@ def compare(runs, n_bytes):
     for name in runs[0]:
         figures = [run[name] for run in runs]
         row = {"what": name}
-        if name == "memory counted":
+        if "counted" in name:
             yield row | {"of_the_rows": median(figures)}
         elif name.startswith("one by one"):
             yield row | {"milliseconds": median(figures) * 1e3}
@@ -185,6 +214,8 @@ def compare_real(runs):
 
 
 def as_line(row):
+    if "beside_none" in row:
+        return f"{row['what']:38} {row['beside_none']:.3f} of the time without a store"
     if "of_the_rows" in row:
         return f"{row['what']:38} {row['of_the_rows']:.3f} of the rows' bytes"
     took = f"{row['milliseconds']:.2f} ms" if "milliseconds" in row else ""
@@ -227,7 +258,7 @@ def main():
             }
             for _ in range(repeats)
         ]
-        real_runs = []
+        real_runs, storing = [], []
         if options.data:
             fill_as_transformer(folder / "real", options.data)
             real_runs = [
@@ -235,8 +266,10 @@ def main():
                 | in_new_process("transformer", folder, options.data)
                 for _ in range(repeats)
             ]
+            shares = in_new_process("storing", folder, options.data)
+            storing = [{"what": name, "beside_none": ratio} for name, ratio in shares.items()]
     print(f"{values.nbytes / 1e6:.0f} MB, median of {repeats}, and beside numpy by turns")
-    table = [*compare(runs, values.nbytes), *compare_real(real_runs)]
+    table = [*compare(runs, values.nbytes), *compare_real(real_runs), *storing]
     print("\n".join(map(as_line, table)))
     if options.json:
         write_record(options.json, table)

@@ -16,7 +16,8 @@ def as_page(name, records, columns, overview=None):
         A title and a format for each column; empty for the rows' own names and values.
     overview : tuple of str, length 4, default=None
         The caption of a smaller table that comes first, the row's key that it goes down by, the one
-        that it goes across by, and the format of its cells.
+        that it goes across by, and the format of its cells. All columns then follow in a folded
+        table for each value of the key that it goes across by.
     """
     rows = [row for record in records for row in record["rows"]]
     columns = columns or {
@@ -26,11 +27,11 @@ def as_page(name, records, columns, overview=None):
         ".. This file is written by a command; what is changed here by hand is lost:",
         f"   python tests/benchmarks/run.py --data FOLDER --only {name}",
         "",
-        *(overview_table(rows, *overview) if overview else []),
-        *table_head(columns),
     ]
-    for row in rows:
-        lines += table_row(cell(row, template) for template in columns.values())
+    if overview is None:
+        lines += table(rows, columns)
+    else:
+        lines += [*overview_table(rows, *overview), *folded_tables(rows, columns, overview[2])]
     sentences = dict.fromkeys(describe(record["machine"]) for record in records)  # each one once
     return "\n".join([*lines, "", *sentences]) + "\n"
 
@@ -43,6 +44,25 @@ def overview_table(rows, caption, down, across, template):
         figures = {row[across]: cell(row, template) for row in rows if row[down] == name}
         lines += table_row([name, *(figures.get(column, "") for column in columns)])
     return [*lines, ""]
+
+
+def folded_tables(rows, columns, key):
+    """Write a table for each value of a key, folded until somebody opens it, without that key."""
+    columns = {title: template for title, template in columns.items() if template != f"{{{key}}}"}
+    lines = []
+    for value in dict.fromkeys(row[key] for row in rows):
+        own = table([row for row in rows if row[key] == value], columns)
+        lines += [f".. dropdown:: {value}: all figures and settings", ""]
+        lines += [f"   {line}".rstrip() for line in own] + [""]
+    return lines[:-1]
+
+
+def table(rows, columns):
+    """Write rows as a list-table, a column for each title and format."""
+    lines = table_head(columns)
+    for row in rows:
+        lines += table_row(cell(row, template) for template in columns.values())
+    return lines
 
 
 def table_head(titles, caption=""):

@@ -202,6 +202,7 @@ GOOD = {
     "device": [None, "cpu", ["cpu"]],
     "dtype": ["auto", "float32", "bfloat16", "float16"],
     "cache": [None, "memory"],
+    "store_dtype": ["float32", "float16"],
     "n_jobs": [None, 1],
     "verbose": [0, False],
     "revision": [None, "main"],
@@ -221,6 +222,7 @@ BAD = {
     "device": ["abacus", "cuda:99", [], ["cpu", "abacus"], [None], ["cpu", 3], 3, "", "meta"],
     "dtype": ["int8", "float64", None, 32],
     "cache": [3, ["folder"], "", b"folder"],
+    "store_dtype": ["bfloat16", "float64", None, 16, np.float16],
     "output_folder": [3, "", b"folder", __file__],
     "n_jobs": [0, 1.5, "all", np.nan],
     "verbose": [-1, "loud", None],
@@ -271,5 +273,5 @@ def test_any_parameters_give_each_text_its_row_or_an_error_that_names_the_one_at
         return
     alone = {**params, "cache": None, "batch_tokens": "auto", "output_folder": None}
     of_text = {text: transform([text], **alone)[0] for text in set(texts)}
-    half = params["dtype"] in ("bfloat16", "float16", "auto")
+    half = params["dtype"] in ("bfloat16", "float16", "auto") or params["store_dtype"] == "float16"
     assert_rows(X, [of_text[text] for text in texts], atol=0.2 if half else 1e-4)

@@ -101,6 +101,7 @@ DECIDES = {
     "long_texts": set_params(long_texts="windows"),
     "pool_over": set_params(pool_over="text"),
     "dtype": set_params(dtype="bfloat16"),
+    "store_dtype": set_params(store_dtype="float16"),
     "site": set_params(site="mlp"),
     "pooling": set_params(pooling="max"),
     "trust_remote_code": set_params(trust_remote_code=True),

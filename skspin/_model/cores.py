@@ -1,0 +1,82 @@
+"""Batches on a CPU: one on each core side by side, or one after another on all of them.
+
+Threads that share a batch wait for each other after every product, and on a busy machine they wait
+long. Threads with a batch each never wait. But each of them reads all weights once more, so with a
+large model it may be faster to share. `runner` offers both; whoever runs batches may try.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+# Takes a job; gives a function that waits for its result.
+Runner = Callable[[Callable[[], Result]], Callable[[], Result]]
+
+_lock = threading.Lock()
+_n_pools = 0  # that run now, each for an extraction of its own
+_n_threads = 1  # what the first of them found, and the last restores
+
+
+def usable_cores(device: torch.device) -> int:
+    """Count the batches that may run side by side: torch's limit on threads, shared by callers."""
+    if device.type != "cpu":
+        return 1
+    with _lock:
+        n_threads = _n_threads if _n_pools else torch.get_num_threads()
+        return max(1, n_threads // (_n_pools + 1))
+
+
+@contextmanager
+def runner(n_at_once: int) -> Iterator[Runner]:
+    """Run jobs at once in the caller's thread, or several side by side on one core each."""
+    if n_at_once == 1:
+        yield _run_now
+        return
+    with _one_thread_each():
+        pool = ThreadPoolExecutor(n_at_once, "skspin-core", torch.set_num_threads, (1,))
+        try:
+            yield lambda job: pool.submit(job).result
+        finally:
+            # Nothing goes on behind an error or an interrupt.
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_now(job: Callable[[], Result]) -> Callable[[], Result]:
+    result = job()
+    return lambda: result
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Restore torch's number of threads when the last pool is done."""
+    # Some of it belongs to a thread, some (MKL's) to the process, so pools can't restore it singly.
+    global _n_pools, _n_threads
+    with _lock:
+        if not _n_pools:
+            _n_threads = torch.get_num_threads()
+        _n_pools += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _n_pools -= 1
+            if not _n_pools:
+                torch.set_num_threads(_n_threads)
+
+
+def _recover_from_fork() -> None:
+    """Forget the pools of the parent, whose threads are not there."""
+    global _lock, _n_pools
+    _lock, _n_pools = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):  # Windows never forks.
+    os.register_at_fork(after_in_child=_recover_from_fork)
