@@ -14,6 +14,9 @@ PACKAGES = (
     "torch",
     "transformers",
     "sentence-transformers",
+    "onnxruntime",
+    "openvino",
+    "optimum-onnx",
     "numpy",
     "scipy",
     "celer",
@@ -34,6 +37,7 @@ def describe_machine():
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 in hardware": multiplies_bfloat16("cpu"),
+        "8 bits": eight_bits(),
         "gpus": gpus,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "platform": platform.platform(),
@@ -48,6 +52,14 @@ def processor():
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return (named or [platform.processor() or platform.machine()])[0]
+
+
+def eight_bits():
+    """Name the instructions for products of 8 bits, where Linux tells what there is."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    names = {"avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "amx_int8": "AMX-INT8"}
+    return [name for flag, name in names.items() if flag in flags]
 
 
 def installed(name):

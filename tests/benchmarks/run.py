@@ -157,6 +157,19 @@ BENCHMARKS = {
         },
         quick=["--repeats", "1", "--layers", "2", "--train", "300", "--texts", "200"],
     ),
+    "serving": Benchmark(
+        {
+            "what": "{what}",
+            "layers": "{layers}",
+            "p50, ms": "{p50, ms:.1f}",
+            "p99, ms": "{p99, ms:.1f}",
+            "32 texts, ms": "{batch, ms:.0f}",
+            "accuracy": "{accuracy:.3f}",
+            "goal": "{goal}",
+            "reached": "{reached}",
+            "note": "{note}",
+        },
+    ),
     "prefixes": Benchmark(
         {
             "model": "{model}",

@@ -100,6 +100,7 @@ def describe(machine):
         machine.get("processor"),
         *(f"{name}: {machine[name]}" for name in ("cores", "threads") if name in machine),
         machine.get("instructions"),
+        *machine.get("8 bits", []),
         *(machine.get("gpus") or ["no GPU"]),
         f"Python {machine['python']}" if "python" in machine else None,
         *(f"{name} {number}" for name, number in machine["versions"].items()),

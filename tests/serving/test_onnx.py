@@ -180,6 +180,7 @@ def test_the_folder_says_what_it_is(reviewed):
 
 
 @LONG
+@pytest.mark.filterwarnings("ignore:The anyio:DeprecationWarning")  # old releases of starlette
 @pytest.mark.parametrize("name", ["serve_onnx", "serve_pipeline"])
 def test_the_services_of_the_guide_answer_as_the_pipeline(name, reviewed, tmp_path, monkeypatch):
     import skops.io
