@@ -20,8 +20,7 @@ from sklearn.utils import Bunch
 from skspin._explain import LinearForm
 from skspin._pickling import shallow_copy
 from skspin._pipeline import fitted_pipeline
-from skspin._serving.labels import settings_of
-from skspin._serving.model_card import write_card
+from skspin._serving.model_card import settings_of, write_card
 from skspin._serving.module import linear_parts, module_of
 from skspin._serving.onnx_graph import write_graph, write_int8
 from skspin._texts import open_texts
