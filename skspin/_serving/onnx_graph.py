@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,50 @@ _LENGTHS = {"n_texts": 3, "n_windows": 2, "n_tokens": 7}
 
 
 def write_graph(module: Any, inputs: Mapping[str, list[str]], path: Path) -> None:
-    """Write a `PipelineModule` as ONNX; ``inputs`` names the axes, all of any length, of each."""
+    """Write a `PipelineModule` as ONNX; ``inputs`` names the axes, all of any length, of each.
+
+    The module's attention may be computed another way from then on.
+    """
     import torch
 
     _need_float32(module)
-    sample = {
-        name: torch.ones([_LENGTHS[axis] for axis in axes], dtype=torch.long)
-        for name, axes in inputs.items()
-    }
+    model = module.columns.model
+    attention = getattr(model.config, "_attn_implementation", None)
     try:
         with _quietly():
-            program = torch.onnx.export(
-                module.cpu(),
-                kwargs=sample,
-                dynamo=True,
-                dynamic_shapes={name: dict(enumerate(axes)) for name, axes in inputs.items()},
-                input_names=list(inputs),
-                output_names=["decision_values"],
-                verbose=False,
-            )
-            program.save(path)  # type: ignore[union-attr]
+            try:  # The graph of attention written out is smaller and faster than torch's own.
+                model.set_attn_implementation("eager")
+                program = _export(module.cpu(), inputs)
+            except Exception:  # There is none, or it can't be traced.
+                model.config._attn_implementation = attention
+                program = _export(module.cpu(), inputs)
+            program.save(path)
     except Exception as error:  # Tracing runs a model's own code, which may do anything.
         import transformers
 
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), "")
         raise ValueError(
-            f"torch {torch.__version__} can't export {type(module.columns.model).__name__} of "
-            f"transformers {transformers.__version__} as ONNX ({reason}). Try newer versions of "
-            'these and of onnxscript, or model_kwargs={"attn_implementation": "eager"}; to_torch '
-            "needs no export."
+            f"torch {torch.__version__} can't export {type(model).__name__} of transformers "
+            f"{transformers.__version__} as ONNX ({reason}). Try newer versions of these and of "
+            "onnxscript; to_torch needs no export."
         ) from error
+
+
+def _export(module: Any, inputs: Mapping[str, list[str]]) -> Any:
+    import torch
+
+    return torch.onnx.export(
+        module,
+        kwargs={
+            name: torch.ones([_LENGTHS[axis] for axis in axes], dtype=torch.long)
+            for name, axes in inputs.items()
+        },
+        dynamo=True,
+        dynamic_shapes={name: dict(enumerate(axes)) for name, axes in inputs.items()},
+        input_names=list(inputs),
+        output_names=["decision_values"],
+        verbose=False,
+    )
 
 
 def write_int8(graph: Path, path: Path) -> None:
@@ -80,9 +95,9 @@ def _need_float32(module: Any) -> None:
 def _quietly() -> Iterator[None]:
     """Hold back what exporters say of themselves. Faults are exceptions, and pass."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -16,6 +16,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -123,6 +124,22 @@ def sentence_transformers(texts):
     return {"sentences": lambda: sentences.encode(texts, show_progress_bar=False)}
 
 
+def onnx_runtime(texts):
+    """Give the bare model's graph in ONNX Runtime, last layer, where that is installed."""
+    if not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        return {}
+    from bare_onnx import embedder, run_with_onnxruntime, write_graphs
+
+    ordered = sorted(texts, key=len)  # as sentence-transformers orders them
+    batches = [ordered[start : start + 32] for start in range(0, len(texts), 32)]
+    sides = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number_format, path in write_graphs(Path(folder)).items():
+            embed = embedder(run_with_onnxruntime(path, torch.get_num_threads()), 512)
+            sides[f"ONNX {number_format}"] = lambda embed=embed: [embed(part) for part in batches]
+    return sides
+
+
 def best_batches(tokenizer, texts, n_tokens):
     """Tokenize, sort by length and pad beforehand: a forward pass over these is the bare work."""
     ids = sorted(tokenizer(texts, truncation=True, max_length=512)["input_ids"], key=len)
@@ -185,6 +202,7 @@ def measure(name, texts, n_rounds):
         "everything": extraction(texts, **EVERYTHING),
         **{f"up to {k}": extraction(texts, layers=list(range(k + 1))) for k in up_to},
         **sentence_transformers(texts),
+        **onnx_runtime(texts),
         "by hand": lambda: hand_written(model, tokenizer, texts),
         **{f"bare {i}": lambda b=batches: run_bare(model, b) for i, batches in enumerate(bare)},
     }
@@ -203,6 +221,10 @@ def measure(name, texts, n_rounds):
     if "sentences" in t:
         goal = {"least": 1.1} if short else {}
         yield figure("hidden, mean, float32: speed", st, t["sentences"] / t["hidden"], **goal)
+    for side in ("ONNX float32", "ONNX int8"):
+        if side in t:
+            reference = f"the model in {side.replace('ONNX', 'ONNX Runtime')}"
+            yield figure("hidden, mean, float32: speed", reference, t[side] / t["hidden"])
     yield figure("hidden, mean, float32: speed", hand, t["by hand"] / t["hidden"])
     cores = 1.1 if short else 1.0
     yield figure("hidden, mean, float32: tokens/s", forward, bare_time / t["hidden"], least=cores)
