@@ -107,6 +107,8 @@ class Missing:
 
     def add(self, positions: np.ndarray, values: np.ndarray) -> None:
         """Take rows (k, n_columns) of the texts at ``positions`` (k,), to fill in and to store."""
+        if not len(positions):  # as of a batch of windows that no text ends with
+            return
         # Rounded before they are filled in: a row is the same whether it was stored or not.
         values = self._about.round(values)
         rows = self._rows[positions]

@@ -44,6 +44,19 @@ def put(monkeypatch):
     return use
 
 
+def test_blocks_without_a_text_are_nothing_to_store(tmp_path, put):
+    """As of a long text in windows: most batches end none."""
+    written = []
+    put(lambda chunk: written.append(len(chunk.digests)))
+    rows, out = activations(TEXTS), np.empty((len(TEXTS), LAYOUT.n_columns), np.float32)
+    for missing in open_store(tmp_path).look_up("", TEXTS, LAYOUT, out):
+        for i in range(len(TEXTS)):
+            missing.add(np.empty(0, np.intp), rows[:0])
+            missing.add(np.array([i]), rows[i : i + 1])
+    np.testing.assert_array_equal(out, rows)
+    assert written and 0 not in written
+
+
 def test_a_slow_disk_holds_nobody_up_until_two_blocks_wait(tmp_path, put):
     ready, written, n_added = threading.Event(), [], []
 
