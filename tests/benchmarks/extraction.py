@@ -5,9 +5,10 @@
 FOLDER holds sst2.csv.gz and imdb_5k.csv.gz with a column text. Every figure is a ratio of two times
 that were taken in turns in this run, so that a machine's other work disturbs both sides alike; the
 table shows the median of the rounds, and the least and the most. The other sides are
-sentence-transformers where it is installed (it gives the last layer only), the plain
-``output_hidden_states`` loop in batches of 32 texts as they come, and the model's bare forward pass
-over the same tokens, tokenized, sorted and padded beforehand, in the better of two batch sizes.
+sentence-transformers where it is installed and the bare model in ONNX Runtime (which both give the
+last layer only), the plain ``output_hidden_states`` loop in batches of 32 texts as they come, and
+the model's bare forward pass over the same tokens, tokenized, sorted and padded beforehand, in the
+better of two batch sizes.
 """
 
 from __future__ import annotations
