@@ -121,8 +121,8 @@ def test_no_text_is_longer_than_the_model_has_positions(make):
     texts = ["twenty characters...", "four"]
     rows = rows_of(recipe_of(model, ByT5Tokenizer()), texts, layout, told)
     assert np.isfinite(rows).all()
-    assert [rows.n_tokens for rows in told] == [12 + 5]  # with the end's token
-    assert [rows.n_truncated for rows in told] == [1]
+    assert sum(rows.n_tokens for rows in told) == 12 + 5  # with the end's token
+    assert sum(rows.n_truncated for rows in told) == 1
 
 
 def test_relative_positions_have_no_end():
