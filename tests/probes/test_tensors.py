@@ -6,7 +6,11 @@ import sys
 import textwrap
 
 import pytest
+import scipy
 import torch
+
+if tuple(map(int, scipy.__version__.split(".")[:2])) < (1, 14):
+    pytest.skip("scikit-learn dispatches from SciPy 1.14 on", allow_module_level=True)
 
 # SciPy has to be told of the array API before it is imported, so these run in their own process.
 SETTINGS = """
