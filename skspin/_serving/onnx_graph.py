@@ -26,7 +26,7 @@ def write_graph(module: Any, inputs: Mapping[str, list[str]], path: Path) -> Non
     attention = getattr(model.config, "_attn_implementation", None)
     try:
         with _quietly():
-            try:  # The graph of attention written out is smaller and faster than torch's own.
+            try:  # The graph of attention written out is smaller than torch's own.
                 model.set_attn_implementation("eager")
                 program = _export(module.cpu(), inputs)
             except Exception:  # There is none, or it can't be traced.
