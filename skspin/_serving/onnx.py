@@ -110,7 +110,8 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     >>> good = ["A fine film.", "Lovely.", "What a joy."]
     >>> bad = ["A bore.", "Dreadful.", "It drags."]
     >>> texts, labels = (good + bad) * 2, [1, 1, 1, 0, 0, 0] * 2
-    >>> spin = make_spin_pipeline(demo_model()).set_params(select__C=1.0)
+    >>> spin = make_spin_pipeline(demo_model())
+    >>> spin = spin.set_params(select__C=1.0, select__max_layer=2)
     >>> spin = spin.fit(texts, labels)
     >>> report = export_onnx(spin, Path(tempfile.mkdtemp()) / "films")
     >>> sorted(path.name for path in report.folder.iterdir())

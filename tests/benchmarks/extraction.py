@@ -40,6 +40,7 @@ from skspin.datasets import demo_model
 N_TEXTS = {"sst2": 2000, "imdb_5k": 150}
 QUICK_TEXTS = {"sst2": 600, "imdb_5k": 24}
 BARE_BATCHES = (2048, 4096)  # tokens
+INT8_TEXTS = {"sst2": 100, "imdb_5k": 8}  # without instructions for it a CPU takes 25 times as long
 EVERYTHING = {"site": ("hidden", "mlp", "attention"), "pooling": ("mean", "max")}
 
 
@@ -192,6 +193,29 @@ def extraction(texts, **params):
     return lambda: transformer.transform(texts)
 
 
+def eight_bits(name, texts, n_rounds):
+    """Time torchao's int8 beside float32: of weights alone, and of weights and activations."""
+    if not find_spec("torchao"):
+        return
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    def quantised(config):
+        return extraction(texts, model_kwargs={"quantization_config": TorchAoConfig(config)})
+
+    t = take_turns(
+        {
+            "float32": extraction(texts),
+            "int8 weights": quantised(Int8WeightOnlyConfig()),
+            "int8": quantised(Int8DynamicActivationInt8WeightConfig()),
+        },
+        n_rounds,
+    )
+    for what in ("int8 weights", "int8"):
+        ratios = (t["float32"] / t[what]).tolist()
+        yield Figure(f"hidden, mean, {what} by torchao: speed", name, "float32", ratios)
+
+
 def measure(name, texts, n_rounds):
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     model, has_half = load_model(), multiplies_bfloat16("cpu")
@@ -254,6 +278,7 @@ def measure(name, texts, n_rounds):
             f"layers up to {k} of {n_layers}: time", "all layers", share, most=k / n_layers + 0.1
         )
     yield closeness(name, texts, n_layers)
+    yield from eight_bits(name, texts[: INT8_TEXTS[name]], min(n_rounds, 3))
 
 
 def padding(name, texts):

@@ -73,14 +73,18 @@ BENCHMARKS = {
         {
             "data set": "{set}",
             "texts": "{texts:,}",
-            "float32": "{float32:.4f}",
-            "bfloat16": "{bfloat16:.4f}",
+            "format": "{format}",
+            "in float32": "{float32:.4f}",
+            "in the format": "{other:.4f}",
             "points": "{points:+.2f}",
             "only float32 is right": "{only float32}",
-            "only bfloat16 is right": "{only bfloat16}",
+            "only the format is right": "{only other}",
             "cosine, least layer": "{cosine:.5f}",
         },
-        {name: ["--sets", name] for name in ("sst2", "trec6", "imdb_5k")},
+        {
+            **{name: ["--sets", name] for name in ("sst2", "trec6", "imdb_5k")},
+            **{f"{name}-int8": ["--sets", name, "--format", "int8"] for name in ("sst2", "trec6")},
+        },
     ),
     "fit_time": Benchmark(
         {
