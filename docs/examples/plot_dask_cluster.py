@@ -2,11 +2,11 @@
 A Dask cluster
 ==============
 
-Reading texts is the heavy part, and it can be shared out: each worker takes
-some texts, runs them through its own copy of the model and gives rows of
+Reading texts is the heavy part, and it can be divided: each worker takes some
+texts, runs them through its own copy of the model and gives rows of
 activations back. skspin leaves this to joblib, so it runs wherever joblib
-runs: in processes on this machine, or on a cluster of `Dask
-<https://distributed.dask.org>`__ workers on many.
+runs: in processes on this machine, or on `Dask
+<https://distributed.dask.org>`__ workers on many machines.
 """
 
 # %%
@@ -15,7 +15,7 @@ runs: in processes on this machine, or on a cluster of `Dask
 # Two workers, each a process of its own that shares nothing with this one. For
 # a real cluster give ``Client`` its scheduler's address. Workers need skspin
 # and the model (a hub id, or a folder that is at the same path everywhere),
-# and no disk in common.
+# but no shared disk.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,8 +47,8 @@ print(f"{len(client.scheduler_info()['workers'])} workers")
 # Nothing changes in the pipeline
 # -------------------------------
 # ``parallel_config`` says where to run. This process cuts the texts into
-# shards of like work, keeps what comes back in the store, and does the rest:
-# the probes and the head are small. The model is loaded by the workers only.
+# shards of similar work, keeps what comes back in the store, and does the
+# rest: the probes and the head are small. Only the workers load the model.
 
 spin = make_spin_pipeline(demo_model(), site="hidden", pooling="mean")
 with parallel_config(backend="dask"), get_task_stream(client) as stream:
@@ -90,9 +90,8 @@ plt.show()
 # %%
 # The same numbers
 # ----------------
-# Where a text was read does not show: the rows are those that this process
-# computes by itself. All of them are kept here now, so a search needs no
-# cluster any more.
+# The workers' rows are those that this process computes by itself. It keeps
+# all of them now, so a search needs no cluster any more.
 
 client.close()
 cluster.close()

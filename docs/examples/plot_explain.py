@@ -49,9 +49,9 @@ spin.fit(texts, labels)
 # %%
 # One prediction, word by word
 # ----------------------------
-# None of these words was in a training text. Contributions and intercept add
-# up to what ``decision_function`` gives, which is in favour of the second
-# class, ``good``.
+# No training text had these words of praise and blame. Contributions and
+# intercept add up to what ``decision_function`` gives, which is in favour of
+# the second class, ``good``.
 
 new = [
     "A delightful opening, but the second half is a dull, lifeless mess.",
@@ -74,16 +74,15 @@ plt.show()
 explanation
 
 # %%
-# What a token adds tells through which token the decision came about. The
-# model has mixed the tokens by then: "Nothing" above may have turned what
-# stands at "lovely".
+# Contributions tell which tokens' activations led to the decision. The model
+# has mixed the tokens by then: "Nothing" above may have changed the
+# activations at "lovely".
 #
 # The words of a class
 # --------------------
-# ``to_frame`` gives every number, for whatever question. Averaged over all
-# texts, contributions show what the classifier looks for; ``top_tokens`` adds
-# them up instead, and so lists the words that decided most, frequent ones
-# first.
+# ``to_frame`` gives every number. Averaged over all texts, contributions show
+# what the classifier looks for; ``top_tokens`` adds them up instead, and so
+# lists the words that decided most, which favours frequent ones.
 
 frame = explain_tokens(spin, texts).merge_words().to_frame()
 by_word = (
@@ -96,7 +95,7 @@ print("for good:", ", ".join(by_word.index[:-9:-1]))
 # Naming a neuron
 # ---------------
 # The neuron with the largest weight in the classifier, and the tokens that
-# activate it most. It works behind any classifier, linear or not.
+# activate it most. ``explain_neurons`` works with any classifier.
 
 weights = spin["classify"].coef_[0]
 name = spin[:-1].get_feature_names_out()[np.argmax(np.abs(weights))]

@@ -59,10 +59,10 @@ plt.show()
 # %%
 # How far the numbers move
 # ------------------------
-# bfloat16 has three significant digits. What comes out is pooled in float32,
-# and its direction hardly changes. ``dtype="auto"`` takes bfloat16 on GPUs of
-# compute capability 8 and later and on CPUs with AMX. Other CPUs gain by it or
-# lose, as you see above for yours.
+# bfloat16 has three significant digits. Activations are pooled in float32, and
+# their direction hardly changes. ``dtype="auto"`` takes bfloat16 on GPUs of
+# compute capability 8 and later and on CPUs with AMX. Other CPUs gain or lose
+# by it; the figure above shows yours.
 
 reference = activations["cpu", "float32"]
 for (device, dtype), X in activations.items():
@@ -76,7 +76,7 @@ for (device, dtype), X in activations.items():
 # %%
 # Several GPUs, small GPUs
 # ------------------------
-# ``device=["cuda:0", "cuda:1"]`` puts a copy of the model on each and shares
-# the texts out. A model that does not fit on one GPU can be spread over
+# ``device=["cuda:0", "cuda:1"]`` puts a copy of the model on each and divides
+# the texts. A model that does not fit on one GPU can be spread over
 # several by ``model_kwargs={"device_map": "auto"}``. A pipeline that was
 # fitted on a GPU loads and predicts on a machine without one.

@@ -5,15 +5,15 @@ A verdict after every token: scores of a growing text
 What does a classifier say of a text while it is being written? A causal
 language model reads from left to right, so one pass tells what the pipeline
 would have said after each token. Here a review begins well and ends badly, and
-the moment when that shows is found.
+the scores show where it turns.
 """
 
 # %%
 # A pipeline on a causal model
 # ----------------------------
 # Short opinions, for and against. The model is SmolLM2-135M-Instruct where it
-# is installed; without it, a small random decoder shows how things are called,
-# and what it says is of no interest.
+# is installed. Without it, a small random decoder shows the calls, and its
+# scores mean nothing.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -64,7 +64,7 @@ train, held_out, y_train, y_held_out = train_test_split(
     texts, labels, test_size=0.3, stratify=labels, random_state=0
 )
 # Many models have unusual activations at the very first token. With a prompt
-# in front, that is none of the text's.
+# in front, that token is not part of the text.
 spin = make_spin_pipeline(
     **model, prompt="Review: {text}", pool_over="text", pooling="mean"
 )

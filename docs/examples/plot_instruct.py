@@ -2,10 +2,10 @@
 Where in thirty blocks is the answer? An instruct model
 =======================================================
 
-An instruct model is asked about each text. Its answer would be written at the
+We ask an instruct model about each text. It would write its answer after the
 last token: where in the model can it be read, and is the last token better
-than the mean over the text? The model is SmolLM2-135M-Instruct, a GGUF file as
-llama.cpp and Ollama keep them.
+than the mean over the text? The model is SmolLM2-135M-Instruct, a GGUF file,
+the format of llama.cpp and Ollama.
 """
 
 # %%
@@ -45,8 +45,8 @@ print(
 # One probe per layer
 # -------------------
 # Each probe sees one layer under one pooling, and is measured on a held-out
-# half of the texts. With so few of them a score is good to about five points
-# either way.
+# half of the texts. With so few of them, a score is uncertain by about five
+# points either way.
 
 
 def scores(fitted, X, pooling):
@@ -94,9 +94,9 @@ ax.legend(frameon=False)
 plt.show()
 
 # %%
-# The mean over the text is read best in the middle of the model, and the last
-# blocks have lost some of it again: they turn to the next word. Asking a
-# question does not help so small a model with so broad a topic; where the
+# The mean over the text is best in the middle of the model. The last blocks
+# lose some of that again, because they turn to the next word. Asking a
+# question does not help so small a model with so broad a topic. Where the
 # answer is one word that the model would say, as with "positive" or "negative"
-# about a review, the last token of a question does better (see the page on
-# accuracy).
+# about a review, the last token of a question does better (see the accuracy
+# benchmark).

@@ -47,8 +47,8 @@ print(
 # ---------------------------
 # Only the head has to be told: scikit-learn's
 # :class:`~sklearn.multiclass.OneVsRestClassifier` takes an indicator matrix.
-# Beside the mean over tokens stands their maximum, because a library may be
-# the subject of one sentence only.
+# The pipeline also takes the maximum over tokens, because a library may be the
+# subject of one sentence only.
 
 spin = make_spin_pipeline(
     demo_model(),

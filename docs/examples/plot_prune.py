@@ -2,10 +2,10 @@
 Pruning a fitted pipeline, and what it saves
 ============================================
 
-A fitted pipeline looks at some neurons of some layers. :func:`~skspin.prune`
-makes a pipeline of it that computes no more than those: the language model
-stops after the deepest layer in use, and only the neurons in use are pooled.
-The predictions stay the same.
+A fitted pipeline uses some neurons of some layers. :func:`~skspin.prune` makes
+a pipeline that computes only those: the language model stops after the deepest
+layer in use, and only the neurons in use are pooled. The predictions stay the
+same.
 """
 
 # %%

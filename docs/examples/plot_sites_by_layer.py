@@ -40,8 +40,8 @@ print(
 # The probes by layer
 # -------------------
 # Layer 0 holds the embeddings, which have no feed-forward neurons and no
-# attention. On so few texts a score is good to about three points either way,
-# so small ups and downs mean nothing.
+# attention. On so few texts a score is uncertain by about three points either
+# way, so small ups and downs mean nothing.
 
 figure, (left, right) = plt.subplots(
     1, 2, figsize=(10, 4), layout="constrained"
@@ -66,10 +66,9 @@ plt.show()
 # What a classifier makes of them
 # -------------------------------
 # The same head on the selected neurons of one site, of all sites, and on the
-# last layer alone. The array that comes out of the transformer is a plain
-# NumPy array that also knows which column is which, so rows can be chosen as
-# above. Choosing columns makes it forget, and ``get_feature_names_out`` still
-# says which they are.
+# last layer alone. The transformer gives a NumPy array that also knows which
+# column is which, and still does once rows are chosen, as above. Once columns
+# are chosen it does not, but ``get_feature_names_out`` names them.
 
 names = transformer.get_feature_names_out()
 last = np.array([name.startswith("layer6_hidden") for name in names])

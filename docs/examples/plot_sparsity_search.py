@@ -58,7 +58,7 @@ plt.show()
 # The two rules by what they cost
 # -------------------------------
 # To compare the rules, put the number of neurons on the axis. How many columns
-# the classifier sees matters much more than by which rule they were chosen.
+# the classifier sees matters much more than which rule chose them.
 
 figure, ax = plt.subplots(layout="constrained")
 for (criterion, display), marker in zip(displays.items(), "os", strict=True):
@@ -81,8 +81,8 @@ plt.show()
 # %%
 # The same neurons in every fold?
 # -------------------------------
-# A selection that changes with every fold says little about the model. The
-# share of neurons that two folds have in common tells; two random choices of
+# A selection that changes with every fold says little about the model. So look
+# at the share of neurons that two folds have in common; two random choices of
 # the same sizes would share far fewer.
 
 best = clone(searches["salience"].best_estimator_)

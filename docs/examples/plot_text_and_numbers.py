@@ -12,7 +12,7 @@ model and the numbers past it; one classifier sees both.
 # A table with text and numbers
 # -----------------------------
 # The numbers are counted from whole docstrings, and only the first four words
-# of each are left in the text column, so that no column has everything.
+# of each are left in the text column, so that no column says everything.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,7 +47,7 @@ print(table.head(3).to_string())
 # %%
 # Each column to its own transformer
 # ----------------------------------
-# The text needs both of SPIN's steps: the selector has to stand behind the
+# The text needs both of SPIN's steps: the selector has to come right after the
 # transformer, where it can see which column belongs to which layer.
 
 spin = make_pipeline(
