@@ -35,10 +35,13 @@ from transformers import AutoModel, AutoTokenizer
 
 from skspin import LLMActivationTransformer
 from skspin._model.device import multiplies_bfloat16
-from skspin.datasets import demo_model
+from skspin._model.files import Source
+from skspin._model.registry import load_backbone
+from skspin.datasets import demo_llm, demo_model
 
-N_TEXTS = {"sst2": 2000, "imdb_5k": 150}
-QUICK_TEXTS = {"sst2": 600, "imdb_5k": 24}
+LLM = "llm"
+N_TEXTS = {"sst2": 1000, "imdb_5k": 80, LLM: 150}
+QUICK_TEXTS = {"sst2": 300, "imdb_5k": 16, LLM: 16}
 BARE_BATCHES = (2048, 4096)  # tokens
 INT8_TEXTS = {"sst2": 100, "imdb_5k": 8}  # without instructions for it a CPU takes 25 times as long
 EVERYTHING = {"site": ("hidden", "mlp", "attention"), "pooling": ("mean", "max")}
@@ -153,10 +156,10 @@ def best_batches(tokenizer, texts, n_tokens):
     return batches
 
 
-def run_bare(model, batches):
+def run_bare(model, batches, **settings):
     with torch.no_grad():
         for batch in batches:
-            model(**batch)
+            model(**batch, **settings)
 
 
 # Timing
@@ -185,10 +188,10 @@ def busy_process():
             process.kill()
 
 
-def extraction(texts, **params):
+def extraction(texts, path=None, **params):
     """Make a function that extracts the texts anew at each call, with the model loaded already."""
     settings = {"cache": None, "dtype": "float32", **params}
-    transformer = LLMActivationTransformer(demo_model(), **settings).fit(texts)
+    transformer = LLMActivationTransformer(path or demo_model(), **settings).fit(texts)
     transformer.transform(texts[:64])
     return lambda: transformer.transform(texts)
 
@@ -281,11 +284,28 @@ def measure(name, texts, n_rounds):
     yield from eight_bits(name, texts[: INT8_TEXTS[name]], min(n_rounds, 3))
 
 
+def measure_llm(texts, n_rounds):
+    """Time a decoder of thirty small blocks beside its own bare forward pass."""
+    backbone = load_backbone(Source(demo_llm()), None, "float32")
+    tokenizer, model = backbone.tokenizer, backbone.model
+    sides = {
+        "hidden, last": extraction(texts, demo_llm(), pooling="last"),
+        "mlp, mean + max": extraction(texts, demo_llm(), site="mlp", pooling=("mean", "max")),
+    }
+    for n_tokens in BARE_BATCHES:
+        batches = best_batches(tokenizer, texts, n_tokens)
+        sides[f"bare {n_tokens}"] = lambda b=batches: run_bare(model, b, use_cache=False)
+    t = take_turns(sides, n_rounds)
+    bare_time = np.minimum(*(t[f"bare {n_tokens}"] for n_tokens in BARE_BATCHES))
+    for what, least in (("hidden, last", 1.1), ("mlp, mean + max", 0.9)):
+        ratios = (bare_time / t[what]).tolist()
+        yield Figure(
+            f"{what}, float32: tokens/s", "sst2, demo LLM", "bare forward", ratios, least=least
+        )
+
+
 def padding(name, texts):
     """Share of the tokens in the model's batches that are padding."""
-    from skspin._model.files import Source
-    from skspin._model.registry import load_backbone
-
     n_tokens = {"all": 0, "real": 0}
 
     def see(module, args, kwargs):
@@ -347,7 +367,11 @@ def main():
     for name in options.sets:
         n_texts = (QUICK_TEXTS if options.quick else N_TEXTS)[name]
         print(f"{name}: {n_texts} texts", file=sys.stderr)
-        figures += measure(name, read_texts(options.data, name, n_texts), n_rounds)
+        texts = read_texts(options.data, "sst2" if name == LLM else name, n_texts)
+        if name == LLM:
+            figures += measure_llm(texts, n_rounds)
+            continue
+        figures += measure(name, texts, n_rounds)
         figures.append(padding(name, read_texts(options.data, name)))
     rows = [figure.as_row() for figure in figures]
     print_table(rows)

@@ -105,7 +105,7 @@ BENCHMARKS = {
             "goal": "{goal}",
             "reached": "{reached}",
         },
-        {name: ["--sets", name] for name in ("sst2", "imdb_5k")},
+        {name: ["--sets", name] for name in ("sst2", "imdb_5k", "llm")},
     ),
     "memory": Benchmark(
         {
