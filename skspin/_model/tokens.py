@@ -461,8 +461,8 @@ def bare_copy(tokenizer: Any) -> Tokenizer | None:
 @lru_cache(maxsize=4)  # a tokenizer in memory is copied in every call, and may have changed
 def _parse(definition: str) -> Tokenizer:
     copy = Tokenizer.from_str(definition)
-    # Both are settings of the original object, left by its last call; another thread may change them
-    # there at any time.
+    # Both are settings of the original object, left by its last call, and another thread may change
+    # them there at any time.
     copy.no_truncation()
     copy.no_padding()
     return copy
