@@ -69,7 +69,7 @@ def find_blocks(stack: nn.Module, config: Any, architecture: Architecture) -> li
     if architecture.shared_groups:
         name = architecture.shared_groups
         groups = [list(group.get_submodule(name).children()) for group in blocks]
-        # Only here is the configuration used: a model cut in memory has fewer blocks than it says.
+        # Used only here: a model that was cut in memory has fewer blocks than its config says.
         n_turns = config.num_hidden_layers
         turns = [groups[turn * len(groups) // n_turns] for turn in range(n_turns)]
         return [block for group in turns for block in group]

@@ -42,7 +42,7 @@ class Reader:
     ):
         self.segments, self.mask, self.pooled = segments, mask, pooled
         self.values = [torch.empty(0)] * len(segments)
-        self._unread: dict[Tap, tuple[Stack, list[int]]] = {}  # and the segments read there
+        self._unread: dict[Tap, tuple[Stack, list[int]]] = {}  # and the segments of each tap
         for position, segment in enumerate(segments):
             stack = anatomy.stacks[segment.stack]
             tap = stack.tap(segment.layer, segment.site)
