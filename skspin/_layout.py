@@ -18,7 +18,7 @@ import numpy as np
 
 from skspin._system import warn
 
-# Every name that a segment may have; all other tables of them are keyed by these.
+# All sites, poolings and stacks; every other table is keyed by these names.
 SITES = ("hidden", "mlp", "attention")
 POOLINGS = ("mean", "max", "first", "last")
 STACKS = ("encoder", "decoder")
@@ -93,7 +93,7 @@ class Layout:
         return np.asarray(names, dtype=object)
 
     def layers(self) -> list[LayerColumns]:
-        """List what one probe sees at a time, by stack, layer and site."""
+        """List the columns that each probe sees, by stack, layer and site."""
         members: dict[tuple, list[tuple[int, np.ndarray]]] = {}
         for stack, s, columns in zip(self._prefixes, self.segments, self.slices, strict=True):
             taken = _rank(POOLINGS, s.pooling), np.arange(columns.start, columns.stop)
@@ -117,8 +117,8 @@ class Layout:
 
 def find_layers(
     layer_sizes: Any,  # as SalientNeuronSelector takes it
-    layout: Layout | None,  # what X carries, as are its columns' names
-    names: Sequence[str] | None,
+    layout: Layout | None,  # carried by X
+    names: Sequence[str] | None,  # of the columns of X
     n_columns: int,
     max_layer: int | None,
 ) -> list[LayerColumns]:
@@ -174,9 +174,9 @@ def layers_from_names(names: Sequence[str]) -> list[LayerColumns] | None:
 
 
 def _are_one_model(found: list[tuple[tuple[str, ...], list[tuple[int, int]]]]) -> bool:
-    """Whether columns under different prefixes, as of ``mean__layer3_hidden_mean_412``, are."""
-    # Names carry no model. Two models that read alike give each name twice. Where they do not, as
-    # with one pooling each, their layers seldom have the same width.
+    """Whether columns with different prefixes, such as ``mean__``, come from the same model."""
+    # Names do not say which model they are from. Two models that are read in the same way give each
+    # name twice. If each is read with another pooling, their layers seldom have the same width.
     if len({key[0] for key, _ in found}) == 1:
         return True
     neurons: dict[tuple[str, ...], list[int]] = {}
@@ -216,7 +216,7 @@ def _resolve_sizes(layer_sizes: Any, n_columns: int) -> list[int]:
 def _warn_of_no_layers(names: Sequence[str] | None) -> None:
     reason = (
         "it is a plain array, as a scaler, a ColumnTransformer or a FeatureUnion makes of what "
-        "LLMActivationTransformer gives (set_output(transform='pandas') keeps names, which tell)"
+        "LLMActivationTransformer gives (set_output(transform='pandas') would keep the names)"
     )
     if names is not None:
         others = [name for name in names if layers_from_names([name]) is None]
@@ -344,7 +344,7 @@ def _plain(array: Any) -> Any:
 
 
 def _join(layouts: Sequence[Layout | None]) -> Layout | None:
-    """Put layouts side by side; None where they may be of several models, as `_are_one_model`."""
+    """Join layouts side by side; None if they may be several models', as in `_are_one_model`."""
     segments = [s for layout in layouts if layout is not None for s in layout.segments]
     poolings = {(s.stack, s.layer, s.site, s.pooling) for s in segments}
     widths = {(s.stack, s.layer, s.site, s.width) for s in segments}

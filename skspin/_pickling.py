@@ -1,4 +1,4 @@
-"""What a pickle remembers: its version, no model in memory, of sparse arrays what is not zero."""
+"""What a pickle holds: the version, no model in memory, of sparse arrays only non-zero values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SHARED = ("model", "tokenizer")
 class VersionedState:
     """An estimator whose pickle says which version of skspin wrote it.
 
-    To be inherited from before BaseEstimator, which does so for scikit-learn's estimators only.
+    Inherit from it before BaseEstimator, which does this for scikit-learn's own estimators only.
     """
 
     def __getstate__(self):
@@ -60,7 +60,7 @@ class VersionedState:
 
 
 class DetachedModel:
-    """What a pickle holds of a model that was passed in memory: its class's name."""
+    """Stands in a pickle for a model that was passed in memory: the name of its class."""
 
     def __init__(self, name: str):
         self.name = name
@@ -95,7 +95,7 @@ class ModelSharingEstimator(VersionedState, BaseEstimator):
         return twin.set_params(**shared)
 
     def __copy__(self):
-        """Copy what is held as it is; a copy's state would be a pickle's, without the model."""
+        """Copy the attributes, not the state of a pickle, which lacks a model in memory."""
         return shallow_copy(self)
 
     def __deepcopy__(self, memo):
@@ -106,7 +106,7 @@ class ModelSharingEstimator(VersionedState, BaseEstimator):
         return twin
 
     def __getstate__(self):
-        """Leave a model in memory out of the pickle, and types of torch's as far as it can."""
+        """Leave out a model in memory, and write a quantisation's configuration as plain JSON."""
         state = dict(super().__getstate__())
         if not isinstance(self.model, str | os.PathLike | DetachedModel):
             state["model"] = DetachedModel(type(self.model).__name__)
@@ -120,7 +120,7 @@ class ModelSharingEstimator(VersionedState, BaseEstimator):
 
 
 def shallow_copy(estimator: Any) -> Any:
-    """Copy an estimator as ``copy.copy`` would if its state were not that of a pickle."""
+    """Copy an estimator, sharing its attributes, without the detour over its pickled state."""
     twin = object.__new__(type(estimator))
     twin.__dict__.update(vars(estimator))
     if hasattr(twin, config := "_sklearn_output_config"):  # a dict that set_output writes to
@@ -129,7 +129,7 @@ def shallow_copy(estimator: Any) -> Any:
 
 
 def pack_sparse(array: np.ndarray) -> dict[str, Any]:
-    """Write an array as the values that are not zero and their places."""
+    """Write an array as its non-zero values and their positions."""
     places = np.flatnonzero(array).astype(np.min_scalar_type(array.size))
     return {"shape": array.shape, "places": places, "values": array.ravel()[places]}
 

@@ -1,4 +1,4 @@
-"""SPIN as one pipeline, and the steps inside pipelines."""
+"""SPIN as one pipeline, and how to find the steps inside a pipeline."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def make_spin_pipeline(
 
     The steps of SPIN [1]_ are ``activations`` (:class:`LLMActivationTransformer`), ``select``
     (:class:`SalientNeuronSelector`), ``scale`` (:class:`~sklearn.preprocessing.StandardScaler`) and
-    ``classify``. The defaults are near what validation parts of four data sets chose (a sparsity of
-    0, 0.1, 0.1 and 0.2; a head of ``C=0.003`` three times and 0.1 once); both are worth a search.
+    ``classify``. The defaults are near the best values on validation parts of four data sets
+    (sparsity 0, 0.1, 0.1 and 0.2; ``C`` of the head 0.003 three times, 0.1 once); search both.
     Read more in the user guide, :doc:`/user_guide/how_it_works`, and in :doc:`/how_to/index`.
 
     Parameters
@@ -98,7 +98,7 @@ def make_spin_pipeline(
 
 
 def fitted_pipeline(pipeline: Any, caller: str) -> Pipeline:
-    """Take a fitted pipeline, frozen or not, or refuse what a public function was given instead."""
+    """Return a fitted pipeline, taken out of a FrozenEstimator; raise for anything else."""
     bare = pipeline.estimator if isinstance(pipeline, FrozenEstimator) else pipeline
     if not isinstance(bare, Pipeline):
         raise TypeError(
@@ -110,7 +110,7 @@ def fitted_pipeline(pipeline: Any, caller: str) -> Pipeline:
 
 
 def instead_of(estimator: Any) -> str:
-    """Say which estimator inside another one to pass in its place, if that is known."""
+    """Advise which inner estimator to pass instead of this one, if that is known."""
     if hasattr(estimator, "refit"):  # a search
         fitted = "" if hasattr(estimator, "best_estimator_") else ", after a fit with refit=True"
         return f" Pass its best_estimator_{fitted}."
@@ -120,12 +120,12 @@ def instead_of(estimator: Any) -> str:
 
 
 def acts_in_fit_only(step: Any) -> bool:
-    """Whether a step, such as a sampler of imbalanced-learn, is passed over at prediction."""
+    """Whether a step, such as a sampler of imbalanced-learn, is skipped at prediction."""
     return hasattr(step, "fit_resample") and not hasattr(step, "transform")
 
 
 def flatten(estimator: Any) -> Iterator[Any]:
-    """List what a text passes through at prediction, with pipelines and wrappers opened."""
+    """List the steps that act at prediction, in order, with pipelines and wrappers unpacked."""
     if isinstance(estimator, Pipeline):
         for _, step in estimator.steps:
             yield from flatten(step)
@@ -160,10 +160,10 @@ def _members(estimator: Any) -> list[Any]:
 
 
 def only_step(estimator: Any, kind: type[_Step]) -> _Step:
-    """Find the one fitted step of a kind, or refuse the estimator."""
+    """Find the fitted step of a kind, or raise if there is not exactly one."""
     found = list(find_steps(estimator, kind))
     if len(found) != 1:
-        advice = instead_of(estimator) or " Pass the one that is meant."
+        advice = instead_of(estimator) or " Pass the one that you mean."
         raise ValueError(
             f"{type(estimator).__name__} has {len(found)} steps of type {kind.__name__}, but one "
             f"is needed.{advice}"
@@ -172,7 +172,7 @@ def only_step(estimator: Any, kind: type[_Step]) -> _Step:
 
 
 def read_texts(estimator: Any, transformer: LLMActivationTransformer, texts: Any) -> TextChunks:
-    """Take texts through the steps of a pipeline that come before its activation transformer."""
+    """Apply the steps of a pipeline that come before its activation transformer to texts."""
     steps = list(flatten(estimator))
     if any(step is transformer for step in steps):
         for step in takewhile(lambda step: step is not transformer, steps):
@@ -181,10 +181,10 @@ def read_texts(estimator: Any, transformer: LLMActivationTransformer, texts: Any
 
 
 class PrunedStep(SelectorMixin, BaseEstimator):
-    """What pruning left of a step; fitted again, it is that step.
+    """A fitted step of which pruning kept some columns; a refit fits the whole step again.
 
-    ``left_`` is what still computes columns (None for a selection, whose columns are all that comes
-    in), and ``support_`` says which of those are kept (None for all).
+    ``left_`` is the fitted step that computes columns (None for a selector, whose input now holds
+    the selected columns only), and ``support_`` says which of these are kept (None for all).
     """
 
     def __init__(self, step=None):
@@ -192,7 +192,7 @@ class PrunedStep(SelectorMixin, BaseEstimator):
 
     @classmethod
     def of(cls, step: Any, left: Any, support: Any) -> PrunedStep:
-        """Make one that is fitted."""
+        """Make a fitted instance."""
         pruned = cls(step)
         pruned.left_, pruned.support_ = left, support
         if left is None:
@@ -200,12 +200,12 @@ class PrunedStep(SelectorMixin, BaseEstimator):
         return pruned
 
     def fit(self, X, y=None, **params):
-        """Fit the step that was there before."""
+        """Fit the step as it was before pruning."""
         self.left_, self.support_ = clone(self.step).fit(X, y, **params), None
         return self
 
     def transform(self, X):
-        """Compute the columns that are kept; arrays, sparse matrices and frames stay so."""
+        """Compute the columns that are kept, in the same kind of array, sparse matrix or frame."""
         X = X if self.left_ is None else self.left_.transform(X)
         return X if self.support_ is None else _safe_indexing(X, self.get_support(True), axis=1)
 

@@ -33,7 +33,7 @@ from skspin._selector import SalientNeuronSelector
 from skspin._sklearn import LinearClassifierMixin
 from skspin._transformer import LLMActivationTransformer
 
-# What these have learnt about each column; by exact type, because a subclass may do something else.
+# Attributes with a value per column; by exact type, because a subclass may do something else.
 _BY_COLUMN: dict[type, tuple[str, ...]] = {
     StandardScaler: ("mean_", "var_", "scale_", "n_samples_seen_"),
     MinMaxScaler: ("min_", "scale_", "data_min_", "data_max_", "data_range_"),
@@ -45,14 +45,14 @@ _BY_COLUMN: dict[type, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Need:
-    """The columns that a step must give, and the name of the step that decides so."""
+    """The columns that a step must return, and the name of the step that needs them."""
 
     columns: np.ndarray | None  # (n_columns,), True for those needed; None for all
     by: str
 
 
 def prune(pipeline):
-    """Leave out of a fitted pipeline whatever its classifier does not use.
+    """Remove from a fitted pipeline what its classifier does not use.
 
     The language model then stops after the deepest layer in use, and only the neurons in use are
     pooled. Predictions stay the same. Read more in the user guide, :doc:`/user_guide/deploying`.
@@ -60,23 +60,23 @@ def prune(pipeline):
     Parameters
     ----------
     pipeline : Pipeline
-        Fitted, with an :class:`LLMActivationTransformer` that a selector follows; for instance the
+        Fitted, with an :class:`LLMActivationTransformer` and a selector after it; for instance the
         ``best_estimator_`` of a search. The transformer may be inside a
         :class:`~sklearn.compose.ColumnTransformer` or a :class:`~sklearn.pipeline.FeatureUnion`.
-        Steps in between that treat each column by itself (such as
+        Steps that treat each column by itself (such as
         :class:`~sklearn.preprocessing.StandardScaler`) are narrowed, others stay whole, and those
-        that act in ``fit`` only, such as samplers, do not count. Columns to which a linear
+        that act in ``fit`` only, such as samplers, are ignored. Columns to which a linear
         classifier gives no weight in any class, as under an L1 penalty, are left out as well.
         Pipeline and steps may be inside a :class:`~sklearn.frozen.FrozenEstimator`.
 
     Returns
     -------
     pruned : Pipeline
-        A new fitted pipeline with the same steps, of which the selector selects all that is left
-        (a step of another kind that was narrowed is inside one that gives what is left of it). It
-        shares the language model, and fitted parts that did not change, with ``pipeline``, which is
-        left as it was. Fitting it again does what fitting ``pipeline`` does, from all layers on;
-        only the members of a FeatureUnion that were of no use have become "drop" for good.
+        A new fitted pipeline with the same steps. Its selector selects all columns that are left;
+        a step of another kind may be wrapped in one that returns only the columns in use.
+        The new pipeline shares the language model, and fitted parts that did not change, with
+        ``pipeline``, which is left as it was. A refit fits all layers again, as that of
+        ``pipeline`` does; only the unused members of a FeatureUnion stay "drop".
 
     Raises
     ------
@@ -188,7 +188,7 @@ def _(step: Any, need: Need) -> tuple[Any, Need]:
         return _keep_whole(step, need)
     used = np.any([weights_of(member).any(axis=0) for member in members], axis=0)  # (n_columns,)
     if not used.any():
-        used[0] = True  # scikit-learn's estimators take no input that has no column
+        used[0] = True  # scikit-learn's estimators refuse an input without columns
     if used.all():
         return _keep_whole(step, need)
     narrowed = [_take_columns(member, used, ("coef_",)) for member in members]
@@ -238,7 +238,7 @@ def _(step: FeatureUnion, need: Need) -> tuple[Any, Need]:
 
 
 def _narrow_branch(member: Any, need: Need, given: slice) -> tuple[Any, int]:
-    """Narrow one of several that read the same input; count the columns that it then gives."""
+    """Narrow one of several steps with the same input; count the columns that it then returns."""
     columns = None if need.columns is None else need.columns[given]
     n_given = given.stop - given.start if columns is None else int(columns.sum())
     if member == "drop" or (columns is not None and not n_given):
@@ -248,7 +248,7 @@ def _narrow_branch(member: Any, need: Need, given: slice) -> tuple[Any, int]:
 
 
 def _keep_whole(step: Any, need: Need) -> tuple[Any, Need]:
-    """Leave a step as it is, and take away behind it what is not needed."""
+    """Keep a step as it is, and drop the columns of its output that are not needed."""
     needed = Need(None, type(step).__name__)
     if need.columns is None or need.columns.all():
         return _copy(step), needed
@@ -257,7 +257,7 @@ def _keep_whole(step: Any, need: Need) -> tuple[Any, Need]:
 
 
 def _take_columns(step: Any, columns: np.ndarray, attributes: tuple[str, ...]) -> Any:
-    """Copy a fitted step as if only some of its input columns had been there."""
+    """Copy a fitted step as if it had been fitted to some of its input columns only."""
     narrowed = _copy(step)
     for name in (*attributes, "feature_names_in_"):
         learnt: Any = getattr(step, name, None)

@@ -38,7 +38,7 @@ from skspin._sklearn import (
 )
 from skspin._system import warn
 
-# One weight per neuron of the model, and under an L1 penalty nearly all of them zero.
+# Arrays with a value per neuron; under an L1 penalty nearly all values are zero.
 _MOSTLY_ZERO = ("coef_", "salience_")
 
 
@@ -59,47 +59,47 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         share of each layer's neurons.
     C : float or sequence of float, default=0.1
         Inverse strength of the probes' regularisation, as in
-        :class:`~sklearn.linear_model.LogisticRegression` with ``l1_ratio=1``. Of several values
-        each layer takes the one that does best on a validation part of the training data.
+        :class:`~sklearn.linear_model.LogisticRegression` with ``l1_ratio=1``. Of several values,
+        each layer takes the one that scores best on a validation part of the training data.
     penalty : {"l1", "l2"}, default="l1"
         The probes' penalty. With "l2" no weight is exactly zero.
     salience : {"squared", "absolute"}, default="squared"
         How a probe's weights become salience; summed over classes.
     max_layer : int or None, default=None
         Use layers 0 to ``max_layer`` only, SPIN's "first l layers"; None for all. Searching over it
-        needs no other pass through the language model.
+        needs no further pass through the language model.
     layer_sizes : "auto", int, sequence of int or None, default="auto"
         Where layers are. "auto" reads what :class:`LLMActivationTransformer` attached to its
         output, or a frame's column names, in whatever order the columns stand. Names may have the
         prefixes of a :class:`~sklearn.pipeline.FeatureUnion` or
-        :class:`~sklearn.compose.ColumnTransformer`: columns under several prefixes are taken for
-        one model's if, without their prefixes, no two have the same name and all poolings of a
-        layer are equally wide, as where each branch has another pooling; otherwise each prefix has
-        layers of its own. An int says that every layer has so many columns, a sequence gives the
-        number of columns of each; None takes all columns for one layer.
+        :class:`~sklearn.compose.ColumnTransformer`: columns with different prefixes count as one
+        model's if, without their prefixes, no two have the same name and all poolings of a layer
+        are equally wide, e.g. if each branch has another pooling; otherwise each prefix has layers
+        of its own. An int is the number of columns of every layer, a sequence holds the number of
+        columns of each; None takes all columns for one layer.
     standardize : bool, default=True
         Fit the probes on columns of mean 0 and variance 1. Salience compares neurons whose scales
-        differ widely, so turn this off only for columns that share a scale already. A column that
-        varies 3,000 times less than its layer's median counts as constant in float32, where what
-        is left of it is rounding (in float64: 7e7 times). The selected columns themselves come out
-        as they went in.
+        differ widely, so turn this off only for columns that share a scale already. In float32, a
+        column whose standard deviation is 3,000 times smaller than its layer's median counts as
+        constant, because it holds little but rounding (in float64: 7e7 times). The selected columns
+        themselves are returned unchanged.
     class_weight : dict, list of dict, "balanced" or None, default=None
         Weights of classes, as in scikit-learn; "balanced" counts each text by its sample weight.
     validation_fraction : float in (0, 1), default=0.2
-        Stratified share of the distinct rows on which ``layer_scores_`` is measured and, with
-        several values of ``C``, chosen. Copies of a row are either all among them or none.
+        Stratified share of the distinct rows, on which ``layer_scores_`` is measured and one of
+        several values of ``C`` is chosen. Copies of a row are either all among them or none.
     tol : float, default=1e-3
         Relative duality gap at which a probe is solved.
     max_iter : int, default=1000
-        Steps after which a probe is given up with a ConvergenceWarning.
+        Steps after which an unsolved probe stops, with a ConvergenceWarning.
     device : str or None, default=None
         Where probes are solved: None for NumPy on the CPU, or a torch device such as "cuda". With
         scikit-learn's ``array_api_dispatch`` on, ``X`` may be a torch tensor: its probes are solved
-        where it is, without a copy of it on the host. What is learnt is in NumPy's arrays all the
+        where it is, without a copy of it on the host. Fitted attributes are NumPy arrays all the
         same, and ``cache`` keeps none of these probes.
     cache : "memory" or None, default="memory"
-        "memory" keeps solved probes for as long as the process lives, found again by their content,
-        so that a search over ``sparsity``, ``criterion``, ``salience`` or ``max_layer`` solves each
+        "memory" keeps solved probes in this process and finds them by their data and settings, so
+        that a search over ``sparsity``, ``criterion``, ``salience`` or ``max_layer`` solves each
         probe once. None keeps nothing.
     random_state : int, RandomState or None, default=None
         Chooses the validation part. None chooses the same part every time, so that a search finds
@@ -254,7 +254,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         layout = layout_of(X)
         xp, _ = get_namespace(X)  # NumPy, unless scikit-learn dispatches by the array API
         dtypes = [xp.float32, xp.float64]
-        with np.errstate(invalid="ignore"):  # scikit-learn adds all values up, and more if need be
+        with np.errstate(invalid="ignore"):  # scikit-learn sums all values, infinite ones too
             X, y = validate_data(self, X, y, dtype=dtypes, multi_output=True, ensure_min_samples=2)
         y, sample_weight = to_host(y), to_host(sample_weight)
         names = getattr(self, "feature_names_in_", None)
@@ -268,8 +268,8 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
                     " Leave it out to weigh all texts alike."
                 )
         targets = encode_targets(y, sample_weight, self.class_weight)
-        # None is a fixed seed: another split at every fit would make every fit of a search solve
-        # its probes afresh.
+        # None is a fixed seed: with another split at every fit, a search would find no probe in the
+        # cache.
         random_state = check_random_state(0 if self.random_state is None else self.random_state)
         validation = validation_rows(X, targets, self.validation_fraction, random_state)
         settings = ProbeSettings(
@@ -301,7 +301,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         return self
 
     def _follow(self, layers: list[LayerColumns], X: Any, y: Any) -> Iterator[LayerColumns]:
-        """Go through layers; tell a progress bar and, from scikit-learn 1.9 on, callbacks."""
+        """Iterate over layers with a progress bar and, from scikit-learn 1.9 on, callbacks."""
         bar = tqdm(layers, desc="probes", unit="layer", disable=not self.verbose)
         if not hasattr(self, "_init_callback_context"):
             yield from bar
@@ -371,7 +371,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         return support
 
     def _restrict_to(self, columns: np.ndarray) -> SalientNeuronSelector:
-        """Copy this selector for an input that has only some columns, all of which it selects."""
+        """Copy this selector for an input of only some columns, all of them selected ones."""
         narrowed = shallow_copy(self)
         for name in ("salience_", "support_", "coef_", "feature_names_in_"):
             if hasattr(self, name):
@@ -402,7 +402,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         NotFittedError
             If ``fit`` was not called.
         ValueError
-            If ``X`` has another number of columns, or says that they are others than in ``fit``.
+            If ``X`` has another number of columns than in ``fit``, or names other columns.
         """
         check_is_fitted(self, "support_")
         self._refuse_other_columns(X)
@@ -472,9 +472,9 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         return diagram_block(self, facts)
 
     def __sklearn_tags__(self):
-        """Tell scikit-learn that labels are needed and may be several."""
-        # array_api_support stays False, though tensors are taken: its checks want what was learnt
-        # on the device of X, where a machine without that device could not read it from a pickle.
+        """Tell scikit-learn that y is needed and may have several columns."""
+        # array_api_support stays False, though tensors are taken: its checks want fitted attributes
+        # on the device of X, and a machine without that device could not unpickle them.
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         tags.target_tags.multi_output = True

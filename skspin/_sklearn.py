@@ -1,6 +1,6 @@
-"""What scikit-learn's own estimators are written with: private names, which may move.
+"""Private names of scikit-learn, with which its own estimators are written.
 
-Nothing else imports them, so that a move between releases is mended in this file.
+Only this file imports them, so if a release moves one, only this file changes.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ try:
 except ImportError:
 
     class CallbackSupportMixin:  # type: ignore[no-redef]
-        """Before scikit-learn 1.9 there was nobody to call back."""
+        """An empty stand-in: scikit-learn has callbacks from version 1.9 on."""
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the interpreter and the machine are asked for: warnings at the caller's line, memory."""
+"""Warnings at the line of the user's code, and the memory of the machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
 
 @contextmanager
 def held_warnings() -> Iterator[list[str]]:
-    """List what this thread would warn of, for the thread that has the user's line on its stack."""
+    """Collect this thread's warnings, for the thread that runs the user's line to issue."""
     _held.messages = []
     try:
         yield _held.messages
@@ -44,7 +44,7 @@ def _package(module: dict) -> str:
 
 
 def machine_memory() -> int:
-    """Count the bytes of memory that this machine, or the container around it, has."""
+    """Return the memory in bytes of this machine, or of its container if that has less."""
     sizes = []
     with suppress(AttributeError, ValueError, OSError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

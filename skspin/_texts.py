@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# As many as batches are sorted among, so that reading in chunks costs no speed.
+# Texts read at a time: about as many as are sorted by length together, so chunks cost no speed.
 _CHUNK = 16_384
 _ALLOWED = (
     "a list, tuple, 1-D array, pandas, polars or pyarrow Series of str (or of conversations, lists "
@@ -25,7 +25,7 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 def open_texts(X: Any) -> TextChunks:
     """Open a container of texts or conversations, to be read a chunk at a time as plain str.
 
-    What a container that is not in memory holds is looked at when it is read.
+    The items of a container that is not in memory are checked when they are read.
     """
     if isinstance(X, TextChunks):
         return X
@@ -48,14 +48,14 @@ def open_texts(X: Any) -> TextChunks:
 
 @dataclass(frozen=True)
 class TextChunks:
-    """Texts in order, in lists: one of all texts if they are in memory, else as they are read.
+    """Texts in order, as lists: one list if all are in memory, else one for each chunk read.
 
     A conversation is written as JSON.
     """
 
     n_texts: int
     conversations: bool
-    container: Any  # not in memory; None where `texts` has them all
+    container: Any  # not in memory; None if `texts` holds all of them
     texts: list[str] | None = None
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class TextChunks:
         return iter([self.texts]) if self.texts is not None else _read(self)
 
     def distinct(self) -> TextChunks:
-        """Read all texts into memory, each of them once."""
+        """Read all texts into memory, without repetitions."""
         texts = list(dict.fromkeys(self.to_list()))
         return TextChunks(len(texts), self.conversations, None, texts)
 
@@ -81,7 +81,7 @@ def _is_conversation(item: Any) -> bool:
 
 
 def _check(items: list[Any], start: int, conversations: bool) -> list[str]:
-    """Turn a chunk into plain str, or refuse it with the position at fault."""
+    """Turn a chunk into plain str, or raise an error that says which item is wrong."""
     if conversations:
         return [_to_json(item, f"X[{at}]") for at, item in enumerate(items, start)]
     for position, text in enumerate(items, start):
@@ -94,7 +94,7 @@ def _check(items: list[Any], start: int, conversations: bool) -> list[str]:
 
 
 def _to_json(conversation: Any, at: str) -> str:
-    """Write a conversation down, the same for equal ones."""
+    """Write a conversation as JSON; equal conversations give equal strings."""
     if not _is_conversation(conversation) or not len(conversation):
         raise ValueError(
             f"{at} is a {type(conversation).__name__} ({_shorten(conversation)}), but X[0] is a "
@@ -151,13 +151,13 @@ def _can_slice(X: Any) -> bool:
     """Whether slices give several texts at once, which is quicker than one by one."""
     try:
         part = X[:0]
-    except Exception:  # Whatever a container of the user's does with what it does not expect.
+    except Exception:  # A user's container may raise anything.
         return False
     return hasattr(part, "__len__") and not isinstance(part, str) and len(part) == 0
 
 
 def _only_column(X: Any) -> Any:
-    """Take the column out of a frame or a 2-D array that has just one."""
+    """Return the only column of a frame or 2-D array, and any other container as it is."""
     shape = getattr(X, "shape", None)
     if not isinstance(shape, tuple) or len(shape) == 1:
         return X
@@ -186,7 +186,7 @@ def _count(X: Any) -> int:
 
 
 def _as_list(X: Any) -> list[Any] | None:
-    """List what is in memory; None for what may not be."""
+    """List the items of a container that is in memory; None if it may be on disk."""
     if isinstance(X, list | tuple):
         return list(X)
     for method in ("tolist", "to_list"):  # numpy and pandas, polars
@@ -215,7 +215,7 @@ def _advice(text: Any) -> str:
 
 @dataclass(frozen=True)
 class TextTokens:
-    """What a text became for the language model.
+    """The tokens that the language model reads for a text.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ class TextTokens:
         return self.ends > self.starts  # (n_tokens,)
 
     def surfaces(self) -> list[str]:
-        """Write tokens as the text does; those that are not in it as the tokenizer does."""
+        """Write each token as the text does, or as the tokenizer does if it is not in the text."""
         return [
             self.text[start:end].strip() if end > start else token
             for token, start, end in zip(self.tokens, self.starts, self.ends, strict=True)
@@ -255,10 +255,10 @@ class TextTokens:
     def words(self) -> np.ndarray:
         """Give the number of each token's word, (n_tokens,) int, ascending from 0.
 
-        A token belongs to the word in which it ends; one that is not in the text has its own.
+        A token belongs to the word in which it ends; if it is not in the text, it is its own word.
         """
         begins = [match.start() for match in _WORD.finditer(self.text)]
-        # A token may take the space before its word with it, so its end says where it belongs.
+        # A token may begin with the space before its word, so its end says where it belongs.
         word = np.searchsorted(begins, self.ends, side="left")  # (n_tokens,)
         same = (word[1:] == word[:-1]) & self.in_text[1:] & self.in_text[:-1]
         return np.cumsum(np.concatenate([[False], ~same]))

@@ -30,18 +30,18 @@ from skspin._store import DTYPES, Output, Store, open_output, open_store
 from skspin._system import warn
 from skspin._texts import TextChunks, TextTokens, open_texts
 
-# Parameters that decide how a text is read. As site, layers and pooling, they hold as of `fit`.
+# Parameters that decide how a text is read. Like site, layers and pooling, `fit` takes them over.
 _TEXT_PARAMS = ("prompt", "max_length", "long_texts", "overlap", "pool_over")
 
 
 class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     """Turn texts into the inner activations of a frozen language model.
 
-    Each text goes once through the model. Hidden states, feed-forward neurons and attention heads
-    of every layer asked for are pooled over its tokens and come out side by side, as in SPIN [1]_.
+    Each text goes through the model once. Hidden states, feed-forward neurons or attention heads of
+    the chosen layers are pooled over its tokens and returned side by side, as in SPIN [1]_.
 
     The model is never trained. Its weights are loaded when the first text needs them, once per
-    process, device and dtype, and are shared by all estimators; they are no part of a pickle.
+    process, device and dtype, and are shared by all estimators; a pickle does not hold them.
     Read more in the user guide, :doc:`/user_guide/choosing` and :doc:`/user_guide/scale`.
 
     The parameters are of three kinds:
@@ -56,9 +56,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     ----------
     model : str, path or PreTrainedModel, default="distilbert/distilbert-base-uncased"
         Hub id, local folder, GGUF file (``pip install "skspin[gguf]"``), or a loaded model. A
-        loaded model (a PEFT-wrapped one too) is used where it is and as it is, shared by clones,
-        and left out of pickles; it needs ``tokenizer``. Of a loaded ``SentenceTransformer`` the
-        language model, the tokenizer and ``max_seq_length`` are used, not what comes after them.
+        loaded model (also one wrapped by PEFT) keeps its device and dtype, is shared by clones and
+        left out of pickles, and needs ``tokenizer``. Of a loaded ``SentenceTransformer`` only the
+        language model, the tokenizer and ``max_seq_length`` are used.
     tokenizer : str, path, tokenizer or None, default=None
         None takes the model's own.
     revision : str or None, default=None
@@ -75,14 +75,14 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         How a text's tokens become one row. Padding never counts.
     stack : {"encoder", "decoder"} or tuple of both, default="encoder"
         Which half of an encoder-decoder model is read. "decoder" feeds the text to both halves,
-        shifted right in the decoder. Other models have no choice here.
+        shifted right in the decoder. For other models it has no effect.
     prompt : str or None, default=None
         A template that holds ``{text}``, e.g. ``"Review: {text} Sentiment:"``.
     max_length : int, default=512
-        The most tokens that the model reads at a time, special tokens and prompt included; fewer
-        where it has fewer positions.
+        The most tokens that the model reads at a time, special tokens and prompt included. If the
+        model has fewer positions, their number is the limit.
     long_texts : {"truncate", "windows"}, default="truncate"
-        What becomes of a text that has more tokens. "truncate" cuts off its end, with a warning
+        How to read a text that has more tokens. "truncate" cuts off its end, with a warning
         (its beginning, if the tokenizer's ``truncation_side`` is "left"). "windows" reads all of it
         in stretches, each with the prompt and special tokens around it, and merges them: the mean
         over all their tokens, the largest of their maxima, the first token of the first window, the
@@ -93,7 +93,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     pool_over : {"all", "text"}, str or tuple of str, default="all"
         Which tokens are pooled: "all", or "text" for those of the text alone, without special
         tokens and those of a prompt or chat template. In conversations, a role or several, e.g.
-        ``("user", "assistant")``. A text that has no token of its own gets those around it.
+        ``("user", "assistant")``. For a text without tokens of its own, "text" pools all tokens.
     device : str, sequence of str or None, default=None
         Torch device; None takes a GPU where there is one. Several, e.g. ``["cuda:0", "cuda:1"]``,
         share the work: each holds a copy of the model and is kept busy by a thread.
@@ -103,24 +103,24 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         own. Pooling adds up in float32 and the output is float32 in any case.
     batch_tokens : int or "auto", default="auto"
         Tokens that go through the model at a time, padding included. On a CPU, batches that run
-        side by side share them. It changes speed and memory, not results.
+        side by side share this number. It changes speed and memory, not results.
     cache : "memory", path or None, default="memory"
         Where activations are kept so that no text goes through the model twice: in this process, in
         a folder that processes share, or nowhere.
     store_dtype : {"float32", "float16"}, default="float32"
-        The format of what is kept. "float16" takes half the memory, or disk, and rounds activations
-        to three decimal digits, also those that were just computed, so that a text has the same row
-        whether it was kept or not; one beyond 65,504 is an error. The output is float32 in any
-        case. Contributions and scores of single tokens are never kept, and not rounded.
+        The format of stored activations. "float16" takes half the memory, or disk, and rounds all
+        activations to three significant digits, also those just computed, so that a text has the
+        same row whether it was stored or not; a value beyond 65,504 is an error. The output is
+        float32 in any case. Contributions and scores of tokens are neither stored nor rounded.
     output_folder : path or None, default=None
-        Where the output goes if it is larger than memory: :meth:`transform` then writes a file in
-        this folder and gives it back mapped into memory, read-only. The same texts and columns go
-        to the same file. With ``cache`` set to a folder too, a call that was broken off goes on
-        where it was.
+        A folder for output that is larger than memory: :meth:`transform` then writes a file there
+        and returns it mapped into memory, read-only. The same texts and columns go to the same
+        file. If ``cache`` is a folder too, an interrupted call continues where it stopped when it
+        is repeated.
     n_jobs : int or None, default=None
         Number of workers that share the work, each with a copy of the model: processes on CPUs, or
         whatever ``joblib.parallel_config`` sets, e.g. a Dask cluster. None is 1 outside of such a
-        context. Only the calling process uses ``cache``, and the output is the same. Leave it alone
+        context. Only the calling process uses ``cache``, and the output is the same. Leave it None
         in a search that has processes of its own: transform the texts once with ``cache`` set to a
         folder, and then no process of the search loads the model.
     verbose : int, default=0
@@ -141,8 +141,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     revision_ : str or None
         The commit of a hub model.
     text_params_ : dict
-        ``prompt``, ``max_length``, ``long_texts``, ``overlap`` and ``pool_over`` as of ``fit``,
-        which hold until the next one.
+        ``prompt``, ``max_length``, ``long_texts``, ``overlap`` and ``pool_over`` at the last
+        ``fit``, which stay in effect until the next ``fit``.
 
     See Also
     --------
@@ -253,7 +253,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         Parameters
         ----------
         X : list, tuple, array, Series or one-column frame of str or conversations
-            Texts; checked, and not learnt from.
+            Texts, which are checked; nothing is learnt from them.
         y : None
             Ignored.
 
@@ -290,10 +290,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         X : list, tuple, array, Series or one-column frame of str or conversations
             Texts, or another container of them with a length, such as a column of a
             ``datasets.Dataset``, which is read in chunks. A conversation is a list of messages,
-            ``{"role": "user", "content": "Hello."}``, and is written as the tokenizer's chat
-            template has it. A text that tokenizes to nothing, not
-            even special tokens, gets the activations of the tokenizer's BOS, CLS, EOS or padding
-            token, whichever is there first.
+            ``{"role": "user", "content": "Hello."}``, and is written by the tokenizer's chat
+            template. A text without tokens, even special ones, gets the activations of the
+            tokenizer's BOS, CLS, EOS or padding token, the first of these that it has.
 
         Returns
         -------
@@ -307,7 +306,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             If ``fit`` was not called.
         TypeError, ValueError
             If ``X`` is no container of texts, a device or folder can't be used, or an activation
-            is not finite, as float16 can overflow, or beyond what ``store_dtype`` holds.
+            is not finite (float16 can overflow) or too large for ``store_dtype``.
         MemoryError
             If a single text does not fit into the memory of the device.
         OSError
@@ -395,7 +394,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             )
 
     def _restrict_to(self, columns: np.ndarray) -> LLMActivationTransformer:
-        """Copy this transformer, the model shared, to one that gives only some of its columns."""
+        """Copy this transformer, sharing the model, to one that returns only some columns."""
         narrowed = shallow_copy(self)
         narrowed.layout_ = self.layout_.keep(columns)
         return narrowed
@@ -406,7 +405,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return token_activations(recipe, texts.distinct().to_list(), self.layout_)
 
     def _read_prefixes(self, texts: TextChunks) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-        """Do the same if a token's activations are those of the prefix that it ends, or raise."""
+        """Compute the same, or raise if a token's activations depend on the tokens after it."""
         recipe = self._fitted_recipe(texts)
         return prefix_activations(recipe, texts.distinct().to_list(), self.layout_)
 
@@ -421,7 +420,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return recipe
 
     def _cut_model(self) -> Any:
-        """Copy what the columns need of the model: a module, from token ids to a row."""
+        """Copy the part of the model that the columns need, as a module from token ids to rows."""
         source = self._source()
         name = fingerprint(source, open_store(self.cache))
         recipe = Recipe(source, name, device=self.device, dtype=self.dtype)
@@ -429,7 +428,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return cut_model(recipe, self.layout_)
 
     def _text_encoder(self, texts: TextChunks) -> Any:
-        """Make the encoder that turns texts into what the model is given."""
+        """Make the encoder that turns texts into the model's inputs."""
         return text_encoder(self._fitted_recipe(texts))
 
     def _sk_visual_block_(self):
@@ -468,7 +467,7 @@ def _check_text_params(
     overlap: int,
     pool_over: Any,
 ) -> str | tuple[str, ...]:
-    """Refuse parameters that do not fit each other or the texts; give ``pool_over`` a form."""
+    """Check parameters against each other and the texts; return ``pool_over`` in one form."""
     if prompt is not None and "{text}" not in prompt:
         raise ValueError(
             f"prompt={prompt!r} has no place for the text. Write {{text}} where it goes."

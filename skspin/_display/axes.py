@@ -23,12 +23,12 @@ def given_or_new(ax: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def panel_below(ax: Any) -> Any:
-    """Share out the place of some axes between them and new ones below, with one x axis."""
+    """Divide the space of some axes between them and new axes below, which share the x axis."""
     place = ax.get_subplotspec()
     if place is None:
         raise ValueError(
-            "ax has no place in a grid to be shared out between two panels. Make it with "
-            "plt.subplots() or figure.add_subplot()."
+            "ax is not part of a grid of subplots, so its space can't be divided into two panels. "
+            "Make it with plt.subplots() or figure.add_subplot()."
         )
     grid = place.subgridspec(2, 1, height_ratios=[3, 2], hspace=0.1)
     ax.set_subplotspec(grid[0])

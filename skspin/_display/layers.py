@@ -68,7 +68,7 @@ class LayerSalienceDisplay:
         Parameters
         ----------
         estimator : SalientNeuronSelector or Pipeline
-            Fitted; a pipeline (or a ColumnTransformer or FeatureUnion) has one selector in it.
+            Fitted; a pipeline (or a ColumnTransformer or FeatureUnion) must hold one selector.
         ax : matplotlib Axes, default=None
             See :meth:`plot`.
 
@@ -99,8 +99,8 @@ class LayerSalienceDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Where to draw; its place is shared out between the two panels, and it becomes the upper
-            one. None makes a new figure.
+            Where to draw; its space is divided into two panels, and it becomes the upper one. None
+            makes a new figure.
 
         Returns
         -------
@@ -117,7 +117,7 @@ class LayerSalienceDisplay:
         for stack, site in dict.fromkeys(series):
             rows = np.flatnonzero([member == (stack, site) for member in series])
             color = _SITE_COLORS.get(site, BLUE)
-            # The decoder differs from the encoder in shape, not in colour.
+            # The decoder differs from the encoder in line and marker, not in colour.
             second = stack == "decoder"
             self.line_ += self.ax_.plot(
                 layers[rows],

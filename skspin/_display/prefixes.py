@@ -21,7 +21,7 @@ class PrefixScoresDisplay:
     tokens : list of str of length n_tokens
         The text's tokens.
     scores : ndarray of shape (n_tokens,)
-        The score of the prefix that ends with each.
+        The score of the prefix that ends with each token.
     name : str, default="score"
         What the scores are, for the axis.
     threshold : float or None, default=None
@@ -129,7 +129,7 @@ class PrefixScoresDisplay:
         return display.plot(ax=ax)
 
     def plot(self, ax=None):
-        """Draw; the tokens are named unless they are many.
+        """Draw; the tokens are named if there are at most 48.
 
         Parameters
         ----------
@@ -157,7 +157,7 @@ class PrefixScoresDisplay:
         if self.threshold is not None:
             self._draw_threshold(places)
         if named:
-            # A "$" in a text is no mathematics.
+            # Matplotlib would read a "$" as the start of a formula.
             names = [token.replace("$", r"\$") for token in self.tokens]
             self.ax_.set_xticks(places, names, rotation=90, fontsize="small")
             self.ax_.tick_params(axis="x", length=0)

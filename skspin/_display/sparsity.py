@@ -77,10 +77,10 @@ class SparsityPathDisplay:
     def from_search(cls, search, *, metric=None, ax=None):
         """Draw a fitted search.
 
-        Other parameters that were searched along with sparsity stay at the values that the search
-        chose, so that one path is drawn and not a cloud. Where no other sparsity was tried with
-        those, as in a random search, the best candidate of each sparsity is drawn. In a successive
-        halving, what was given up early keeps the score of its last round, on less data.
+        Other parameters that were searched along with sparsity are held at the values that the
+        search chose, so that one path is drawn and not a cloud. If no other sparsity was tried with
+        those, as in a random search, the best candidate of each sparsity is drawn. In successive
+        halving, candidates that were dropped keep the score of their last round, on less data.
 
         Parameters
         ----------
@@ -135,8 +135,8 @@ class SparsityPathDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Where to draw; its place is shared out between the two panels, and it becomes the upper
-            one. None makes a new figure.
+            Where to draw; its space is divided into two panels, and it becomes the upper one. None
+            makes a new figure.
 
         Returns
         -------
@@ -158,7 +158,7 @@ class SparsityPathDisplay:
         self.count_ax_ = None
         if self.n_neurons is not None:
             self.count_ax_ = bottom = panel_below(self.ax_)
-            # From thousands to a handful: on a linear scale the sparse end would lie on the axis.
+            # On a linear scale, a handful of neurons would look like none beside thousands.
             bottom.set_yscale("log", subs=())
             bottom.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
             bottom.yaxis.set_major_formatter("{x:g}")
@@ -180,7 +180,7 @@ def _sparsity_parameter(params: dict[str, Any]) -> str:
 
 def _path(candidates: list[dict[str, Any]], name: str, best: dict[str, Any]) -> dict[float, int]:
     """Find each sparsity's row among the candidates that share the best one's other parameters."""
-    # Of a successive halving's rounds the last, which saw most data, stays.
+    # In successive halving, the last round, which saw most data, overwrites earlier ones.
     return {
         params[name]: row
         for row, params in enumerate(candidates)

@@ -24,7 +24,7 @@ class TokenContributionDisplay:
     contributions : ndarray of shape (n_tokens,)
         What each adds to the decision value.
     intercept : float
-        What no token adds.
+        The part of the decision value that does not come from tokens.
     label : class label
         The class.
 
@@ -133,7 +133,7 @@ class TokenContributionDisplay:
         self.bars_ = self.ax_.barh(
             range(len(shown)), values, color=np.where(values > 0, BLUE, VERMILION), height=0.8
         )
-        # One long word must not take the bars' place, and a "$" in a text is no mathematics.
+        # A long word would leave no space for bars; matplotlib would read a "$" as a formula.
         names = [_shorten(self.tokens[i]).replace("$", r"\$") for i in shown]
         self.ax_.set_yticks(range(len(shown)), names, fontsize="small")
         self.ax_.tick_params(axis="y", length=0)

@@ -1,4 +1,4 @@
-"""A fitted pipeline, understood: what each token adds, what a neuron responds to."""
+"""Explanations of a fitted pipeline: what each token adds, what a neuron responds to."""
 
 from skspin._explain.linear import (
     LinearForm,

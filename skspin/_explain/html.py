@@ -9,11 +9,11 @@ import numpy as np
 
 from skspin._texts import TextTokens
 
-# Okabe and Ito's sky blue and vermilion, half transparent: whatever ground the page has, its own
-# text colour stays legible over them.
+# Okabe and Ito's sky blue and vermilion, half transparent: on light and dark pages, text in the
+# page's own colour stays legible over them.
 _FOR, _AGAINST = "86,180,233", "213,94,0"
 _DEEPEST = 0.65
-_AROUND = 60  # characters before and behind a single token
+_AROUND = 60  # characters before and after a single token
 _LINE = "line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere"
 _OUTSIDE = "font-size:75%;border:1px dotted rgba(128,128,128,0.8);padding:0 3px;margin:0 2px"
 
@@ -56,7 +56,7 @@ def page_to_html(legend: str, entries: Sequence[tuple[str, str]], n_left_out: in
 
 
 def swatch(share: float, label: str) -> str:
-    """Put HTML on the colour of a value between -1 and 1."""
+    """Put the colour of a value between -1 and 1 behind some HTML."""
     return f'<span style="border-radius:3px;background:{_color(share)}">{label}</span>'
 
 

@@ -26,7 +26,7 @@ _HEADS_OF_MEMBERS = (OneVsRestClassifier, MultiOutputClassifier)
 
 
 def linear_members(head: Any) -> list[Any]:
-    """List the classifiers in a head, if a column enters each by its weight alone; else none."""
+    """List a head's classifiers, if all decide by a weighted sum of columns; else nothing."""
     members = head.estimators_ if isinstance(head, _HEADS_OF_MEMBERS) else [head]
     decide = LinearClassifierMixin.decision_function
     return members if all(_decides_by(part, decide) for part in members) else []
@@ -39,7 +39,7 @@ def weights_of(classifier: Any) -> np.ndarray:
 
 
 def classes_of(head: Any) -> np.ndarray:
-    """Name the classes of a head: for several outputs their numbers, or (number, class) pairs."""
+    """Return a head's classes: for several outputs their numbers, or (number, class) pairs."""
     if not isinstance(head.classes_, list):
         return head.classes_
     if all(len(classes) == 2 for classes in head.classes_):
@@ -58,8 +58,8 @@ def classes_of(head: Any) -> np.ndarray:
 class LinearForm:
     """Decision values as sums over columns: ``sum_j (weights[k, j] * x[j] + offsets[k, j])``.
 
-    An offset is what centring its column subtracts, so a column at its centre adds nothing;
-    ``intercept`` is what no column adds.
+    ``intercept`` is added to that sum. An offset is what centring its column subtracts, so a column
+    at its centre adds nothing.
     """
 
     weights: np.ndarray  # (n_decision_values, n_columns)
@@ -114,7 +114,7 @@ class LinearForm:
         if type(step) in _MIXINGS:
             center, matrix = _MIXINGS[type(step)](step)
             weights = self.weights @ matrix
-            # A centre behind the mixing belongs to no single column before it.
+            # Offsets of columns after the mixing belong to no single column before it.
             return LinearForm(weights, -weights * center, self.intercept + self.offsets.sum(axis=1))
         if type(step) in _SCALINGS and not getattr(step, "clip", False):
             center, scale = _SCALINGS[type(step)](step)
@@ -174,7 +174,7 @@ def _decides_by(classifier: Any, decide: Callable) -> bool:
 
 def _is_linear(classifier: Any) -> bool:
     if isinstance(classifier, SVC | NuSVC) and len(classifier.classes_) > 2:
-        return False  # it takes the votes of pairs of classes
+        return False  # it counts votes of pairs of classes
     return any(
         _decides_by(classifier, kind.decision_function)
         for kind in (LinearClassifierMixin, LinearDiscriminantAnalysis, SVC)

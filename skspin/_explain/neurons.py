@@ -55,7 +55,7 @@ class NeuronExplanation:
     texts: list[str]
 
     def __repr__(self) -> str:
-        """Say what was looked at."""
+        """Name the neurons, and count the texts."""
         return f"<NeuronExplanation of {list(self.hits)} in {len(self.texts)} texts>"
 
     def to_frame(self):
@@ -95,8 +95,8 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     estimator : Pipeline or LLMActivationTransformer
         Fitted, with one activation transformer; the classifier may be any.
     texts : list, tuple, array, Series or one-column frame of str
-        Where to look. The texts go through the model, as activations of tokens are not stored; what
-        is kept of them in memory does not grow with their number.
+        Where to look. The texts go through the model, as activations of tokens are not stored;
+        memory for activations does not grow with the number of texts.
     neurons : str or list of str
         Names of columns that the transformer gives, such as ``"layer3_mlp_max_412"``; those that a
         pipeline selected are in ``pipeline[:2].get_feature_names_out()``.
@@ -106,8 +106,8 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     Returns
     -------
     explanation : NeuronExplanation
-        The tokens of each neuron, in the order asked for. Special tokens and the prompt's are left
-        out.
+        The tokens of each neuron, in the order of ``neurons``, without special tokens and those of
+        the prompt.
 
     Raises
     ------

@@ -39,7 +39,7 @@ class TokenExplanation:
     contributions : list of ndarray of shape (n_tokens, n_decision_values)
         What each token adds to each decision value.
     intercept : ndarray of shape (n_decision_values,)
-        What no token adds.
+        The part of each decision value that does not come from tokens.
     classes : ndarray of shape (n_classes,)
         The classifier's classes. Two classes share one decision value, which is in favour of the
         second. For a :class:`~sklearn.multioutput.MultiOutputClassifier` the numbers of its outputs
@@ -81,7 +81,7 @@ class TokenExplanation:
         Returns
         -------
         explanation : TokenExplanation
-            The same explanation, with words for tokens.
+            The same explanation, with words in place of tokens.
         """
         words = [part.words() for part in self.tokens]
         return replace(
@@ -116,7 +116,7 @@ class TokenExplanation:
         return [sign * part[:, column] for part in self.contributions]
 
     def intercept_for_class(self, label) -> float:
-        """Look up what no token adds to one class."""
+        """Look up the intercept in favour of one class."""
         column, sign = self._column(label)
         return float(sign * self.intercept[column])
 
@@ -125,7 +125,7 @@ class TokenExplanation:
         return len(self.intercept) == 1 and len(self.classes) == 2
 
     def _column(self, label) -> tuple[int, int]:
-        """Find a class's decision value, and whether it is the class's or against it."""
+        """Find the column of a class's decision values, and their sign (-1: against the class)."""
         classes = self.classes.tolist()
         if label not in classes:
             raise ValueError(f"{label!r} is not among the classes {classes}.")
@@ -145,9 +145,9 @@ class TokenExplanation:
         Returns
         -------
         list of TopToken
-            With ``token`` (as it is written in the texts, without spaces around it), ``total`` (its
-            contributions' sum) and ``n_occurrences``, largest total first. Special
-            tokens and the prompt are left out.
+            With ``token`` (as the texts write it, without spaces around it), ``total`` (the sum of
+            its contributions) and ``n_occurrences``, largest total first. Special tokens and those
+            of the prompt are left out.
         """
         totals: Counter[str] = Counter()
         counts: Counter[str] = Counter()
@@ -193,7 +193,7 @@ class TokenExplanation:
     def _repr_html_(self) -> str:
         entries = []
         for number, label in enumerate(self.predicted_classes()[:_MOST_SHOWN]):
-            # With two classes always the second, so that colours mean the same for every text.
+            # Of two classes always the second, so that colours mean the same in every text.
             label = self.classes[1] if self._two_sided else label
             values = self[number].for_class(label)[0]
             total = values.sum() + self.intercept_for_class(label)
@@ -210,12 +210,11 @@ def explain_tokens(pipeline, texts):
     """Split a linear classifier's decision values into what each token adds.
 
     The contributions are exact: over all tokens of a text they add up, with the intercept, to what
-    ``pipeline.decision_function`` gives. A neuron's value goes to the tokens that it came from:
-    under mean pooling each token takes its share, under max pooling the token that attains the
-    maximum (the first of several) takes all, and so does the first or the last token under those
-    poolings. Where a step centres the columns, contributions count from that centre: a token
-    that leaves every neuron at its average adds nothing. Read more in the user guide,
-    :doc:`/user_guide/explaining`.
+    ``pipeline.decision_function`` returns. A neuron's value is divided among the tokens that it
+    came from: under mean pooling each token takes its share; under max pooling the token with the
+    maximum (the first of several) takes all; under first or last pooling that token takes all. If a
+    step centres the columns, contributions count from that centre: a token with every neuron at its
+    average adds nothing. Read more in the user guide, :doc:`/user_guide/explaining`.
 
     Parameters
     ----------
@@ -227,11 +226,11 @@ def explain_tokens(pipeline, texts):
         :class:`~sklearn.discriminant_analysis.LinearDiscriminantAnalysis`,
         :class:`~sklearn.svm.SVC` with ``kernel="linear"`` and two classes (with more it takes
         votes), or :class:`~sklearn.multiclass.OneVsRestClassifier` or
-        :class:`~sklearn.multioutput.MultiOutputClassifier` around one. A pruned or a frozen
-        pipeline will do. Steps that act in ``fit`` only, such as samplers, do not count.
+        :class:`~sklearn.multioutput.MultiOutputClassifier` around one. It may be pruned or frozen.
+        Steps that act in ``fit`` only, such as samplers, are ignored.
     texts : list, tuple, array, Series or one-column frame of str
         The texts to explain. They go through the model once more, as tokens are not stored. Steps
-        ahead of the activations change them first, and the tokens are of what the model reads.
+        before the transformer are applied first; the tokens are those that the model reads.
 
     Returns
     -------
@@ -255,8 +254,8 @@ def explain_tokens(pipeline, texts):
 
     Notes
     -----
-    A token's activations depend on the whole text, as the model mixes the tokens: contributions say
-    through which tokens' activations the decision came about, not what would change without them.
+    A token's activations depend on the whole text, because the model mixes tokens. Contributions
+    say which tokens' activations led to the decision, not what would change without these tokens.
 
     Examples
     --------
@@ -278,7 +277,7 @@ def explain_tokens(pipeline, texts):
     transformer, form, classes = to_linear_form(pipeline)
     texts = read_texts(pipeline, transformer, texts)
     used = np.any(form.weights, axis=0)  # (n_columns,)
-    used[0] |= not used.any()  # something has to be read for the tokens to be known
+    used[0] |= not used.any()  # without a column, no tokens would be read
     narrowed = transformer._restrict_to(used)
     weights, offsets = form.weights[:, used].T, form.offsets[:, used].T
     distinct = texts.distinct()
@@ -286,8 +285,8 @@ def explain_tokens(pipeline, texts):
     pooled = dict(zip(distinct.to_list(), rows, strict=True))
     found: dict[str, tuple[TextTokens, np.ndarray]] = {}
     for text, tokens, activations in narrowed._read_tokens(distinct):
-        # Two passes through the model differ by rounding, which a scaler may magnify: the pass
-        # that the classifier sees decides what there is to split, the tokens' how it is split.
+        # Two passes through the model differ by rounding, which a scaler may magnify. So the pooled
+        # pass, which the classifier sees, gives the values, and this one only each token's share.
         split = _split(narrowed.layout_, activations, pooled[text], weights, offsets)
         found[text] = tokens, split
     return TokenExplanation(
@@ -305,7 +304,7 @@ def _split(
     weights: np.ndarray,  # (n_columns, n_decision_values)
     offsets: np.ndarray,  # (n_columns, n_decision_values)
 ) -> np.ndarray:  # (n_tokens, n_decision_values)
-    """Give every column's part in one text's decision values to the tokens that it came from."""
+    """Divide every column's part in one text's decision values among the text's tokens."""
     total = np.zeros((len(activations), weights.shape[1]))
     for segment, columns in zip(layout.segments, layout.slices, strict=True):
         values = activations[:, columns].astype(np.float64)  # (n_tokens, n_neurons)

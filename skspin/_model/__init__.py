@@ -2,10 +2,10 @@
 
 A `Recipe` says which numbers a text gets, and how they are computed. `model_shape` says what there
 is to read, from the configuration alone; `extract` puts texts through the model;
-`token_activations` reads chosen neurons at every token, and `prefix_activations` does where they
-are those of the prefix that ends there; `cut_model` copies what some columns need of the model. The
-files below import torch and transformers; these functions import those files when they are called,
-so that neither is loaded before it is needed.
+`token_activations` reads chosen neurons at every token, and `prefix_activations` does so for models
+that do not look ahead; `cut_model` copies the part of the model that some columns need. The other
+files import torch and transformers; these functions import them when they are called, so that
+neither is loaded before it is needed.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def token_activations(
 
 
 def cut_model(recipe: Recipe, layout: Layout) -> Any:
-    """Copy what a layout needs of the model: a module, from token ids to pooled activations."""
+    """Copy the part of the model that a layout needs, from token ids to pooled activations."""
     from skspin._model import cut
 
     return cut.cut_model(_load(recipe), layout)
 
 
 def text_encoder(recipe: Recipe) -> Any:
-    """Make the encoder that turns texts into what the model is given."""
+    """Make the encoder that turns texts into the model's inputs."""
     from skspin._model import batches
 
     return batches.encoder_of(_load(recipe), recipe)
@@ -103,9 +103,9 @@ def _load(recipe: Recipe) -> Any:
 def prefix_activations(
     recipe: Recipe, texts: Sequence[str], layout: Layout
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-    """Read activations at the tokens of each text, which are those of the prefix that ends there.
+    """Read activations at each token as they are in the prefix that ends there.
 
-    A ValueError says why that can't be, as of a model that looks ahead.
+    A ValueError says why the model can't do that, e.g. because it looks ahead.
     """
     from skspin._model import token_level
 
@@ -127,14 +127,14 @@ def speller(tokenizer: Any) -> Any:
 
 
 def forget_models() -> None:
-    """Release the loaded models. One that is in use goes when its user is done."""
+    """Release the loaded models; one that is in use is freed after its use."""
     from skspin._model import registry
 
     registry.forget_models()
 
 
 def model_shape(source: Source, fingerprint: str, store: Store) -> ModelShape:
-    """Measure a model from its configuration alone; the store remembers it by the fingerprint."""
+    """Read a model's layers and widths from its configuration; the store keeps them."""
     stacks = store.get_metadata(fingerprint)
     if stacks is None:
         from skspin._model import registry
@@ -171,7 +171,7 @@ class ModelShape:
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks of the (deepest) stack; layer 0 are the embeddings."""
+        """Number of blocks of the (deepest) stack; the embeddings, layer 0, do not count."""
         return max(len(widths["hidden"]) for widths in self.stacks.values()) - 1
 
     def layout(self, *, stack: Any, site: Any, layers: Any, pooling: Any) -> Layout:
@@ -182,7 +182,7 @@ class ModelShape:
         segments: list[Segment] = []
         for name, widths in self.stacks.items():
             if name is not None and name not in stacks:
-                continue  # a model of one stack leaves no choice
+                continue  # a model with one stack, named None, ignores `stack`
             for layer in _choose_layers(layers, len(widths["hidden"]) - 1):
                 for offered in _sites_at(layer, sites, layers):
                     width = widths[offered][layer]
@@ -219,7 +219,7 @@ def _choose_layers(layers: Any, n_layers: int) -> list[int]:
 def _sites_at(layer: int, sites: tuple[str, ...], layers: Any) -> list[str]:
     """List the sites to read of a layer; the embeddings, layer 0, have hidden states only."""
     offered = [site for site in sites if layer > 0 or site == "hidden"]
-    if not offered and layers is not None:  # None asks for the embeddings only where there are any
+    if not offered and layers is not None:  # None just leaves out what layer 0 does not have
         raise ValueError(
             f"layers={layers!r} asks for layer 0, the embeddings, which have hidden states "
             f"only, but site={sites!r}. Leave out layer 0 or add 'hidden'."

@@ -23,13 +23,13 @@ class Stack:
     """One half of an encoder-decoder model, or the whole of any other."""
 
     name: str | None  # one of STACKS; None for a model that is one stack
-    blocks: tuple[nn.Module, ...] = field(repr=False)  # a shared one once for each of its turns
+    blocks: tuple[nn.Module, ...] = field(repr=False)  # one that runs n times is there n times
     taps: dict[tuple[int, str], Tap] = field(repr=False)  # by layer and site
     missing: dict[tuple[int, str], str] = field(repr=False)  # why a layer does not have a site
     architecture: Architecture = field(repr=False)
 
     def tap(self, layer: int, site: str) -> Tap:
-        """Say where ``site`` of ``layer`` is read; a ValueError says why there is none."""
+        """Return where ``site`` of ``layer`` is read; a ValueError says why there is none."""
         if (layer, site) in self.taps:
             return self.taps[layer, site]
         n_layers = len(self.blocks)
@@ -59,11 +59,11 @@ class Anatomy:
     """What is where in a model."""
 
     stacks: dict[str | None, Stack]  # by name
-    # The company of a text of more tokens than this changes its activations, whatever the attention
-    # mask says; 0 where any padding does.
+    # In a batch of more tokens per text than this, texts change each other's activations, whatever
+    # the attention mask says; 0 if padding does so in any batch.
     mixes_beyond: float = inf
 
-    # Whether a token's activations depend on what comes before it alone.
+    # Whether a token's activations do not depend on the tokens after it.
     is_causal: bool = False
 
     @property
@@ -80,7 +80,7 @@ class Anatomy:
 def find_anatomy(model: Any) -> Anatomy:
     """Find a model's blocks and sites; it may have a head or an adapter, and no weights.
 
-    A ValueError lists what was looked at if it can't be told which modules are the blocks.
+    A ValueError lists the candidates if it is not clear which modules are the blocks.
     """
     model = bare_model(model)
     stacks = {name: _dissect(name, half, model.config) for name, half in halves_of(model).items()}
@@ -89,7 +89,7 @@ def find_anatomy(model: Any) -> Anatomy:
 
 
 def bare_model(model: Any) -> Any:
-    """Take off what text's activations do not need: PEFT's wrapper, the head, other senses.
+    """Remove what activations of text do not need: PEFT's wrapper, the head, vision or audio.
 
     Adapters stay in effect, because they live inside the model's linear modules.
     """
@@ -107,12 +107,12 @@ def bare_model(model: Any) -> Any:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Tell whether a model has both halves; T5EncoderModel's configuration claims so, too."""
+    """Whether a model has both halves, which T5EncoderModel's configuration claims wrongly."""
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def halves_of(model: Any) -> dict[str | None, Any]:
-    """Name a bare model's encoder and decoder; None is the only half of any other model."""
+    """Return a bare model's encoder and decoder by name; any other model is named None."""
     encoder, decoder = STACKS
     halves: dict[str | None, Any] = {None: model}
     if is_encoder_decoder(model):
@@ -154,11 +154,9 @@ def _dissect(name: str | None, stack: nn.Module, model_config: Any) -> Stack:
 def _takers(
     stack: nn.Module, blocks: list[nn.Module], architecture: Architecture
 ) -> list[nn.Module]:
-    """List the modules that take hidden states 0, 1, ...: all but the last, which leaves the stack.
-
-    A hidden state is what goes into the next block, not what comes out of its own: between the two,
-    DeBERTa adds a convolution.
-    """
+    """List the modules whose inputs are hidden states 0, 1, ..., except for the last of these."""
+    # A hidden state is the input of the next block, not the output of its own: between the two,
+    # DeBERTa adds a convolution. The last one is the output of the stack.
     if architecture.parallel_lists:
         return [next(iter(block.children())) for block in blocks]
     if architecture.early_norm:

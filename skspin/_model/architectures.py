@@ -14,19 +14,19 @@ class Architecture:
     paths: dict[str, str] = field(default_factory=dict)
     # Inside the stack, activations are of shape (n_tokens, n_texts, n_neurons).
     time_major: bool = False
-    # The list holds groups of blocks, each of which is run several times in a row, all equally
-    # often; the name of a group's own list.
+    # If the stack's list holds groups of blocks, and each group runs several times in a row, all
+    # equally often: the name of the list of blocks in a group.
     shared_groups: str | None = None
-    # Lists of the parts of blocks; the first ones take the hidden states.
+    # If parts of blocks are in separate lists: their names; the first parts take hidden states.
     parallel_lists: tuple[str, ...] = ()
     # The hidden states that the model returns begin after block 1, and end with one before and
     # one after the norm of this name.
     early_norm: str | None = None
-    # Inside the stack, there may be more tokens, added at the end.
+    # Inside the stack, the model may add tokens at the end.
     rounds_up: bool = False
-    # Padding changes the activations of real tokens, but not in texts as short as a trial's.
+    # Padding changes the activations of real tokens, but a trial's texts are too short to show it.
     mixes_padding: bool = False
-    # A pass needs more positions than there are tokens.
+    # The number of positions that a pass needs beyond its tokens.
     n_ahead: int = 0
 
 

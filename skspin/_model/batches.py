@@ -1,9 +1,9 @@
 """Texts in batches of similar length, under a budget of tokens.
 
 Texts are tokenized in the background, sorted by length within groups, and run the longest first, so
-that memory falls short at once or not at all. On a CPU each core runs a batch of its own, or all
-share one, whichever is faster. A batch that does not fit into memory is halved, and the model
-remembers. What is batched are windows: one of most texts, several of long ones.
+that memory runs out at once or not at all. On a CPU each core runs a batch of its own, or all
+share one, whichever is faster. After a batch that does not fit into memory, batches of this model
+are half as large. Batches consist of windows: most texts have one, long texts have several.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from skspin._system import return_free_memory
 # Texts are sorted by length within as many tokens as fill this many batches; fewer leave more
 # padding (SST-2: 11.6% with 8 batches, 3.6% with 32, 2.2% with 64 and more).
 _GROUP_BATCHES = 128
-# Tokenized at once: bounds what tokenizing takes in memory, whatever the texts' length.
+# The most that is tokenized at once, which bounds the memory that tokenizing takes.
 _CHUNK_TEXTS = 1024
 _CHUNK_CHARACTERS = 1 << 21
-# Batches after which a CPU's freed memory is given back. No two batches are of one shape, so pieces
-# of the heap that one leaves do not fit the next: without this, 25,000 texts of SST-2
-# take 770 MB beyond their array instead of 470.
+# Batches after which a CPU's freed memory is given back. Batches differ in shape, so heap memory
+# that one frees does not fit the next: without this, 25,000 texts of SST-2 take 770 MB beyond their
+# array instead of 470.
 _TRIM_BATCHES = 8
-# Two ways to use a CPU's cores are tried where there are at least as many batches as this.
+# Two ways to use a CPU's cores are tried if there are at least this many batches.
 _TRIAL_BATCHES = 8
-# Tokens below which a core's own batch is not worth its start.
+# The fewest tokens in a core's own batch, so that it is worth its start.
 _LEAST_SHARE = 512
-# Batches that a GPU is given ahead of the one whose results are fetched.
+# Batches that are queued on a GPU after the one whose results are fetched.
 _AHEAD = 2
 
 # Bytes of a batch's widest activation. On a CPU this keeps it in a shared cache, and below the size
@@ -116,7 +116,7 @@ class TokenBudget:
         return min(self._wanted, self._backbone.token_limit or self._wanted)
 
     def share(self, n_at_once: int, n_left: int) -> int:
-        """Tokens in each of several batches at a time, of which none is to wait for the others."""
+        """Tokens in each of several batches that run at once, so that they end about together."""
         if n_at_once == 1:
             return self.tokens
         each = min(max(self._wanted // n_at_once, self._least, 1), self.tokens)
@@ -124,7 +124,7 @@ class TokenBudget:
         return ceil(n_left / (n_at_once * max(1, n_rounds)))
 
     def n_texts(self, lengths: np.ndarray, n_tokens: int) -> int:
-        """Say how many of the next texts, whose lengths descend, make a batch: at least one.
+        """Count the next texts, whose lengths descend, that make a batch: at least one.
 
         It has ``n_tokens`` at most, and ends where its padding would cost more than another batch.
         """
@@ -134,7 +134,7 @@ class TokenBudget:
         return int(np.searchsorted(padding, self.tokens * self._start_share, side="right"))
 
     def halve(self, n_tokens: int) -> None:
-        """Remember that a batch of ``n_tokens``, of several texts, was too large."""
+        """Allow half as many tokens, because a batch of ``n_tokens`` was too large."""
         self._backbone.lower_token_limit(min(self.tokens, n_tokens // 2))
 
 
@@ -148,7 +148,7 @@ class _Group:
     """The windows of some texts, which are sorted by length together."""
 
     def __init__(self, start: int, encoded: list[Encoded]):
-        self.start = start  # the place of the first of them among all texts
+        self.start = start  # the position of the first of them among all texts
         self.truncated = np.array([text.is_truncated for text in encoded], bool)  # (n_texts,)
         self.n_windows = np.array([len(text.windows) for text in encoded])  # (n_texts,)
         self.windows = [window for text in encoded for window in text.windows]
@@ -178,7 +178,7 @@ def _groups(texts: Sequence[str], encoder: TextEncoder, budget: TokenBudget) -> 
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cut texts where they are many or long."""
+    """Cut texts into chunks of limited number and length."""
     start = n_characters = 0
     for end, text in enumerate(texts, start=1):
         n_characters += len(text)
@@ -199,7 +199,7 @@ def _ahead(groups: Iterator[_Group]) -> Iterator[_Group]:
 def _run(
     backbone: Backbone, windows: list[Window], layout: Layout, budget: TokenBudget
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Run the windows of one group; give each batch's numbers and their activations."""
+    """Run the windows of one group; yield each batch's window numbers and activations."""
     waiting = _Waiting(windows)
     n_at_once = n_cores = min(usable_cores(backbone.device), len(windows))
     if n_cores > 1 and waiting.n_tokens >= _TRIAL_BATCHES * budget.tokens:
@@ -213,7 +213,7 @@ def _run(
         n_at_once = min(seconds, key=seconds.__getitem__)
     while waiting:
         yield from _run_batches(backbone, windows, layout, budget, waiting, n_at_once)
-        n_at_once = 1  # side by side, one text alone was too much
+        n_at_once = 1  # several batches at once, of one text each, did not fit into memory
 
 
 class _Waiting:
@@ -240,7 +240,7 @@ class _Waiting:
         return batch
 
     def put_back(self, batch: np.ndarray) -> None:
-        """Have the windows of a batch that failed wait again."""
+        """Add the windows of a batch that failed."""
         left = np.concatenate([batch, self._left])
         self._left = left[np.argsort(-self._lengths[left], kind="stable")]
 
@@ -254,7 +254,7 @@ def _run_batches(
     n_at_once: int,
     n_batches: float = inf,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Run some batches, or all; those that are too large wait again."""
+    """Run some batches, or all; put those that are too large back."""
     n_tokens = budget.share(n_at_once, waiting.n_tokens)
     # Side by side, each thread has its next batch before its last result is taken.
     ahead = _AHEAD if backbone.device.type == "cuda" else 2 * (n_at_once - 1)
@@ -290,7 +290,7 @@ def _run_batches(
 def _try_batch(
     backbone: Backbone, windows: list[Window], layout: Layout, is_alone: bool
 ) -> Callable[[], np.ndarray] | None:
-    """Start a batch; None if it did not fit into memory (whose frames are gone by then)."""
+    """Start a batch; None, which frees the frames of the exception, if memory was short."""
     try:
         padded = _pad(windows, backbone.device)
         return _to_host(pooled_forward(backbone.model, backbone.anatomy, padded, layout.segments))
@@ -314,7 +314,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _release_memory(device: torch.device) -> None:
-    """Give back what is free but in pieces that do not fit the next batch."""
+    """Give free memory back to the system: its pieces may not fit the next batch."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "cpu":
@@ -322,12 +322,12 @@ def _release_memory(device: torch.device) -> None:
 
 
 def _pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
-    """Put windows into rectangles (n_windows, n_tokens), the longest first, padded on the right."""
+    """Pad windows, the longest first, on the right to tensors (n_windows, n_tokens)."""
     lengths = np.array([len(window) for window in windows])
     real = np.arange(lengths[0]) < lengths[:, None]  # (n_windows, n_tokens)
     padded: dict[str, np.ndarray] = {"attention_mask": real.astype(np.int64)}
     for name in windows[0].inputs:
-        # Padding is never attended, so any id serves, and a tokenizer without one is as good.
+        # Padding is never attended to, so any id will do; the tokenizer needs no padding token.
         padded[name] = np.zeros(real.shape, dtype=np.int64)
         padded[name][real] = np.concatenate([window.inputs[name] for window in windows])
     if any(window.pooled is not None for window in windows):
@@ -356,7 +356,7 @@ def _to_host(pooled: Tensor) -> Callable[[], np.ndarray]:
     host = torch.empty(pooled.shape, dtype=pooled.dtype, pin_memory=True)
     with torch.cuda.stream(stream):
         host.copy_(pooled, non_blocking=True)
-        # Its memory may be given to the next batch only when it has been read.
+        # The next batch may reuse the result's memory only after the copy.
         pooled.record_stream(stream)
 
     def wait() -> np.ndarray:

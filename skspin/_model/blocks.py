@@ -1,9 +1,9 @@
 """Which modules of a stack are its blocks, and where in a block its sites are.
 
-Both are told by structure alone: by what modules are called and by their shapes, which are there
-without weights and without a forward pass. The feed-forward neurons are the input of the
-feed-forward part's last linear module (the down-projection), and the heads' outputs that of the
-attention's last one (the output projection).
+Both are found from structure alone: from the names and shapes of modules, which need neither
+weights nor a forward pass. The feed-forward neurons are the input of the last linear module of the
+feed-forward part (the down-projection), and the heads' outputs are the input of the last linear
+module of the attention (the output projection).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def find_blocks(stack: nn.Module, config: Any, architecture: Architecture) -> li
     if architecture.shared_groups:
         name = architecture.shared_groups
         groups = [list(group.get_submodule(name).children()) for group in blocks]
-        # Only here does the configuration count: a model cut short in memory has fewer layers.
+        # Used only here: a model that was cut in memory has fewer blocks than its config says.
         n_turns = config.num_hidden_layers
         turns = [groups[turn * len(groups) // n_turns] for turn in range(n_turns)]
         return [block for group in turns for block in group]
@@ -101,7 +101,7 @@ def _heaviest_list(stack: nn.Module) -> list[nn.Module]:
 def _lists_of_blocks(stack: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Module]]:
     # Norms and scales by layer come in lists, too: only those that hold linear modules count.
     return {
-        path: list(found)  # not children(), which passes over a block that comes again
+        path: list(found)  # not children(), which skips a block that is repeated
         for path, found in _outermost(stack, kind)
         if any(linear_shape(module) for module in found.modules())
     }
@@ -116,7 +116,7 @@ def _outermost(part: nn.Module, kind: type[nn.Module], path: str = "") -> Iterat
 
 
 def _inventory(stack: nn.Module) -> str:
-    """Name the parts of a stack, and their parts, so that a reader can tell what is what."""
+    """Name the modules of a stack and count the modules in each, for an error message."""
     parts = []
     for name, part in stack.named_children():
         inside = Counter(type(child).__name__ for child in part.children())
@@ -132,7 +132,7 @@ def _n_parameters(modules: list[nn.Module]) -> int:
 def find_sites(block: nn.Module, width: int, paths: dict[str, str]) -> dict[str, Tap | str]:
     """Find the tap of "attention" and "mlp", or say why a block does not have the site.
 
-    The block adds to a hidden state of ``width``; sites in ``paths`` need no finding.
+    ``width`` is that of the hidden state; ``paths`` holds the sites whose modules are known.
     """
     finders = {"attention": _output_projection, "mlp": _down_projection}
     return {
@@ -145,7 +145,7 @@ def _output_projection(block: nn.Module, width: int) -> Tap | str:
     inside = [linear for linear in _linears(block, None, block) if linear.role == "attention"]
     if not inside:
         return "it has no attention."
-    # A decoder's block goes on to attend to the encoder: its self-attention comes first.
+    # In a decoder's block, self-attention comes before the attention to the encoder.
     part = inside[0].part
     if _has_experts(part):
         return "each token has attention heads of its own there (a mixture of experts)."
@@ -164,9 +164,9 @@ def _down_projection(block: nn.Module, width: int) -> Tap | str:
         return "each token has neurons of its own there (a mixture of experts)."
     linears = list(_linears(block, None, block))
     named = [linear for linear in linears if linear.role == "mlp"]
-    # BERT's feed-forward part is not one module, but what is left of a block.
+    # BERT's feed-forward part is not one module, but the rest of the block.
     inside = named or [linear for linear in linears if linear.role is None]
-    # Where all shapes are equal: w1 and w3 lead up in the models that number them.
+    # Shapes may be equal, but in models that number their modules, w1 and w3 are up-projections.
     outward = [
         linear for linear in inside if linear.n_out == width and linear.name not in ("w1", "w3")
     ]
@@ -180,7 +180,7 @@ def _has_experts(part: nn.Module) -> bool:
 
 
 def _linears(part: nn.Module, role: str | None, owner: nn.Module) -> Iterator[_Linear]:
-    """Walk through a part in the order of registration; ``owner`` is what gave it its role."""
+    """List a part's linear modules as registered; ``owner`` is the module that sets their role."""
     for name, child in part.named_children():
         shape = linear_shape(child)
         found = None if shape else _role_of(name, child)
@@ -203,15 +203,15 @@ def _role_of(name: str, part: nn.Module) -> str | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell a norm from other modules."""
+    """Whether a module is a norm."""
     return _NORM.search(type(module).__name__) is not None
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
-    """Count what goes into and out of a linear module, quantised or adapted ones too."""
+    """Return (n_in, n_out) of a linear module, also a quantised or adapted one; None of others."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D":  # GPT-2's transposed one, in several modules of its name
+    if type(module).__name__ == "Conv1D":  # GPT-2's transposed linear, defined in several places
         n_in, n_out = module.weight.shape
         return n_in, n_out
     return None

@@ -2,7 +2,7 @@
 
 Threads that share a batch wait for each other after every product, and on a busy machine they wait
 long. Threads with a batch each never wait. But each of them reads all weights once more, so with a
-large model it may be faster to share. `runner` offers both; whoever runs batches may try.
+large model it may be faster to share. `runner` offers both; its caller tries which is faster.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 Runner = Callable[[Callable[[], Result]], Callable[[], Result]]
 
 _lock = threading.Lock()
-_n_pools = 0  # that run now, each for an extraction of its own
-_n_threads = 1  # what the first of them found, and the last restores
+_n_pools = 0  # pools that run now, each for an extraction of its own
+_n_threads = 1  # torch's number of threads before the first pool, restored after the last
 
 
 def usable_cores(device: torch.device) -> int:
@@ -45,7 +45,7 @@ def runner(n_at_once: int) -> Iterator[Runner]:
         try:
             yield lambda job: pool.submit(job).result
         finally:
-            # Nothing goes on behind an error or an interrupt.
+            # No job starts after an error or an interrupt.
             pool.shutdown(cancel_futures=True)
 
 
@@ -57,7 +57,7 @@ def _run_now(job: Callable[[], Result]) -> Callable[[], Result]:
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Restore torch's number of threads when the last pool is done."""
-    # Some of it belongs to a thread, some (MKL's) to the process, so pools can't restore it singly.
+    # Part of the setting is per thread and part (MKL's) per process, so no single pool restores it.
     global _n_pools, _n_threads
     with _lock:
         if not _n_pools:
@@ -73,7 +73,7 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _recover_from_fork() -> None:
-    """Forget the pools of the parent, whose threads are not there."""
+    """Forget the parent's pools, whose threads do not exist in the child."""
     global _lock, _n_pools
     _lock, _n_pools = threading.Lock(), 0
 

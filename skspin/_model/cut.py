@@ -1,8 +1,8 @@
 """A model cut down to what some columns need, as a module of its own.
 
-The copy ends by its structure, not by an exception: in place of the blocks after the deepest layer,
-and of the linear modules and norms that no column depends on, there are stand-ins without weights.
-So it can be traced, compiled and exported, and only what is needed is copied.
+No exception ends its pass: stand-ins without weights replace the blocks after the deepest layer,
+and the linear modules and norms that no column depends on. So the copy can be traced, compiled and
+exported, and only what is needed is copied.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CutModel(nn.Module):
 
     Inputs are of shape (n_texts, n_tokens), or (n_texts, n_windows, n_tokens) for texts in windows,
     padded on the right; a window may be all padding. ``pooled`` is not zero for the tokens that are
-    pooled, which are all real ones if it is None.
+    pooled; if it is None, all real tokens are.
     """
 
     def __init__(self, model: Any, readings: list[_Reading]):
@@ -89,7 +89,7 @@ class CutModel(nn.Module):
         token_type_ids: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> Tensor:
-        """Read the columns."""
+        """Compute the columns."""
         given = zip(_BY_TOKEN, (input_ids, attention_mask, token_type_ids), strict=True)
         # For the model, each window is a text.
         rows: dict[str, Any] = {
@@ -111,7 +111,7 @@ class CutModel(nn.Module):
         return torch.cat(values, dim=1)
 
     def remove_hooks(self) -> None:
-        """Give the model back as it was."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -140,7 +140,7 @@ class CutModel(nn.Module):
 
 
 def _thread() -> int:
-    # A tracer goes through a pass once, alone, and knows no threads.
+    # A tracer runs the pass once, in one thread, and can't trace a thread's identifier.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -163,7 +163,7 @@ def _find_readings(backbone: Backbone, layout: Layout) -> list[_Reading]:
 
 
 def _moved(readings: list[_Reading], copied: Any, paths: dict[nn.Module, str]) -> list[_Reading]:
-    """Read the same in a copy."""
+    """Make readings of the same modules in a copy."""
     return [
         replace(reading, tap=replace(reading.tap, module=copied.get_submodule(path)))
         for reading in readings
@@ -197,8 +197,8 @@ class _Blocks:
     """The blocks of one stack of a copy."""
 
     modules: list[nn.Module]
-    n_whole: int  # of which everything is needed
-    n_outputs: list[int]  # of a block that gives several; empty before a pass and for a tensor
+    n_whole: int  # how many of these are kept whole, from the first on
+    n_outputs: list[int]  # of a block that returns a tuple; empty for a tensor, and before a pass
 
 
 def _copy_blocks_in_use(
@@ -212,12 +212,12 @@ def _copy_blocks_in_use(
         layer = segment.layer + bool(stacks[segment.stack].architecture.early_norm)
         reached = layer, segment.site == "hidden"
         deepest[segment.stack] = max(reached, deepest.get(segment.stack, reached))
-    if "decoder" in deepest:  # which looks at the end of the encoder
+    if "decoder" in deepest:  # it attends to the encoder's last hidden state
         deepest["encoder"] = len(stacks["encoder"].blocks), True
     memo: dict[int, Any] = {}
     n_outputs: dict[str | None, list[int]] = {name: [] for name in deepest}
     for name, (depth, _) in deepest.items():
-        # The first block stays until it has shown what a block gives back.
+        # The first block stays until a pass has shown what a block returns.
         for block in stacks[name].blocks[max(depth, 1) :]:
             memo[id(block)] = _StandIn(block, n_outputs[name])
     copied = deepcopy(model, memo)
@@ -241,11 +241,11 @@ def _sample(backbone: Backbone) -> dict[str, Tensor]:
     return {name: values.to(backbone.device) for name, values in inputs.items()}
 
 
-# What a copy does without
+# Stand-ins for modules that are left out
 
 
 class _StandIn(nn.Module):
-    """Stands where a block or a norm was, and gives back the hidden state that it is given."""
+    """Replaces a block or a norm, and returns the hidden state that it is given."""
 
     def __init__(self, module: nn.Module, n_outputs: Iterable[int] = ()):
         super().__init__()
@@ -253,31 +253,31 @@ class _StandIn(nn.Module):
             # Models ask their blocks for settings, such as the kind of attention.
             if isinstance(value, str | int) and not hasattr(self, name):
                 setattr(self, name, value)
-        self.n_outputs = n_outputs  # of the blocks before; empty for a tensor alone
+        self.n_outputs = n_outputs  # as in `_Blocks`
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Pass on the hidden state. The blocks behind are stand-ins, too, and need nothing else."""
+        """Return the hidden state; the next blocks are stand-ins, too, and need nothing else."""
         for n_outputs in self.n_outputs:
             return (hidden_states, *[None] * (n_outputs - 1))
         return hidden_states
 
 
 class _Nothing(nn.Module):
-    """Stands where a linear module was, and gives zeros, which nobody reads."""
+    """Replaces a linear module, and returns zeros, on which no column depends."""
 
-    weight = bias = None  # of which some models ask the number format
+    weight = bias = None  # some models look here for the number format
 
     def __init__(self, n_out: int):
         super().__init__()
         self.n_out = n_out
 
     def forward(self, activations: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Give as many zeros as there were numbers."""
+        """Return zeros in the shape of the linear module's output."""
         return activations.new_zeros(*activations.shape[:-1], self.n_out)
 
 
 def _leave_out_unused(cut: CutModel, stacks: list[_Blocks], sample: dict[str, Tensor]) -> None:
-    """Put stand-ins where no column depends on the weights."""
+    """Replace modules by stand-ins if no column depends on their weights."""
     handles = [
         stack.modules[0].register_forward_hook(partial(_count_outputs, stack.n_outputs))
         for stack in stacks
@@ -293,7 +293,7 @@ def _leave_out_unused(cut: CutModel, stacks: list[_Blocks], sample: dict[str, Te
         handle.remove()
     used = {id(w) for w, gradient in zip(weights, gradients, strict=True) if gradient is not None}
     blocks = {block: stack for stack in stacks for block in stack.modules}
-    # A few tokens do not come by all experts of a mixture, so blocks are whole or not there.
+    # A few tokens do not reach all experts of a mixture, so blocks in full use are kept whole.
     whole = {block for stack in stacks for block in stack.modules[: stack.n_whole]}
     _put_stand_ins(cut.model, used, blocks, whole)
 

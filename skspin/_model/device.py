@@ -93,7 +93,7 @@ def _has_cuda_driver() -> bool:
     try:
         ctypes.CDLL(driver)
     except OSError:
-        # ROCm builds of torch speak CUDA's names without CUDA's driver.
+        # ROCm builds of torch use CUDA's names without CUDA's driver.
         return Path("/dev/kfd").exists()
     return True
 

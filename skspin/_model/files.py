@@ -24,7 +24,7 @@ NEUTRAL_OPTIONS = _WHERE_OPTIONS | {
     *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "tp_plan"),
     "use_safetensors",
 }
-# Options that have a parameter, and options that from_pretrained is not to be given here.
+# Options that are parameters of LLMActivationTransformer, and options that can't be used here.
 _PARAMETERS = {"device", "dtype", "revision", "tokenizer", "torch_dtype", "trust_remote_code"}
 _REFUSED = {
     *("output_loading_info", "pretrained_model_name_or_path", "return_unused_kwargs"),
@@ -35,7 +35,7 @@ SETTINGS = {
     *(".bpe", ".codes", ".jinja", ".json", ".model", ".py"),
     *(".spm", ".tiktoken", ".tokenizer", ".txt", ".vocab"),
 }
-# Options that no configuration takes, though it has an attribute of that name.
+# Options of weights, never given to a configuration, though it may have such an attribute.
 _OF_WEIGHTS = {"ignore_mismatched_sizes", "quantization_config", "variant"}
 # A pooler is what AutoModel puts on top of the last layer; no activation comes through it.
 _UNUSED = ("pooler",)
@@ -43,7 +43,7 @@ _UNUSED = ("pooler",)
 
 @dataclass(frozen=True)
 class _Kind:
-    """Files of one kind: which show that they are here, and which to fetch from the hub if not."""
+    """Files of one kind: patterns to tell whether they are here, and patterns to fetch them."""
 
     name: str
     shown_by: tuple[str, ...]
@@ -75,7 +75,7 @@ class Source:
     tokenizer: Any = None  # the same, or a tokenizer in memory; None for the model's own
     revision: str | None = None  # branch, tag or commit of a hub model; None for its main branch
     trust_remote_code: bool = False
-    # What says where files are holds for configuration and tokenizer too.
+    # Options that say where files are apply to configuration and tokenizer, too.
     model_kwargs: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
     longest: int | None = field(default=None, init=False)  # a SentenceTransformer's max_seq_length
 
@@ -143,7 +143,7 @@ class Source:
     @property
     def in_memory(self) -> bool:
         """Whether the model is an object, not a name."""
-        # Asking for its class would import torch.
+        # A check of its class would import torch.
         return hasattr(self.model, "config") and hasattr(self.model, "get_input_embeddings")
 
     @property
@@ -189,7 +189,7 @@ def load_skeleton(source: Source) -> Any:
 
 
 def load_model(source: Source, device: str, dtype: str) -> Any:
-    """Load a model's weights in eval mode, frozen; ``device_map`` goes before ``device``."""
+    """Load a model's weights, frozen and in eval mode; ``device_map`` overrides ``device``."""
     import torch
     import transformers
 
@@ -198,7 +198,7 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
         config, options = _configure(source)
         options = {"use_safetensors": True, **options}
         if "quantization_config" in options:
-            # Quantised weights are made where they are to be, and can't be moved afterwards.
+            # Quantised weights are made on their device, and can't be moved afterwards.
             options.setdefault("device_map", {"": device})
         if files.is_gguf and hasattr(transformers, "GgufConfig"):
             # Kernels that multiply packed weights give other numbers where they are installed.
@@ -211,9 +211,9 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
             trust_remote_code=source.trust_remote_code,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
-            **options | {"ignore_mismatched_sizes": True},  # refused here, with the sizes
+            **options | {"ignore_mismatched_sizes": True},  # refused below instead
         )
-    # Of a mismatched one, transformers 5 gives the name and both shapes, transformers 4 the name.
+    # For a mismatch, transformers 5 gives the name and both shapes, transformers 4 only the name.
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     keys = [*report["missing_keys"], *mismatched]
     random = [key for key in keys if not any(name in key for name in _UNUSED)]
@@ -232,7 +232,7 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
 
 
 def _configure(source: Source) -> tuple[Any, dict[str, Any]]:
-    """Read a model's configuration, changed by the options that belong to it; give the others."""
+    """Read a model's configuration, changed by its options; return it and all other options."""
     import transformers
 
     files = _model_files(source)
@@ -248,7 +248,7 @@ def _configure(source: Source) -> tuple[Any, dict[str, Any]]:
         return_unused_kwargs=True,
         **asked,
     )
-    kept = {*others, "code_revision"}  # which the model's code is of, too
+    kept = {*others, "code_revision"}  # it applies to the model's code, too
     return config, {k: v for k, v in options.items() if k not in asked or k in kept}
 
 
@@ -266,7 +266,7 @@ def load_tokenizer(source: Source) -> Any:
             transformers.AutoTokenizer.from_pretrained,
             trust_remote_code=source.trust_remote_code,
         )
-    _read_header.cache_clear()  # the tokenizer is what is loaded last
+    _read_header.cache_clear()  # the tokenizer is loaded last
     # Without a vocabulary to read, transformers may make up an empty one.
     found = files.is_gguf or files.holds(("tokenizer*", *_TOKENIZER.shown_by))
     if not found or not len(tokenizer):
@@ -275,7 +275,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def _model_files(source: Source) -> Files:
-    """Say where a model is; refuse what holds none, where transformers would say less."""
+    """Return where a model is; refuse a folder without one, with more advice than transformers."""
     files = source.files
     if files is None:
         raise TypeError("A model in memory is not loaded.")
@@ -308,8 +308,8 @@ def _arguments(files: Files, root: str) -> Iterator[dict[str, str]]:
 
     gguf: Any = import_module("gguf")
     bar, reader = converter.tqdm, gguf.GGUFReader
-    converter.tqdm = partial(bar, disable=True)  # which nothing else turns off
-    # It takes seconds, and is asked for with configuration, weights and tokenizer.
+    converter.tqdm = partial(bar, disable=True)  # no setting turns this bar off
+    # Reading the header takes seconds; configuration, weights and tokenizer all need it.
     gguf.GGUFReader = lambda path: _read_header(path, os.stat(path).st_mtime_ns)
     try:
         # An empty folder keeps transformers from reading other files beside this one.
@@ -334,7 +334,7 @@ def _load(files: Files, kind: _Kind, from_pretrained: Callable[..., Any], **opti
         missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
         if missing:
             raise ModuleNotFoundError(
-                f"{files.name!r} is in the GGUF format, which transformers reads by the packages "
+                f"{files.name!r} is in the GGUF format, which transformers reads with the packages "
                 f"gguf and accelerate. Run: pip install {' '.join(missing)}"
             )
         kind = _Kind(kind.name, (str(files.gguf_file),), (str(files.gguf_file),))

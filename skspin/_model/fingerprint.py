@@ -1,4 +1,4 @@
-"""A short text that says which numbers a model gives: same fingerprint, same activations."""
+"""A short text that identifies a model's numbers: same fingerprint, same activations."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _PICKLED_WEIGHTS = {".bin", ".pt", ".pth"}
 _CHUNK_BYTES = 1 << 24
 _YOUNG_NS = 2_000_000_000
 _GLANCES = 16
-# What changes how or where a model runs, or who saved it, and no number.
+# Settings that say how or where a model runs, or who saved it, but change no number.
 _NEUTRAL_SETTINGS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-# What an adapter's layer does is decided by these, and by no parameter.
+# Attributes that, besides its parameters, decide what an adapter's layer does.
 _ADAPTER_SWITCHES = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 # Path, inode, bytes and times of a file -> digest of its content.
 _known_files: dict[str, str] = {}
-# Model -> what is cheap to see of it, and the digest of all of it.
+# Model -> what is cheap to compare, and the digest of all of it.
 _known_models: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
 def fingerprint(source: Source, store: Store | None = None) -> str:
-    """Say which numbers a model and its tokenizer give; a store remembers the digests of files."""
-    # "hub:<id>@<commit>", "folder:<digest>", "gguf:<digest>" or "memory:<digest>", and behind it
-    # "+<digest>" where options or another tokenizer belong to it. A path is not part of it; the
-    # content of the files is.
+    """Identify the numbers of a model and its tokenizer; a store keeps the digests of files."""
+    # "hub:<id>@<commit>", "folder:<digest>", "gguf:<digest>" or "memory:<digest>", followed by
+    # "+<digest>" if there are options or another tokenizer. Local files count by their content, not
+    # by their path.
     pickled = source.options.get("use_safetensors") is False
     if source.files is None:
         model = f"memory:{_digest_model(source.model)}"
@@ -76,7 +76,7 @@ def _files_fingerprint(files: Files, pickled: bool, store: Store | None) -> str:
 
 def _as_json(value: Any) -> Any:
     value = _neutral(value.to_dict()) if hasattr(value, "to_dict") else value
-    if isinstance(value, dict):  # a configuration and what it writes of itself are the same
+    if isinstance(value, dict):  # a configuration and its dict count as the same
         return {str(name): _as_json(one) for name, one in value.items()}
     return value if isinstance(value, str) else repr(value)
 
@@ -92,12 +92,12 @@ def _digest_file(path: Path, store: Store | None) -> str:
     """Digest a file's content, or look its digest up if the file did not change since."""
     real = os.path.realpath(path)
     stat = os.stat(real)
-    # The time of change, unlike that of modification, can not be set back.
+    # ctime, unlike mtime, can't be set back.
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
     key = json.dumps(["file", real, stat.st_ino, stat.st_size, *times])
     stored = None if store is None else store.get_metadata(key)
     digest = stored or _known_files.get(key) or _read_digest(real)
-    # A second write to a file this young could leave the same times: look again next time.
+    # A second write to so young a file could leave the same times, so its digest is not kept.
     if time.time_ns() - max(times) > _YOUNG_NS:
         _known_files[key] = digest
         if store is not None and stored is None:
@@ -129,7 +129,7 @@ def _digest_tokenizer(tokenizer: Any) -> str:
     return _digest([json.dumps([settings, rules], sort_keys=True)])
 
 
-@lru_cache(maxsize=4)  # most calls find a tokenizer as the call before did
+@lru_cache(maxsize=4)  # tokenizers seldom change between calls
 def _digest_backend(definition: str) -> str:
     rules = json.loads(definition) | {"truncation": None, "padding": None}
     return _digest([json.dumps(rules, sort_keys=True)])
@@ -147,9 +147,9 @@ def _digest(texts: Iterable[str]) -> str:
 
 def _digest_model(model: Any) -> str:
     """Digest a model's parameters, buffers, configuration and adapters, whatever its device."""
-    # The digest is known for as long as the model lives, and taken anew when a tensor was replaced
-    # or written to: its address, its version counter or one of 16 of its values then differ. A few
-    # single values written through `.data`, which the counter does not see, can go unseen.
+    # The digest is kept as long as the model lives, and computed again if a tensor was replaced or
+    # written to: its address, its version counter or one of 16 of its values then differ. A few
+    # values written through `.data`, which the counter does not see, can go unnoticed.
     tensors = dict(_tensors(model))
     seen = (_settings(model), [_glance(tensor) for tensor in tensors.values()])
     known = _known_models.get(model)

@@ -1,6 +1,6 @@
 """One text that arrives in pieces, read with the model's key-value cache.
 
-The cache has room ahead, so that one more token is written and nothing is copied.
+The cache has room for more tokens, so adding one does not copy the others.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _LEAST = 256  # tokens that a cache has room for
 
 
 class Added(NamedTuple):
-    """What is new of a growing text."""
+    """The new tokens of a growing text."""
 
-    tokens: TextTokens  # the text's own, with places in all of it
-    activations: np.ndarray  # (n_pooled, n_columns): of these, and of what comes before the text
-    is_own: np.ndarray  # (n_pooled,), bool: which are the text's own
+    tokens: TextTokens  # the text's own, with their positions in the whole text
+    activations: np.ndarray  # (n_pooled, n_columns): of these and of pooled tokens before the text
+    is_own: np.ndarray  # (n_pooled,), bool: which of these are the text's own
 
 
 class GrowingText:
-    """Reads each token of a text once, whose scores do not depend on how the text was cut.
+    """Reads each token of a text once, with results that do not depend on how the text was cut.
 
     A text is tokenized as a whole, and its last word, which more letters may change, is held back.
-    Token ids are taken as they come.
+    Token ids are read as they come.
     """
 
     def __init__(self, backbone: Backbone, recipe: Recipe, layout: Layout):
@@ -60,7 +60,7 @@ class GrowingText:
         self._check_cache()
 
     def begin(self, messages: Sequence[dict[str, str]], role: str) -> None:
-        """Begin anew; in a conversation, with what a role says after some messages."""
+        """Begin a text, or in a conversation the message of ``role`` after ``messages``."""
         self._messages, self._role = messages, role
         self.text = ""
         self._settled = 0  # characters that no more text can change
@@ -76,10 +76,10 @@ class GrowingText:
         self._n_after = frame.n_after
 
     def add_text(self, text: str, is_last: bool) -> Added:
-        """Take more text, and read the tokens that what follows can't change."""
+        """Take more text, and read the new tokens that later text can't change."""
         self.text += text
         whole = replace_surrogates([self.text])[0]
-        words = whole.rsplit(None, 1)  # what is before the last word; its space may belong to it
+        words = whole.rsplit(None, 1)  # the last word may take the space before it into its token
         settled = len(whole) if is_last else len(words[0]) if len(words) == 2 else 0
         if settled == self._settled:
             return self._read(np.empty(0, int), np.empty((0, 2), int))
@@ -136,7 +136,7 @@ class GrowingText:
         self._cache = roomy_cache(self._backbone.model.config)
 
     def _read(self, ids: np.ndarray, places: np.ndarray) -> Added:
-        """Read own tokens (n_tokens,) as far as there is room, or window by window."""
+        """Read the text's next tokens (n_tokens,), until the room is full or window by window."""
         n_read = 0
         activations, is_own = [np.empty((0, self._n_columns), np.float32)], [np.empty(0, bool)]
         while n_read < len(ids):
@@ -158,7 +158,7 @@ class GrowingText:
         return Added(tokens, np.concatenate(activations), np.concatenate(is_own))
 
     def _open_next_window(self) -> bool:
-        """Follow a full window by the next, as `TextEncoder` cuts a long text; or say no."""
+        """Open the next window, as `TextEncoder` cuts a long text; False if texts are truncated."""
         if self._recipe.long_texts == "truncate":
             check_cut(True, self.tokenizer.truncation_side)
             return False
@@ -194,13 +194,13 @@ class GrowingText:
         return values[0].cpu().numpy()
 
     def _check_cache(self) -> None:
-        """Try whether the model reads on from its cache as if it had read all at once."""
+        """Test that reading on from the cache gives the same as reading all tokens at once."""
         ids = np.arange(1, 1 + most_tokens(self._backbone.model, _TRIAL))
         size = len(ids) // 2
         try:
             cache = roomy_cache(self._backbone.model.config)
             stretches = [self._pass(ids[:size], cache), self._pass(ids[size:], cache)]
-        except Exception as error:  # Whatever a model does with a cache that it can't use.
+        except Exception as error:  # A model may raise anything at a cache that it can't use.
             raise self._no_cache(repr(error)) from error
         whole, in_two = self._pass(ids, None), np.concatenate(stretches)  # (n_tokens, n_columns)
         tolerance = 5e-2 if getattr(torch, self._backbone.dtype).itemsize < 4 else 5e-3
@@ -267,7 +267,7 @@ def _write(states: Tensor, new: Tensor, start: int) -> Tensor:
 
 
 def roomy_cache(config: Any) -> DynamicCache:
-    """Make an empty cache as transformers does, but for room in layers that keep all tokens."""
+    """Make an empty cache of transformers, with spare room in layers that keep all tokens."""
     cache = DynamicCache(config=config)
     # By exact type: others, such as those of sliding windows, keep few tokens.
     cache.layers = [

@@ -1,4 +1,4 @@
-"""Hooks that read a running model at its taps; the model does not notice, and is left as it was."""
+"""Hooks that read a running model at its taps, and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from skspin._model.pooling import TextGroup, group_texts, pool
 
 
 class PassEnds(BaseException):
-    """Everything has been read. Not an Exception, which a model's own code might catch."""
+    """Everything has been read; no Exception, because a model's own code might catch that."""
 
 
 class Reader:
-    """Takes the activations that segments ask for from one batch, as the model comes by them.
+    """Reads the activations that segments ask for from one batch, while the model computes them.
 
     ``mask`` of shape (n_texts, n_tokens) is True for real tokens, which come before the padding,
     and ``pooled`` for those that are pooled. A segment's values are then of shape (n_texts,
@@ -42,7 +42,7 @@ class Reader:
     ):
         self.segments, self.mask, self.pooled = segments, mask, pooled
         self.values = [torch.empty(0)] * len(segments)
-        self._unread: dict[Tap, tuple[Stack, list[int]]] = {}  # which segments read what is there
+        self._unread: dict[Tap, tuple[Stack, list[int]]] = {}  # and the segments of each tap
         for position, segment in enumerate(segments):
             stack = anatomy.stacks[segment.stack]
             tap = stack.tap(segment.layer, segment.site)
@@ -51,12 +51,12 @@ class Reader:
 
     @property
     def unread(self) -> list[str]:
-        """Name the segments that the model did not come by."""
+        """Name the segments that have not been read."""
         return sorted({self.segments[p].key for _, ps in self._unread.values() for p in ps})
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Hang up the hooks, for as long as the ``with`` block lasts."""
+        """Register the hooks, for as long as the ``with`` block lasts."""
         taps_at: dict[tuple[nn.Module, bool, str | None], dict[int, Tap]] = {}
         for tap in self._unread:
             taps_at.setdefault((tap.module, tap.output, tap.parameter), {})[tap.turn] = tap
@@ -75,8 +75,8 @@ class Reader:
             values = activations
             if self.pooled is not None:
                 values = self._pool(activations, self.pooled, segment.pooling)
-            # Chosen after pooling, so that they are to the bit what they are among all neurons.
-            # Before it, only a few in a hundred would be cheaper.
+            # Chosen after pooling, so that values are bit for bit those among all neurons. Choosing
+            # before it would be faster only for a few neurons in a hundred.
             if segment.neurons is not None:
                 values = values[..., _on_device(segment.neurons, values.device)]
             self.values[position] = values.float().to(self.mask.device)
@@ -105,7 +105,7 @@ class _Hook:
         self.n_calls = 0
 
     def attach(self, stack: ExitStack) -> None:
-        """Hang the hook up, until the stack is closed."""
+        """Register the hook, until the stack is closed."""
         if self.tap.parameter is not None:
             stack.enter_context(_Multiplications(self))
         elif self.tap.output:
@@ -124,7 +124,7 @@ class _Hook:
         self.notice(output if isinstance(output, Tensor) else output[0])
 
     def notice(self, activations: Tensor) -> None:
-        """Have the reader take the activations, if they are of its thread and of a wanted turn."""
+        """Give activations to the reader, if they are of its thread and of a wanted turn."""
         if threading.get_ident() != self.thread:
             return
         if self.n_calls >= self.tap.n_turns:
@@ -164,10 +164,10 @@ class _Multiplications(TorchFunctionMode):
 
 
 def as_texts(activations: Tensor, mask: Tensor, tap: Tap, architecture: Architecture) -> Tensor:
-    """Bring activations into the shape (n_texts, n_tokens, n_neurons), whatever they come in.
+    """Bring activations into the shape (n_texts, n_tokens, n_neurons), whatever shape they have.
 
     They may be by text and token or by token and text, heads apart or together, all tokens in one
-    row or only the real ones, or longer than the texts.
+    row or only the real ones, or have more tokens than the texts.
     """
     inside = not tap.output
     if inside and architecture.time_major:
@@ -191,13 +191,13 @@ def as_texts(activations: Tensor, mask: Tensor, tap: Tap, architecture: Architec
     return activations
 
 
-# Elements of a table that a pass may write to, such as the frequencies of rotary positions; those
-# of more are only read.
+# A pass may write to tables of at most so many elements, such as the frequencies of rotary
+# positions; larger tables are only read.
 _LARGEST = 2**14
 
 
 class _Use:
-    """What the passes that share a model have to know of it."""
+    """The state that the passes of one model share."""
 
     def __init__(self) -> None:
         self.n_passes = 0  # at the moment
@@ -205,12 +205,12 @@ class _Use:
         self.changes_itself = False
 
     def begin(self, model: Any) -> None:
-        """Switch dropout off, and note what the first pass finds."""
+        """Switch to evaluation mode, and note the state before the first pass."""
         modules = list(model.modules())
         self._training = [module for module in modules if module.training]
         if self._training:
             model.eval()
-        # What it says of a change is said once, not in every pass.
+        # A model that changes itself logs so in the first pass, and then not again.
         self._logger = logging.getLogger(type(model).__module__)
         self._was_silent = self._logger.disabled
         self._logger.disabled |= self.changes_itself
@@ -228,7 +228,7 @@ class _Use:
         ]
 
     def end(self) -> None:
-        """Give everything back as the first pass found it."""
+        """Restore the state before the first pass."""
         for values, found in self._found:
             if len(values) != len(found) or not all(map(is_, values.values(), found.values())):
                 self.changes_itself = True
@@ -250,7 +250,7 @@ _lock = threading.Lock()
 
 
 def _recover_from_fork() -> None:
-    """Forget passes of the parent's threads, which are not there to end them."""
+    """Forget the passes of the parent's threads, which do not exist in the child."""
     global _lock
     _lock = threading.Lock()
     _uses.clear()
@@ -262,11 +262,11 @@ if hasattr(os, "register_at_fork"):  # Windows never forks.
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Put a model in evaluation mode; when its last pass is over, it is what it was before.
+    """Put a model in evaluation mode, and restore its state after its last pass.
 
     Some models change in a pass: BigBird switches its attention for good when a text is short, and
-    positions that are scaled by length stay as the longest text had them. Then a row would depend
-    on what was read before. Threads may share the model, but take turns if it changes itself.
+    positions that are scaled by length stay as the longest text had them. Without this, a row would
+    depend on texts read before. Threads may share the model, but take turns if it changes itself.
     """
     with _lock:
         use = _uses.setdefault(model, _Use())

@@ -32,7 +32,7 @@ class Files:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is no repository of the hub."""
+        """Whether ``name`` is a path on this machine, not a hub id."""
         return os.path.exists(self.name)
 
     @property
@@ -57,7 +57,7 @@ class Files:
 
     @property
     def commit(self) -> str | None:
-        """The hub's commit when this process first asked for it; None on this machine."""
+        """The hub's commit when this process first asked for it; None for a local path."""
         return None if self.is_local else os.path.basename(self.root)
 
     def holds(self, patterns: Iterable[str]) -> bool:
@@ -78,7 +78,7 @@ class Files:
                 etag_timeout=_HUB_SECONDS,
                 # Code may lie above the subfolder.
                 allow_patterns=[p if p == "*.py" else f"{inside}{p}" for p in patterns],
-                # A pattern's * stands for / too, but other folders hold other models.
+                # A pattern's * matches / too, but other folders hold other models.
                 ignore_patterns=None if self.is_gguf else [f"{inside}*/*"],
                 **options,
             )
@@ -87,8 +87,8 @@ class Files:
 @cache
 def _ask_hub(files: Files) -> tuple[str, bool]:
     """Return a repository's snapshot, and whether the hub answered; asked once per process."""
-    # Once, so that all that is loaded in a process is of one commit, and a silent hub is waited
-    # for once. `commit` then names it by the folder.
+    # Once, so that all that a process loads is of one commit, and it waits once if the hub does not
+    # answer. `commit` is the name of the snapshot's folder.
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -96,8 +96,8 @@ def _ask_hub(files: Files) -> tuple[str, bool]:
     try:
         if not (constants.HF_HUB_OFFLINE or files.local_files_only):
             try:
-                # snapshot_download has no limit of time for its first question (`etag_timeout`
-                # is for files), so it is asked only if the hub answers this one.
+                # snapshot_download has no time limit for its first request (`etag_timeout` is for
+                # files), so it is called only if the hub answers this request.
                 hub = HfApi(token=files.token)
                 hub.model_info(files.name, revision=files.revision, timeout=_HUB_SECONDS)
                 return files.snapshot(files.revision, CONFIGURATION), True
@@ -138,7 +138,7 @@ def _not_found(files: Files, offline: bool, problem: Exception | None) -> str:
 @contextmanager
 def silence() -> Iterator[None]:
     """Silence bars and advice of transformers and the hub, and restore what was set before."""
-    # They advise whoever chose a model's class and files. Faults are exceptions, and pass.
+    # Their advice is for those who choose a model's class and files. Errors are raised as ever.
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -146,7 +146,7 @@ def silence() -> Iterator[None]:
     )
     from huggingface_hub.utils import logging as hub
 
-    # Not imported yet, transformers says nothing.
+    # If transformers is not imported, there is nothing to silence.
     transformers: Any = sys.modules.get("transformers.utils.logging")
     loggers: list[Any] = [hub, transformers] if transformers else [hub]
     levels = [logger.get_verbosity() for logger in loggers]

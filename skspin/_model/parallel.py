@@ -80,7 +80,7 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
                 yield rows._replace(positions=shards[number])
             return
         except Exception as error:
-            # A worker that died by accident will not do so again.
+            # A worker that died by accident is not likely to die again.
             if last_try or not _is_death(error):
                 raise
 
@@ -132,18 +132,18 @@ def _compute_shard(
 
 
 def _as_they_come(jobs: Iterator[Any], **options: Any) -> Iterator[tuple[int, Rows]]:
-    """Give results as soon as joblib's backend does."""
+    """Yield results as soon as joblib's backend returns them."""
     if get_active_backend()[0].supports_return_generator:
         yield from Parallel(batch_size=1, return_as="generator_unordered", **options)(jobs)
         return
-    # Where they come only all at once, a few at a time are less to wait for, and less to lose.
+    # A backend that returns all results at once gets a few jobs at a time, so less can be lost.
     with Parallel(batch_size=1, **options) as parallel:
         while few := list(islice(jobs, 2 * effective_n_jobs(options["n_jobs"]))):
             yield from parallel(few)
 
 
 def _is_death(error: Exception) -> bool:
-    """Whether a worker died, in the words of its backend (Dask mends it by itself)."""
+    """Whether an error of a backend means that a worker died (Dask replaces it by itself)."""
     deaths: list[type[Exception]] = [BrokenProcessPool]
     if "ray" in sys.modules:
         deaths.append(sys.modules["ray"].exceptions.RayActorError)
@@ -153,16 +153,16 @@ def _is_death(error: Exception) -> bool:
 def cut_into_shards(
     n_bytes: Sequence[int], n_workers: int, most_bytes: int, row_bytes: int
 ) -> list[np.ndarray]:
-    """Share out texts, given their lengths in UTF-8, so that every shard is about the same work.
+    """Divide texts, given their lengths in UTF-8, into shards of about equal work.
 
     Bytes stand for tokens and need no tokenizer, in all scripts: a character may be a quarter of a
-    token or several. Texts of like length go together, which leaves least padding, and the longest
-    go first, so that no worker starts on a long shard when the others are done.
+    token or several tokens. Texts of similar length go together, which leaves least padding, and
+    the longest go first, so that no worker starts on a long shard when the others are done.
     """
     costs = np.minimum(n_bytes, most_bytes) + _TEXT_COST
     order = np.argsort(-costs, kind="stable")
     total = int(costs.sum())
-    # As many for each worker: one shard more would keep one of them at work and the others waiting.
+    # The same number for each worker: with one shard more, all would wait for one of them.
     per_worker = min(max(1, total // (n_workers * _FULL_SHARD)), _SHARDS_PER_WORKER)
     n_shards = n_workers * per_worker
     before = np.cumsum(costs[order]) - costs[order]  # work ahead of each text

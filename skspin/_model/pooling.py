@@ -1,9 +1,9 @@
 """Many tokens to one row: masked mean, max, first and last.
 
 Every pooling takes activations ``hidden`` of shape (n_texts, n_tokens, n_neurons), of any
-floating-point type, and a ``mask`` of shape (n_texts, n_tokens) that is True for real tokens, of
-which each text has at least one; None if all are real. It gives a float32 row of all neurons per
-text. Padding never counts, whatever stands there and on whichever side it is.
+floating-point type, and a ``mask`` of shape (n_texts, n_tokens) that is True for real tokens (at
+least one per text), or None if all are real. It returns one float32 row of all neurons per text.
+Padding never counts, whatever it holds and on whichever side it is.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def last_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _at(hidden: Tensor, positions: Tensor) -> Tensor:
-    # Not len(hidden): a tracer would take it for the same in every batch.
+    # Not len(hidden), which a tracer would take for a constant.
     texts = torch.arange(hidden.shape[0], device=hidden.device)
     return hidden[texts, positions].float()  # (n_texts, n_neurons)
 
@@ -73,10 +73,10 @@ class TextGroup:
 def group_texts(mask: Tensor) -> list[TextGroup]:
     """Split a batch into groups that are fast to pool; ``mask`` (n_texts, n_tokens) is as above.
 
-    On a CPU, pooling is bound by memory, and overwriting the padding means to read and write all
-    activations once more: so texts that are pooled over the same stretch of tokens go together, and
-    what is outside is not looked at. They are neighbours in a batch that is sorted by length. On
-    other devices it takes longer to start several kernels than to pass over the padding.
+    On a CPU, pooling is bound by memory, and overwriting the padding would read and write all
+    activations once more. So texts that are pooled over the same stretch of tokens form a group and
+    other tokens are not read. They are neighbours in a batch that is sorted by length. On other
+    devices, starting several kernels takes longer than reading the padding.
     """
     everything = slice(None)
     if mask.device.type != "cpu":

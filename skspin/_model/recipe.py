@@ -1,4 +1,4 @@
-"""Which numbers a text gets, and how they are computed: one frozen value that travels whole."""
+"""Which numbers a text gets, and how they are computed, in one frozen object."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Recipe:
 class Rows(NamedTuple):
     """Some texts' activations, as they come out of the model."""
 
-    positions: np.ndarray  # (n_rows,), int: places among the texts given
+    positions: np.ndarray  # (n_rows,), int: among the texts given
     values: np.ndarray  # (n_rows, n_columns), float32
     n_tokens: int
     n_truncated: int

@@ -24,7 +24,7 @@ class Backbone:
 
     model: Any  # loaded here: in eval mode, frozen; passed in: as it is
     tokenizer: Any
-    bare_tokenizer: Any  # its copy for reading texts; None of one that is written in Python
+    bare_tokenizer: Any  # a copy of its Rust part, which reads texts; None if it has no such part
     anatomy: Anatomy
     device: torch.device  # where its inputs go
     dtype: str  # format of its activations, e.g. "float32"
@@ -42,14 +42,14 @@ class Backbone:
 
 _lock = threading.RLock()
 _loaded: dict[tuple[Source, str, str], Backbone] = {}
-# Weak, because a model that was passed in is its owner's to keep alive.
+# Weak, so that it does not keep a model alive that was passed in memory.
 _token_limits: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def _recover_from_fork() -> None:
-    """Let a forked process run models: it has none of its parent's threads."""
-    # GNU's OpenMP waits for them forever; with one thread, torch does without it, as in the workers
-    # of its DataLoader. And a thread that held the lock is not there to give it back.
+    """Let a forked process, which has none of its parent's threads, run models."""
+    # GNU's OpenMP would wait for those threads forever; with one thread, torch does without it, as
+    # in the workers of its DataLoader. And no thread is left to release a lock that was held.
     global _lock
     _lock = threading.RLock()
     torch.set_num_threads(1)
@@ -73,13 +73,13 @@ def load_backbone(
             return _assemble(source, source.model, dtype, name)
         key = (source, device, dtype)
         if key not in _loaded or _loaded[key].fingerprint != name:
-            _loaded.pop(key, None)  # The folder's weights changed: free these before the next.
+            _loaded.pop(key, None)  # The folder's weights changed: free the old ones first.
             _loaded[key] = _assemble(source, load_model(source, device, dtype), dtype, name)
         return _loaded[key]
 
 
 def forget_models() -> None:
-    """Release the loaded models. One that is in use goes when its user is done."""
+    """Release the loaded models; one that is in use is freed after its use."""
     with _lock:
         _loaded.clear()
 

@@ -24,8 +24,8 @@ def token_activations(
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
     """Read activations (n_tokens, n_columns) at the pooled tokens of each text, in any order.
 
-    In a decoder that the text is shifted into, a token's activations are those at the position that
-    is to produce it.
+    In the decoder of an encoder-decoder model, which gets the text shifted right, a token's
+    activations are those at the position that predicts it.
     """
     encoder = encoder_of(backbone, recipe)
     found = {text: encoder.locate(text) for text in texts}
@@ -34,7 +34,7 @@ def token_activations(
     for text, (windows, _) in found.items():
         for number, window in enumerate(windows):
             by_length[len(window)].append((text, number))
-    read: dict[str, dict[int, np.ndarray]] = defaultdict(dict)  # until all windows of a text are
+    read: dict[str, dict[int, np.ndarray]] = defaultdict(dict)  # of unfinished texts
     budget = min(TokenBudget(backbone).tokens, _MOST_VALUES // layout.n_columns)
     for length, alike in by_length.items():
         size = max(1, budget // length)
@@ -54,7 +54,7 @@ def token_activations(
 def prefix_activations(
     backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-    """Read what `token_activations` does, if a token's are those of the prefix that it ends."""
+    """Read what `token_activations` does, or raise if it would depend on the tokens that follow."""
     check_prefixes(backbone, recipe)
     for text, tokens, activations in token_activations(backbone, recipe, texts, layout):
         has_text = (tokens.messages >= 0).any()
@@ -75,11 +75,11 @@ def _read(backbone: Backbone, windows: list[Window], layout: Layout) -> np.ndarr
     return values.cpu().numpy()
 
 
-# What one pass must be, so that it gives what every prefix of a text would
+# Conditions under which one pass gives the activations of every prefix of a text
 
 
 def check_prefixes(backbone: Backbone, recipe: Recipe) -> None:
-    """Refuse a model or a prompt of which one pass does not give what every prefix would."""
+    """Refuse a model or a prompt with which one pass does not give those of every prefix."""
     if not backbone.anatomy.is_causal:
         raise ValueError(
             f"model={recipe.model_name!r} looks ahead: what it makes of a token changes with the "

@@ -1,7 +1,7 @@
 """Texts to token ids: prompt or chat template, windows of a long text, which tokens are pooled.
 
-The characters that a user gave are told from the prompt's or the template's by their offsets, and
-so are the tokens: what is cut, what is read in windows and what is pooled is decided by token.
+Offsets tell the tokens of a user's text from those of the prompt or the template, so it is decided
+token by token what is cut, what is read in windows and what is pooled.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tokenizers import Encoding, Tokenizer
 from skspin._model.recipe import Recipe
 from skspin._texts import TextTokens
 
-# Whose activations stand for a text without tokens: the first of these that a tokenizer has.
+# A text without tokens is read as the first of these tokens that the tokenizer has.
 _STANDS_FOR_NOTHING = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id")
-# Characters per token beyond which a text is surely too long. Its offsets, which cutting needs and
-# which cost time, are asked for at once; a shorter one is tokenized again if it proves too long.
+# A text of more characters per token than this is surely too long, so it is tokenized with offsets,
+# which cutting needs and which cost time. A shorter text gets them only if it proves too long.
 _SURELY_LONG = 8
 _MARK = "\ue000{}\ue001"  # stands for a message while the template's own characters are looked for
 _STRIPS = (str, str.strip, str.rstrip, str.lstrip)  # what templates do to a message
@@ -31,7 +31,7 @@ _STRIPS = (str, str.strip, str.rstrip, str.lstrip)  # what templates do to a mes
 
 @dataclass(frozen=True)
 class Window:
-    """What the model is given of a text at a time: all of it, or a stretch of a long one."""
+    """The tokens that the model reads at a time: a whole text, or a stretch of a long one."""
 
     inputs: dict[str, np.ndarray]  # "input_ids", perhaps "token_type_ids": (n_tokens,), int32
     pooled: np.ndarray | None = None  # (n_tokens,), bool: the tokens that count; None for all
@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
 
 
 class OpenTokens(NamedTuple):
-    """A text that may go on, tokenized up to where it is; its prompt's or template's end is not."""
+    """The tokens of a text that may go on, without the prompt's or template's tokens after it."""
 
     ids: np.ndarray  # (n_tokens,), int
     pooled: np.ndarray  # (n_tokens,), bool
@@ -66,7 +66,7 @@ class OpenTokens(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Characters that a user gave, of the string that is tokenized."""
+    """The user's characters in the string that is tokenized."""
 
     start: int
     end: int
@@ -81,12 +81,12 @@ class _Filled(NamedTuple):
 
 
 class TextEncoder:
-    """A tokenizer, which is left as it is, its `bare_copy`, and what a recipe says of tokens.
+    """Turns texts into windows, by a tokenizer (or its `bare_copy`, if it has one) and a recipe.
 
-    ``max_length`` is the recipe's, or less where the model has fewer positions. A text that has
-    more tokens loses its last ones, or its first where the tokenizer's ``truncation_side`` is
-    "left", or is read in windows; special tokens and the prompt stay whole. ``is_causal`` says that
-    a token's context is what comes before it.
+    ``max_length`` is the recipe's, or less if the model has fewer positions. A text that has more
+    tokens loses its last ones (its first, if the tokenizer's ``truncation_side`` is "left"), or is
+    read in windows; special tokens and the prompt stay whole. ``is_causal`` says that a token's
+    context is what comes before it. The tokenizer is left as it is.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class TextEncoder:
     def _encode_batch(
         self, filled: dict[int, _Filled], with_offsets: bool
     ) -> Iterator[tuple[int, Encoding]]:
-        """Tokenize what there is; offsets take time."""
+        """Tokenize strings, if there are any; with offsets it takes longer."""
         if not filled:
             return iter(())
         encode = self._fast.encode_batch if with_offsets else self._fast.encode_batch_fast  # type: ignore[union-attr]
@@ -142,7 +142,7 @@ class TextEncoder:
         filled = self._fill(*replace_surrogates([text]))
         encoding = self._fast.encode(filled.string, **self._options)  # type: ignore[union-attr]
         encoded, places = self._split(encoding, filled)
-        # Of a text that the prompt repeats, the first time counts as the text.
+        # If the prompt repeats the text, the first occurrence counts as the text.
         is_text = not self.recipe.conversations
         spans = filled.spans[:1] if is_text else filled.spans
         begin, end = spans[0][:2] if is_text else (0, len(filled.string))
@@ -218,7 +218,7 @@ class TextEncoder:
         return padded
 
     def to_json(self) -> str:
-        """Write the tokenizer down, without truncation and padding, for the library tokenizers."""
+        """Write the tokenizer as a tokenizer.json, without truncation and padding."""
         if self._fast is None:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} can't be written as tokenizer.json, because it "
@@ -261,7 +261,7 @@ class TextEncoder:
         return _Filled(rendered, spans) if rendered[at:] == marked else self._unmarked(rendered)
 
     def _unmarked(self, rendered: str) -> _Filled:
-        """Take the whole of a conversation whose template changes what people say."""
+        """Count a whole conversation as the user's, because its template changes the messages."""
         if self.recipe.pool_over != "all":
             raise ValueError(
                 f"pool_over={self.recipe.pool_over!r} needs to know which characters are whose, "
@@ -287,7 +287,7 @@ class TextEncoder:
     # Tokens to windows
 
     def _split(self, encoding: Encoding, filled: _Filled) -> tuple[Encoded, np.ndarray]:
-        """Cut a text's tokens into windows; also give the places of the tokens that are pooled."""
+        """Cut a text's tokens into windows; also return the positions of the pooled tokens."""
         ids, types = np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids)
         if not len(ids):
             return Encoded([self._window(ids, types)], False), ids
@@ -332,7 +332,7 @@ class TextEncoder:
         return np.isin(span, [i for i, said in enumerate(spans) if said.role in roles])
 
     def _stretches(self, of_text: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Give the places of each window's tokens, and which of them count there."""
+        """Yield the positions of each window's tokens, and which of them count there."""
         places = np.arange(len(of_text))
         excess = len(places) - self.max_length
         if excess <= 0:
@@ -366,7 +366,7 @@ class TextEncoder:
             yield chosen, ~np.isin(chosen, stretch[~counts])
 
     def _window(self, ids: ArrayLike, types: ArrayLike, pooled: np.ndarray | None = None) -> Window:
-        """Put what the model takes of some tokens into arrays."""
+        """Put the model's inputs for some tokens into arrays."""
         inputs = {"input_ids": np.asarray(ids, dtype=np.int32)}
         if not len(inputs["input_ids"]):
             inputs = {"input_ids": np.array([self._stand_in()], dtype=np.int32)}
@@ -388,7 +388,7 @@ class TextEncoder:
     # Tokenizers written in Python, which do not tell where tokens are
 
     def need_offsets(self, what: str) -> None:
-        """Refuse a tokenizer that does not say where tokens are, for the sake of ``what``."""
+        """Refuse a tokenizer that does not tell where tokens are, because ``what`` needs that."""
         if self._fast is None:
             raise ValueError(
                 f"{what} needs a fast tokenizer, one with a tokenizer.json: "
@@ -411,13 +411,13 @@ class TextEncoder:
         return Encoded([self._slow_window(found)], True)
 
     def _pieces(self, filled: _Filled) -> Iterator[str]:
-        """Cut a text into its longest stretches that fit, each with what is around it."""
+        """Cut a text into the longest stretches that fit, each with the prompt around it."""
         if len(filled.spans) != 1:
             self.need_offsets("A prompt with several texts, or a conversation, that is too long")
         start, end, _ = filled.spans[0]
         head, text, tail = filled.string[:start], filled.string[start:end], filled.string[end:]
         while text:
-            # Nothing but trying tells how many characters make up so many tokens.
+            # Only by trying is it known how many characters fit.
             lengths = range(min(len(text), 64 * self.max_length) + 1)
             n_tokens = partial(self._count, head, text, tail)
             n_characters = bisect_right(lengths, self.max_length, key=n_tokens) - 1
@@ -461,8 +461,8 @@ def bare_copy(tokenizer: Any) -> Tokenizer | None:
 @lru_cache(maxsize=4)  # a tokenizer in memory is copied in every call, and may have changed
 def _parse(definition: str) -> Tokenizer:
     copy = Tokenizer.from_str(definition)
-    # They are settings of the object, left over from whatever was called last, and another thread
-    # that uses it may change them at any time.
+    # Both are settings of the original object, left by its last call, and another thread may change
+    # them there at any time.
     copy.no_truncation()
     copy.no_padding()
     return copy

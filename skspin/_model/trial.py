@@ -1,6 +1,6 @@
-"""What only a forward pass tells of a model: what changes a text's activations, and what does not.
+"""What only a forward pass shows of a model: what changes a text's activations, and what does not.
 
-A few tokens show whether padding, a text's history, or what follows a token matter.
+A few tokens show whether padding, texts read before, or the tokens that follow matter.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from skspin._model.forward import token_forward
 from skspin._model.positions import longest_unscaled, most_tokens
 
 # Relative differences that are more than rounding, in float32 and in shorter formats. Batches of
-# one shape compute the same but for what their padding holds; others round differently (0.8% in
-# thirty blocks in bfloat16).
+# the same shape round alike; batches of another shape round differently (by 0.8% in thirty blocks
+# in bfloat16).
 _SAME_SHAPE = (1e-4, 1e-2)
 _OTHER_SHAPE = (5e-3, 5e-2)
 _MOST_TOKENS = 12
 
 
 class _Trial(NamedTuple):
-    """What was found out by trying."""
+    """What a trial found."""
 
     mixes_padding: bool = True
     looks_ahead: bool = True
 
 
-# What a trial found, and of which weights. It holds no module, so it keeps no model alive.
+# By model: its fingerprint, and what a trial found; no module, which would keep the model alive.
 _found: WeakKeyDictionary[Any, tuple[str, _Trial]] = WeakKeyDictionary()
 
 
 def try_anatomy(model: Any, device: torch.device, fingerprint: str) -> Anatomy:
     """Find a model's anatomy, and run a few tokens to see what changes a text.
 
-    A ValueError says so if the model gives a text other activations each time.
+    Raises a ValueError if the model gives the same text other activations each time.
     """
     anatomy = find_anatomy(model)
     if anatomy.mixes_padding:
@@ -58,7 +58,7 @@ def try_anatomy(model: Any, device: torch.device, fingerprint: str) -> Anatomy:
 
 
 def _try(model: Any, anatomy: Anatomy, stack: Stack, device: torch.device) -> _Trial:
-    """Compare a text alone with the same text beside a longer one, padded with this and that."""
+    """Compare a text alone with the same text in a batch, padded in two ways, and a longer text."""
     n_tokens = most_tokens(model, _MOST_TOKENS)
     n_real = n_tokens // 2
     if not n_real:
@@ -73,7 +73,7 @@ def _try(model: Any, anatomy: Anatomy, stack: Stack, device: torch.device) -> _T
         padded = _states(model, anatomy, stack, batch, mask)
         again = _states(model, anatomy, stack, text, ones)
     except Exception:
-        # What can't be padded, or not be read here, may still be read in texts of one length.
+        # A model that fails here, e.g. on padding, may still read texts of one length.
         return _Trial()
     shorter = model.dtype.itemsize < 4
     if _differ(again[0], alone[0], _OTHER_SHAPE[shorter]):
@@ -85,8 +85,8 @@ def _try(model: Any, anatomy: Anatomy, stack: Stack, device: torch.device) -> _T
     looks_ahead = _differ(padded[2], padded[1], _SAME_SHAPE[shorter])
     if _differ(padded[0], padded[1], _SAME_SHAPE[shorter]):
         return _Trial(looks_ahead=looks_ahead)
-    # Of 8-bit products, rounding alone changes a token by a tenth (quantisers have parameters of a
-    # class that is not PyTorch's).
+    # In 8-bit products, rounding alone changes a token by a tenth. (Parameters of quantised models
+    # have a class that is not PyTorch's.)
     quantised = any(type(parameter) is not nn.Parameter for parameter in model.parameters())
     return _Trial(
         not quantised and _differ(padded[0], alone[0], _OTHER_SHAPE[shorter]), looks_ahead
@@ -116,7 +116,7 @@ def _states(
 
 
 def _differ(states: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
-    """Tell whether any token differs in any layer, relative to its length as a vector."""
+    """Tell whether any token differs in any layer, relative to its norm."""
     for x, y in zip(states, expected, strict=True):
         same = (x - y).norm(dim=1) <= tolerance * y.norm(dim=1)
         if bool((~same & y.isfinite().all(1)).any()):

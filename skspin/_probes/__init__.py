@@ -1,9 +1,9 @@
 """Activations and labels in, salient neurons out.
 
-`encode_targets` makes two-sided problems of labels, `validation_rows` sets rows aside, and
+`encode_targets` turns labels into binary problems, `validation_rows` sets rows aside, and
 `fit_layers` fits a probe to each layer, or finds it in `probe_cache`. `SALIENCES` and `CRITERIA`
-lead from a probe's weights to the neurons worth keeping. Below them `solve_probes` solves many
-sparse logistic regressions at once. Nothing here knows a language model.
+lead from a probe's weights to the neurons worth keeping. `solve_probes`, which `fit_layers` calls,
+solves many sparse logistic regressions at once. Nothing here knows a language model.
 """
 
 from skspin._probes.layer import LayerProbe, ProbeSettings, fit_layers, probe_cache

@@ -1,8 +1,8 @@
 """One layer's columns, standardised in passing, and the three products that probes need of them.
 
-Threads share the products out by rows. They take the place of BLAS's, which wait for one another at
-every small product: where other programs keep the cores busy, thousands of them wait for the
-scheduler.
+Each product is split by rows among threads. These replace BLAS's own threads, which wait for one
+another at every small product: where other programs keep the cores busy, thousands of products wait
+for the scheduler.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from threadpoolctl import ThreadpoolController
 
 
 class Columns:
-    """The matrix ``Z = (X - mean) / scale``, without ever holding it.
+    """Products with the matrix ``Z = (X - mean) / scale``, which is never computed.
 
-    Mean and scale are folded into the products; all that goes in and comes out is float64, save the
-    Gram matrix. ``X`` is read as it lies, or converted block of rows by block of rows to ``dtype``.
-    A tensor is read where it is, which is then the device.
+    Mean and scale are folded into the products. Arguments and results are float64, except for the
+    Gram matrix. ``X`` is read without a copy, or converted to ``dtype`` in blocks of rows. A tensor
+    stays where it is, so ``device`` is then its own.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Columns:
         threads: Threads,
     ) -> None:
         self._arrays: Any = _HostArrays(dtype) if device is None else _TorchArrays(dtype, device)
-        # A device shares its work out by itself.
+        # A device divides its work by itself.
         self._threads = threads if device is None else Threads()
         self._X = self._arrays.hold(X)  # (n, d)
         self._mean, self._scale = mean, scale  # (d,)
@@ -67,8 +67,8 @@ class Columns:
     def gram(self, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Compute ``Z.T @ diag(weights) @ Z`` of chosen columns, less their weighted means.
 
-        Taking the means out is what an intercept does that costs nothing. The result has the dtype
-        of the products; it is not finite where that cannot hold it.
+        Subtracting the means has the effect of an intercept without a penalty. The result has the
+        dtype of the products, and is not finite where the dtype overflows.
         """
         arrays = self._arrays
         index = arrays.load_index(chosen)
@@ -86,7 +86,7 @@ class Columns:
                 # Centred before it is squared: float32 loses small differences of large numbers.
                 columns -= mean
                 columns *= roots[:, None]
-                with np.errstate(over="ignore", invalid="ignore"):  # then infinite, as promised
+                with np.errstate(over="ignore", invalid="ignore"):  # the caller checks
                     products = products + columns.T @ columns  # (k, k)
                 sums = sums + roots @ columns  # (k,)
             return products, sums
@@ -112,7 +112,7 @@ class Columns:
 
 
 class _HostArrays:
-    """What NumPy calls things."""
+    """The array operations of the products, in NumPy."""
 
     # A block of this size stays in a core's cache between the few passes over it.
     gram_rows = 1024
@@ -144,10 +144,10 @@ class _HostArrays:
 
 
 class _TorchArrays:
-    """What torch calls them."""
+    """The same operations in torch."""
 
     rows = None
-    converts = False  # what comes from the host is held in the arithmetic of the products
+    converts = False  # an array from the host is converted once, by `hold`
     converted = 2**24
     gram_rows = 65_536
 
@@ -180,7 +180,7 @@ class _TorchArrays:
 
 
 class Threads:
-    """Calls a function for several arguments at once, where that can pay."""
+    """Calls a function for several arguments in parallel, where that can pay."""
 
     def __init__(self, n_threads: int = 1, pool: Executor | None = None) -> None:
         self.n_threads = n_threads
@@ -188,10 +188,10 @@ class Threads:
         self._inside = threading.local()
 
     def map(self, function: Callable, *arguments: Iterable) -> list[Any]:
-        """Call a function for each argument, in order of results."""
+        """Call a function for each argument; return the results in the order of the arguments."""
         calls = list(zip(*arguments, strict=True))
-        # Fewer arguments than threads are left to one thread, and so are calls from inside a call:
-        # the other level of the work has more of them.
+        # With fewer arguments than threads, and inside another call, one thread does it all: work
+        # is split by problems or by rows, and the other split then keeps all threads busy.
         if self._pool is None or len(calls) < self.n_threads or hasattr(self._inside, "busy"):
             return [function(*call) for call in calls]
 
@@ -210,9 +210,9 @@ class Threads:
 
 @contextmanager
 def threads_in_place_of_blas() -> Iterator[Threads]:
-    """Use as many threads as BLAS would, which has one meanwhile.
+    """Start as many threads as BLAS would use, and limit BLAS to one meanwhile.
 
-    Limits that joblib, threadpoolctl or the environment set are BLAS's limits and so hold here.
+    Limits on BLAS that joblib, threadpoolctl or the environment set so apply to these threads.
     """
     with _BLAS.limited() as n_threads:
         if n_threads == 1:
@@ -223,7 +223,7 @@ def threads_in_place_of_blas() -> Iterator[Threads]:
 
 
 class _Blas:
-    """Counts who wants BLAS to have one thread: its setting belongs to the whole process."""
+    """Counts the callers that limit BLAS to one thread, as the limit is one per process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -249,7 +249,7 @@ class _Blas:
                 if self._n_users == 0:
                     self._limit.restore_original_limits()
                 # From threadpoolctl 3.8 on, the first thread that sets a limit is the only one that
-                # can, until it leaves a "with". The last user may be another thread.
+                # may set limits, until it leaves a "with". The last caller may be another thread.
                 with blas.limit(limits=None):
                     pass
 

@@ -31,7 +31,7 @@ _ENTRY_BYTES = 400  # that a cached probe takes beside its weights
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a probe's solution depends on besides the data; sparsity is not among it."""
+    """What a probe's solution depends on besides the data; sparsity is not part of it."""
 
     C: tuple[float, ...]  # ascending
     penalty: str
@@ -76,13 +76,13 @@ def _fit_layer(
     block: Any, targets: Targets, validation: np.ndarray, settings: ProbeSettings
 ) -> LayerProbe:
     """Solve the problems of one layer, whose activations ``block`` holds, (n_texts, n_neurons)."""
-    with np.errstate(over="ignore"):  # what becomes infinite is refused with better words
+    with np.errstate(over="ignore"):  # infinite values are refused below, in clearer words
         if is_tensor(block):
             block = block.float().contiguous()
         else:
             block = np.ascontiguousarray(block, dtype=np.float32)
     _refuse_large(block)
-    # From all rows, validation rows included: labels do not enter into them.
+    # Mean and scale of all rows, validation rows included: they do not depend on labels.
     mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
     if settings.standardize:
         mean, scale = _mean_and_scale(block, targets.row_weights, settings.eps)
@@ -105,8 +105,8 @@ def _fit_layer(
     training = targets.weights.copy()
     training[validation] = 0
     trials = [(C, training) for C in settings.C]
-    # With nothing to choose, all rows need not wait for the trial: solved in one go, both take one
-    # pass over the columns, and two threads have a problem each.
+    # With one C there is nothing to choose, so the final probe is solved together with the trial:
+    # both share the passes over the columns, and two threads have a problem each.
     known = [(C, targets.weights) for C in settings.C if len(settings.C) == 1]
     solved = solve(trials + known)
     coef = np.vstack([probe.coef for probe in solved[: len(trials)]])
@@ -115,8 +115,8 @@ def _fit_layer(
     scores = [
         targets.score(decision, validation) for decision in np.split(decisions, len(trials), axis=1)
     ]
-    # Candidates ascend, so of equals the first, and with it the sparsest probe, is taken; sums of
-    # the same weights may differ in their last digit.
+    # C ascends, so the first of equal scores, and so the sparsest probe, is taken. Rounding may
+    # change the last digit of equal scores.
     best = int(np.argmax(np.array(scores) >= max(scores) - 1e-12))
     final = solved[-1] if known else solve([(settings.C[best], targets.weights)])[0]
     return LayerProbe(
@@ -131,12 +131,12 @@ def _fit_layer(
 def _decide(
     block: Any, rows: np.ndarray, mean: np.ndarray, scale: np.ndarray, coef: np.ndarray
 ) -> np.ndarray:
-    """Compute what coefficients (n_problems, n_neurons) make of some rows, without intercepts."""
+    """Compute the decision values of some rows for coef (n_problems, n_neurons), no intercepts."""
     if is_tensor(block):
         kept = block[rows]
         columns = Columns(kept, mean, scale, "float64", str(kept.device), Threads())
         return columns.scores(coef).T
-    # By batches, for the same reason as below: this is a copy in float64.
+    # In batches, so that each copy in float64 is small.
     return np.concatenate(
         [(block[rows[batch]] - mean) / scale @ coef.T for batch in _row_batches(len(rows), block)]
     )  # (n_rows, n_problems)
@@ -150,27 +150,27 @@ def _refuse_large(block: Any) -> None:
     largest = max(-float(block.min()), float(block.max()))
     if not largest <= _LARGEST:
         raise ValueError(
-            f"X holds values as large as {largest:.3g}, but probes compute in float32, where the "
-            f"squares of more than {_LARGEST:.0e} have no room. Scale or drop the columns that "
-            "hold them."
+            f"X holds values as large as {largest:.3g}, but probes compute in float32, where sums "
+            f"of squares of values above {_LARGEST:.0e} may overflow. Scale or drop the columns "
+            "that hold them."
         )
 
 
 def _mean_and_scale(
     block: Any, row_weights: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measure each column; the scale of one that does not vary is infinite, so that it is 0."""
+    """Measure each column; a constant one gets an infinite scale, which makes it 0."""
     mean, scale = _mean_and_deviation(block, row_weights)
-    # Activations that differ in their last float32 digits only do not vary: divided by so little,
-    # rounding would look like signal. Nor do those of a dead neuron, so small that float32 has no
-    # digits left for their squares.
+    # A column that differs only in the last float32 digits counts as constant: divided by so small
+    # a scale, rounding would look like signal. So does the column of a dead neuron, whose squares
+    # are too small for float32.
     float32 = np.finfo(np.float32)
     rounding = np.maximum(8 * float32.eps * np.abs(mean), np.sqrt(float32.tiny) / float32.eps)
     varies = scale > rounding
     if varies.any():
-        # A nearly dead neuron carries the rounding of the large numbers that its layer computed it
-        # from: GELU gives 1e-6 at -5, give or take 1e-7, and differently in every batch. What
-        # varies by less than half the digits of its layer's columns is taken for that.
+        # A nearly dead neuron holds rounding of the large numbers that it is computed from: GELU
+        # gives 1e-6 at -5, with an error of 1e-7 that differs by batch. A column is taken for such
+        # a neuron if its scale is below half the digits of its layer's median scale.
         varies &= scale > np.sqrt(eps) * np.median(scale[varies])
     return mean, np.where(varies, scale, np.inf)
 
@@ -193,7 +193,7 @@ def _mean_and_deviation(block: Any, row_weights: np.ndarray) -> tuple[np.ndarray
 
 
 class _ProbeCache:
-    """Solved probes by content, up to a number of bytes; those used longest ago go first."""
+    """Solved probes by content, up to a number of bytes; those used longest ago are evicted."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # bytes
@@ -202,21 +202,21 @@ class _ProbeCache:
         self.renew()
 
     def renew(self) -> None:
-        """Make the lock and the count anew, which another thread may have held at a fork."""
+        """Renew the lock and the count of bytes: another thread may have held them at a fork."""
         self._lock = threading.Lock()
         self.n_bytes = sum(_size(probe) for probe in self._probes.values())
 
     def find_or_fit(
         self, block: np.ndarray, targets: Targets, validation: np.ndarray, settings: ProbeSettings
     ) -> LayerProbe:
-        """Do as `_fit_layer`, unless this process has solved the very same probe before."""
+        """Do what `_fit_layer` does, unless this process has solved the same probe before."""
         key = _content_of(block, targets, validation, settings)
         with self._lock:
             if key in self._probes:
                 self._probes.move_to_end(key)
                 return self._probes[key]
         probe = _fit_layer(block, targets, validation, settings)
-        probe.coef.flags.writeable = False  # it is handed out again and again
+        probe.coef.flags.writeable = False  # several callers share it
         with self._lock:
             self.n_solved += 1
             if key not in self._probes and _size(probe) <= self.limit:
@@ -241,7 +241,7 @@ def _content_of(
     block: np.ndarray, targets: Targets, validation: np.ndarray, settings: ProbeSettings
 ) -> bytes:
     arrays = (block, targets.signs, targets.weights, targets.row_weights, validation)
-    # Two targets of the same signs are scored alike only if classes exclude each other in both.
+    # The same signs are scored in another way if classes exclude each other.
     rest = repr((settings, targets.exclusive)).encode()
     return xxhash.xxh3_128_digest(b"".join([*map(_array_digest, arrays), rest]))
 

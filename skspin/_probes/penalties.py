@@ -1,8 +1,8 @@
 """The probes' penalties: value, dual, optimality, and the quadratic problem of a Newton step.
 
 ``gradient`` is the gradient of the loss at ``coef``; both have shape (n_columns,). The quadratic is
-``gradient @ e + e @ gram @ e / 2``, e being the difference from ``start``; nothing but e is ever
-multiplied by the Gram matrix, for e is small where accuracy matters.
+``gradient @ e + e @ gram @ e / 2``, where e is the difference from ``start``. Only e is ever
+multiplied by the Gram matrix, because e is small where accuracy matters.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import cho_solve
 
-# A working set holds at least so many columns, and half as many again as the support: enough to
-# grow by in few steps, while Gram matrices, which cost its square, stay small for long.
+# The bound on a working set is so many columns or so many times the support, whichever is more. So
+# it grows in few steps, while the Gram matrix, whose cost is quadratic in it, stays small for long.
 _SMALLEST_SET = 64
 _GROWTH = 1.5
-# Columns this close to the edge of entering are taken along.
+# Columns with a smaller correlation stay outside; above 1, a column gets a weight.
 _EDGE = 0.9
 
 _ROUNDS = 30
@@ -30,7 +30,7 @@ class L2:
         return float(coef @ coef) / 2
 
     def dual(self, gradient: np.ndarray) -> tuple[float, float]:
-        """Say what share of the residuals is feasible in the dual: all; and the penalty there."""
+        """Return the dual feasible share of the residuals, here all, and the dual penalty."""
         return 1.0, float(gradient @ gradient) / 2
 
     def violation(self, coef: np.ndarray, gradient: np.ndarray) -> float:
@@ -58,7 +58,7 @@ class L1:
         return float(np.abs(coef).sum())
 
     def dual(self, gradient: np.ndarray) -> tuple[float, float]:
-        """Shrink the residuals until no column correlates by more than 1."""
+        """Return the share of the residuals with which no correlation exceeds 1, and penalty 0."""
         return 1 / max(1.0, float(np.abs(gradient).max())), 0.0
 
     def violation(self, coef: np.ndarray, gradient: np.ndarray) -> float:
@@ -77,7 +77,7 @@ class L1:
     def minimise(
         self, gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, tol: float
     ) -> np.ndarray:
-        """Alternate accelerated steps, which find the support, and solves on it."""
+        """Alternate accelerated steps, which find the support, with direct solves on it."""
         best, lowest = start, 0.0
         steps = _step_sizes(gram)
         for _ in range(_ROUNDS):
@@ -90,7 +90,7 @@ class L1:
             if gained > 0:
                 best, lowest = u, value
             else:
-                steps = steps / 2  # too long, if the eigenvalue was underestimated
+                steps = steps / 2  # too long: the eigenvalue may have been underestimated
             if violation <= tol:
                 break
         return best
@@ -101,9 +101,9 @@ PENALTIES: dict[str, Penalty] = {"l1": L1(), "l2": L2()}
 
 
 def _step_sizes(gram: np.ndarray) -> np.ndarray:
-    """Find the length of each column's gradient step, (k,), that all may take together."""
-    # The inverse diagonal over the largest eigenvalue that the matrix has once its diagonal is
-    # scaled to ones, by the power method: from above most of the time.
+    """Find a gradient step size for each column, (k,), such that all may step together."""
+    # The inverse diagonal, over the largest eigenvalue of the matrix scaled to a diagonal of ones.
+    # The power method underestimates that eigenvalue; 1.2 times as much is an upper bound mostly.
     diagonal = gram.diagonal()  # (k,)
     roots = np.sqrt(diagonal)
     v = np.linspace(1, 2, len(gram), dtype=gram.dtype)
@@ -137,7 +137,7 @@ def _accelerated_steps(
 def _solve_on_support(
     gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, u: np.ndarray
 ) -> np.ndarray:
-    """Minimise for the signs that ``u`` has; where some would flip go less far, and repeat."""
+    """Minimise with the signs of ``u``; if some would flip, take a shorter step and repeat."""
     for _ in range(_SOLVES_A_ROUND):
         support = np.flatnonzero(u)
         if not support.size:
@@ -165,8 +165,8 @@ def _value(step: np.ndarray, at: np.ndarray, slope: np.ndarray, system: np.ndarr
 def _best_zero(
     old: np.ndarray, new: np.ndarray, flipped: np.ndarray, slope: np.ndarray, system: np.ndarray
 ) -> np.ndarray:
-    """Go from ``old`` towards ``new`` until an entry is zero, the one where the value is lowest."""
-    # The first of them never lies uphill; the best lies beyond all that hardly differ from zero.
+    """Of the points from ``old`` to ``new`` where an entry is zero, find that of lowest value."""
+    # The first such point never raises the value; the best lies beyond entries close to zero.
     moves = new - old  # (k,)
     shares = old[flipped] / -moves[flipped]  # (n_flipped,)
     points = old + shares[:, None] * moves  # (n_flipped, k)
@@ -179,7 +179,7 @@ def _best_zero(
 
 def _solve(system: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Solve a symmetric system: by Cholesky, or by LU where rounding has made it indefinite."""
-    # NumPy's factors are computed while other threads run; SciPy's are not in all its versions.
+    # NumPy's Cholesky lets other threads run meanwhile; SciPy's does not in all its versions.
     try:
         root = np.linalg.cholesky(system)
     except np.linalg.LinAlgError:

@@ -9,8 +9,8 @@ import numpy as np
 from skspin._probes.columns import Columns
 from skspin._probes.penalties import Penalty
 
-# Added to a Gram matrix's diagonal, as a share of it: more than rounding takes from the smallest
-# eigenvalue, little enough to leave the step a Newton step.
+# Added to a Gram matrix's diagonal, as a share of it: more than rounding can take from the smallest
+# eigenvalue, and too little to change a Newton step.
 _RIDGE = {np.dtype("float32"): 1e-6, np.dtype("float64"): 1e-12}
 _TINY = 1e-300
 _IDLE_STEPS = 3
@@ -30,11 +30,11 @@ class Problem:
     gap: float = np.inf
     objective: float = np.inf
     idle: int = 0
-    scores: np.ndarray = field(init=False)  # (n,): what coef, without the intercept, makes of rows
+    scores: np.ndarray = field(init=False)  # (n,): decision values less the intercept
     misfit: np.ndarray = field(init=False)  # (n,): the probability of the other sign
 
     def solve_if_one_sided(self) -> None:
-        """Solve a problem whose weight is all on one side: by the intercept alone, at infinity."""
+        """Solve a problem with all weight on one sign, by an infinite intercept alone."""
         sides = self.signs[self.weights > 0]
         if not len(sides) or (sides == sides[0]).all():
             self.intercept = float(sides[0]) * np.inf if len(sides) else 0.0
@@ -47,17 +47,17 @@ class Problem:
 
     def measure(self, gradient: np.ndarray, final: bool) -> None:
         """Measure the relative duality gap; ``final`` says that no finer arithmetic follows."""
-        # With the best intercept the residuals sum to zero, so that a share of them, which the
-        # penalty says, is a feasible point of the dual problem.
+        # With the best intercept the residuals sum to zero, so a share of them, which depends on
+        # the penalty, is a feasible point of the dual problem.
         share, dual_penalty = self.penalty.dual(gradient)
         theta = np.clip(share * self.misfit, _TINY, 1 - 1e-16)  # (n,)
         entropy = -theta * np.log(theta) - (1 - theta) * np.log1p(-theta)  # (n,)
         dual = max(float(self.weights @ entropy) - dual_penalty, 0.0)  # 0: no residuals at all
         objective = self._loss(self.scores, self.intercept) + self.penalty.value(self.coef)
         gap = max(objective - dual, 0.0) / objective
-        # Once rounding decides, steps gain next to nothing of what the gap holds out, nor close it.
-        # But so do some that lead on, where the bound is loose: only rounding of the objective
-        # itself is proof enough to give up for good.
+        # Where rounding dominates, a step neither gains a fair part of the gap nor closes it. Where
+        # the bound is loose, useful steps may look the same. So the final arithmetic counts a step
+        # as idle only if its gain is within the rounding of the objective.
         least = 1e-13 if final else 1e-3 * self.gap
         idle = self.objective - objective < least * objective and gap > self.gap / 2
         self.idle = self.idle + 1 if idle else 0
@@ -65,17 +65,17 @@ class Problem:
 
     @property
     def stalled(self) -> bool:
-        """Whether the arithmetic at hand brings it no further."""
+        """Whether the last steps made no progress in the arithmetic in use."""
         return self.idle >= _IDLE_STEPS
 
     def direction(self, columns: Columns, gradient: np.ndarray) -> np.ndarray:
-        """Say how far from ``coef`` the loss's quadratic model has its minimum, (n_columns,)."""
+        """Compute the step (n_columns,) from ``coef`` to the minimum of the quadratic model."""
         chosen = self.penalty.working_set(self.coef, gradient)
         direction = np.zeros_like(self.coef)
         gram = columns.gram(chosen, self._curvature())  # (k, k)
-        # Squares of columns that float32 holds may be too large for it, and rounding can make a
-        # nearly singular matrix indefinite, so that there is no minimum to go to. Going nowhere
-        # leaves the problem to a finer arithmetic.
+        # In float32, squares of columns may overflow, and rounding may make a nearly singular
+        # matrix indefinite, so that there is no minimum. A step of zero leaves the problem to
+        # float64.
         if not np.isfinite(gram).all():
             return direction
         diagonal = gram.diagonal() * (1 + _RIDGE[gram.dtype])
@@ -88,7 +88,7 @@ class Problem:
         return direction
 
     def advance(self, direction: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> bool:
-        """Change ``coef`` and ``scores`` as far as the objective falls; False where it does not."""
+        """Step as far along ``direction`` as the objective falls; False if it does not fall."""
         here = self.penalty.value(self.coef)
         slope = float(gradient @ direction) + self.penalty.value(self.coef + direction) - here
         curvature = self._curvature()
@@ -107,7 +107,7 @@ class Problem:
         return False
 
     def _curvature(self) -> np.ndarray:
-        # The floor keeps the sum from vanishing where every row is far on its side.
+        # The floor keeps the sum above zero if every row is classified with certainty.
         return self.weights * np.maximum(self.misfit * (1 - self.misfit), 1e-18)
 
     def _loss(self, scores: np.ndarray, intercept: float) -> float:
@@ -115,7 +115,7 @@ class Problem:
         return float(self.weights @ (np.log1p(np.exp(-np.abs(margins))) - np.minimum(margins, 0)))
 
     def _solve_intercept(self) -> None:
-        """Balance the residuals of both sides."""
+        """Find the intercept at which the residuals of both signs balance."""
         # Newton's method on the logarithms of the two sums, whose difference is nearly linear in
         # the intercept even where both sums vanish; bisection where that leaves the bracket.
         positive = np.where(self.signs > 0, self.weights, 0)  # (n,)

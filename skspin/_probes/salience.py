@@ -2,7 +2,7 @@
 
 The rule is SPIN's [1]_: a neuron's salience, (n_neurons,), is its squared weight in the layer's
 sparse probe, and a layer keeps the fewest neurons that together hold a given share of its salience.
-A rule gives True for the neurons to keep, none where all salience is zero.
+A rule returns a mask of the neurons to keep, which are none if all salience is zero.
 
 References
 ----------
@@ -34,8 +34,7 @@ def smallest_covering_set(salience: np.ndarray, sparsity: float) -> np.ndarray:
     held = np.cumsum(salience[order], dtype=np.float64)
     if held[-1] == 0:
         return np.zeros(salience.shape, dtype=bool)
-    # Sums of equal shares must not miss their goal by a rounding: ten neurons of 0.1 hold 0.3 in
-    # three, not in four.
+    # Rounding must not add a neuron: of ten neurons with 0.1 each, three hold 0.3, not four.
     rounding = salience.size * np.finfo(np.float64).eps
     goal = (1.0 - sparsity) * held[-1] * (1.0 - rounding)
     return _first(order, np.searchsorted(held, goal) + 1)

@@ -1,7 +1,7 @@
 """Sparse logistic regressions, many at once on the same columns.
 
-A proximal Newton method on working sets; the design note on probes tells its steps. Problem p
-minimises over weights w and an intercept b, which costs nothing::
+A proximal Newton method on working sets; the design note on probes explains its steps. Problem p
+minimises over weights w and an intercept b without penalty::
 
     C[p] * sum_i sample_weight[i, p] * log(1 + exp(-targets[i, p] * (z_i @ w + b))) + |w|_1
 
@@ -25,12 +25,12 @@ from skspin._probes.tensors import is_tensor
 
 @dataclass(frozen=True)
 class ProbeSolution:
-    """Of each problem the best solution that was found."""
+    """The best solution found for each problem."""
 
     coef: np.ndarray  # (n_problems, n_columns), float64, in units of the standardised columns
     intercept: np.ndarray  # (n_problems,); infinite where all weight is on one side
     n_iter: np.ndarray  # (n_problems,): Newton steps
-    dual_gap: np.ndarray  # (n_problems,): at most so far above the minimum, as a share of it
+    dual_gap: np.ndarray  # (n_problems,): (objective - its lower bound) / objective
 
     def split(self, n: int) -> list[ProbeSolution]:
         """Cut into pieces of equally many problems, in order."""
@@ -52,10 +52,9 @@ def solve_probes(
     scale: np.ndarray | None = None,
     device: str | None = None,  # of torch, a tensor's own; gaps are measured in float64
 ) -> ProbeSolution:
-    """Solve logistic regressions that share arithmetic and nothing else.
+    """Solve many independent logistic regressions, whose products are computed together.
 
-    Nothing warns here: the caller, who knows what the problems are, compares ``dual_gap`` to
-    ``tol``.
+    There is no warning of unsolved problems: the caller compares ``dual_gap`` to ``tol``.
     """
     if not is_tensor(X):
         X = np.ascontiguousarray(X, dtype=np.float32)
@@ -75,8 +74,8 @@ def solve_probes(
     ]
     for problem in problems:
         problem.solve_if_one_sided()
-    # First in float32, which is fast, then in float64, which is true: problems that float32 has
-    # solved are measured once more and done; any others are finished there.
+    # First in float32, which is fast, then in float64, which is accurate: problems that float32 has
+    # solved are only measured again there; the others are continued.
     with threads_in_place_of_blas() as threads:
         for dtype, where in (("float32", device), ("float64", device if is_tensor(X) else None)):
             unsolved = [problem for problem in problems if problem.objective > 0]
@@ -93,7 +92,7 @@ def solve_probes(
 def _signs_and_weights(
     targets: np.ndarray, C: ArrayLike, sample_weight: np.ndarray | None, n_texts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay targets and weights, C included, out by problem: two arrays (n_problems, n_texts)."""
+    """Check targets and weights; return both by problem, C included: (n_problems, n_texts)."""
     signs = np.asarray(targets, np.float64).T
     if signs.ndim != 2 or signs.shape[1] != n_texts or not (np.abs(signs) == 1).all():
         raise ValueError(
@@ -123,7 +122,7 @@ def _descend(
     max_iter: int,
     final: bool,
 ) -> None:
-    """Step problems side by side until each is solved or gets no further."""
+    """Take Newton steps in all problems together until each is solved or stalls."""
     if not problems:
         return
     # They share nothing but the products with the columns, which are cheaper for many at once.

@@ -1,4 +1,4 @@
-"""From labels to the two-sided problems that probes solve, and how well a probe solved them."""
+"""From labels to the binary problems that probes solve, and the score of a probe."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Targets:
     """One problem for a binary target, one per class or label for the others."""
 
     classes: np.ndarray  # (n_classes,), sorted; of a multilabel indicator the column numbers
-    rows: slice | np.ndarray  # the rows of y that weigh something; n_texts of them
+    rows: slice | np.ndarray  # the rows of y with a weight above 0; n_texts of them
     signs: np.ndarray  # (n_texts, n_problems), float32: +1 where a text is in the class, or -1
     weights: np.ndarray  # (n_texts, n_problems): sample weight times class weight
     row_weights: np.ndarray  # (n_texts,): sample weight alone
@@ -41,9 +41,9 @@ class Targets:
         return self.signs.shape[1]
 
     def score(self, decision: np.ndarray, rows: np.ndarray) -> float:
-        """Weigh what decisions (n_rows, n_problems) get right; of several labels, the mean."""
+        """Compute the weighted accuracy of decisions (n_rows, n_problems), over all labels."""
         signs, weights = self.signs[rows], self.weights[rows]  # (n_rows, n_problems)
-        if not weights.any():  # classes that weigh nothing
+        if not weights.any():  # only classes of weight 0
             weights = np.ones(weights.shape)
         if self.exclusive and self.n_problems > 1:
             right = decision.argmax(axis=1) == signs.argmax(axis=1)  # (n_rows,)
@@ -57,7 +57,7 @@ def encode_targets(
     sample_weight: np.ndarray | None = None,  # (n_texts,), not negative
     class_weight: Mapping[Any, float] | list[Mapping[Any, float]] | str | None = None,
 ) -> Targets:
-    """Turn labels into problems; weights count how often a text is there, 0 that it is not."""
+    """Turn labels into binary problems; a text of weight 2 counts twice, of weight 0 not at all."""
     if issparse(y):
         y = y.toarray()
     if y.ndim == 2 and y.shape[1] == 1:
@@ -148,13 +148,13 @@ def validation_rows(
 ) -> np.ndarray:
     """Choose a share of the targets' distinct rows, at least one, stratified, in ascending order.
 
-    Copies of a row are chosen together. So rows that are repeated and rows that weigh more give the
-    same probes the same score, and no probe is asked about a row that it was fitted to.
+    Copies of a row are chosen together. So repeating a row has the same effect as a larger weight,
+    and no probe is scored on a row that it was fitted to.
     """
     numbers = _number_distinct_rows(X, targets)  # (n_texts,)
     strata = targets.strata[np.unique(numbers, return_index=True)[1]]  # (n_distinct,)
-    # Sorted by stratum and shuffled within, every (1 / fraction)-th row is taken: each stratum
-    # gives its share to within one row however rare it is, where scikit-learn's splitters refuse
+    # Rows are sorted by stratum, shuffled within it, and every (1 / fraction)-th is taken. So each
+    # stratum, however rare, gives its share to within one row; scikit-learn's splitters refuse
     # strata of one row.
     order = random_state.permutation(len(strata))
     order = order[np.argsort(strata[order], kind="stable")]

@@ -1,6 +1,6 @@
 """Activations that are tensors on a device, as scikit-learn's array API dispatch lets them through.
 
-They stay there: what is small goes to the host, in float64, and the rest is only read.
+They stay there and are only read; small results are copied to the host, in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _CONVERTED = 2**24  # values converted to float64 at a time: 128 MiB
 
 
 def is_tensor(array: Any) -> bool:
-    """Whether an array that was checked is a tensor; torch need not be loaded to know."""
+    """Whether an array that was validated is a tensor, found out without importing torch."""
     return not isinstance(array, np.ndarray)
 
 

@@ -1,4 +1,4 @@
-"""A fitted pipeline, at work elsewhere: as a torch module or ONNX, and on a text while it grows."""
+"""A fitted pipeline in use: as a torch module or ONNX, and on a text while it grows."""
 
 from skspin._serving.growing import PrefixScorer, PrefixStreamer
 from skspin._serving.module import to_torch

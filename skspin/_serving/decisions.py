@@ -16,7 +16,7 @@ class PipelineModule(nn.Module):
         super().__init__()
         self.columns = columns
         # Columns may be far from zero, and a sum of large terms that cancel is not exact in
-        # float32. So each column is centred first, where the class that weighs it most centres it.
+        # float32. So each column is centred first, by the class that gives it the largest weight.
         weights, offsets = form.weights, form.offsets  # (n_decision_values, n_columns)
         heaviest = np.abs(weights).argmax(axis=0), np.arange(weights.shape[1])
         weighs = weights[heaviest] != 0

@@ -26,10 +26,10 @@ class PrefixScorer:
     Parameters
     ----------
     pipeline : Pipeline
-        Fitted, as for :func:`score_prefixes`, with nothing ahead of its activations.
+        Fitted, as for :func:`score_prefixes`, with no steps before its activations.
     conversation : list of dict or None, default=None
-        None for a text. For a message of a conversation, the messages before it, which may be none:
-        what is pushed is the next message.
+        None for a text. For a message of a conversation, the messages before it, maybe an empty
+        list: what is pushed is the next message.
     role : str, default="assistant"
         Whose message grows.
 
@@ -37,7 +37,7 @@ class PrefixScorer:
     ------
     TypeError, ValueError
         As :func:`score_prefixes` does; also if the model has no key-value cache, or the pipeline
-        has steps ahead of its activations.
+        has steps before its activations.
 
     See Also
     --------
@@ -46,13 +46,13 @@ class PrefixScorer:
 
     Notes
     -----
-    Longer than ``max_length``, a text goes on in windows or is truncated, as ``long_texts`` says:
-    tokens beyond have no scores, which is warned of once.
-    A scorer is not for several threads at a time.
+    A text longer than ``max_length`` goes on in windows or is truncated, as ``long_texts`` says;
+    the tokens that are cut off have no scores, and there is one warning. Only one thread at a time
+    may use a scorer.
 
     Examples
     --------
-    A small decoder that has learnt nothing, with the demo model's tokenizer; see
+    A small untrained decoder, with the demo model's tokenizer; see
     :func:`score_prefixes`.
 
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaModel
@@ -102,7 +102,7 @@ class PrefixScorer:
         Parameters
         ----------
         conversation : list of dict or None, default=None
-            As at the beginning; None for the same messages, or a text again.
+            As in the constructor; None for the same messages as before, or again for a text.
         role : str or None, default=None
             Whose message grows; None for the same.
 
@@ -118,7 +118,7 @@ class PrefixScorer:
     def _begin(self, conversation: Sequence[Mapping[str, str]] | None, role: str) -> None:
         as_text = conversation is None
         if conversation is not None:
-            open_texts([[*conversation, {"role": role, "content": ""}]])  # refuses what is no such
+            open_texts([[*conversation, {"role": role, "content": ""}]])  # or raise
         if self._growing is None or as_text != (self._conversation is None):
             self._growing = self._transformer._open_growing_text(not as_text)
         self._growing.begin([dict(message) for message in conversation or ()], role)
@@ -141,12 +141,13 @@ class PrefixScorer:
         Returns
         -------
         scores : PrefixScores
-            Of one text: the tokens that are new, if any, with their places in all of the text.
+            Of one text: the new tokens, if any, with their positions in the whole text.
 
         Raises
         ------
         TypeError, ValueError
-            If the piece is neither, or not of the kind of those before, or the text has ended.
+            If the piece is neither text nor ids, is of another kind than earlier pieces of the
+            text, or comes after the text has ended.
         """
         if self._is_final:
             raise ValueError("The text has ended with final=True. Begin another with reset().")
@@ -178,7 +179,7 @@ class PrefixScorer:
 
     @property
     def text(self) -> str:
-        """What was pushed, a word that is held back included."""
+        """The text pushed so far, including a word that is held back."""
         return self._growing.text
 
     @property
@@ -198,12 +199,12 @@ class PrefixStreamer:
     Parameters
     ----------
     scorer : PrefixScorer
-        What scores; it holds the text and its ``scores`` afterwards.
+        It computes the scores, and holds the text and its ``scores`` afterwards.
     tokenizer : PreTrainedTokenizerBase
-        Of the model that generates. If it has another vocabulary than the scorer's, the ids are
-        written out and the scorer tokenizes the text, which holds the last word back.
+        Of the model that generates. If its vocabulary differs from the scorer's, the ids are
+        decoded, and the scorer tokenizes the text, so it holds the last word back.
     threshold : float or None, default=None
-        The score at which generation stops; None never.
+        The score at which generation stops; with None it does not stop.
     label : class label, default=None
         Whose score; None for the second of two classes.
     response_method : {"auto", "decision_function", "predict_proba"}, default="auto"
@@ -212,8 +213,7 @@ class PrefixStreamer:
     Attributes
     ----------
     crossing_ : Crossing or None
-        The token at which the score reached the threshold, as
-        ``first_crossing`` of the scores gives it.
+        The token at which the score reached the threshold, as ``first_crossing`` returns it.
 
     See Also
     --------
@@ -221,7 +221,7 @@ class PrefixStreamer:
 
     Examples
     --------
-    A small decoder that has learnt nothing writes, and is stopped at once; the pipeline is as in
+    A small untrained decoder writes, and is stopped at once; the pipeline is as in
     :class:`PrefixScorer`.
 
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -260,7 +260,7 @@ class PrefixStreamer:
         self.threshold = threshold
         self.label = label
         self.response_method = response_method
-        scorer.scores.for_class(label, response_method=response_method)  # refuses what is not there
+        scorer.scores.for_class(label, response_method=response_method)  # or raise
         known = scorer._growing.tokenizer
         self._as_ids = known is tokenizer or known.get_vocab() == tokenizer.get_vocab()
         self._n_given = self._n_read = 0  # ids, the prompt's included; 0 before a prompt

@@ -1,4 +1,4 @@
-"""What a folder with an ONNX model says of itself: `labels.json` and `README.md`."""
+"""The files that describe the ONNX model in a folder: `labels.json` and `README.md`."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _facts(
 
 
 def _code(classifier: type) -> str:
-    """Join the code of a class that runs the folder, and of that which it inherits from."""
+    """Join the source of a class that runs the folder and that of its base class."""
     base = classifier.__base__ or object
     if base is object:
         # The module's own docstring is for those who read skspin.
@@ -208,7 +208,7 @@ def _classes_of(pipeline: Pipeline) -> tuple[list, bool]:
     if isinstance(head.classes_, list):
         return [classes.tolist() for classes in head.classes_], True
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that columns had names
+        warnings.simplefilter("ignore")  # scikit-learn warns if columns had names in fit
         predicted = head.predict(np.zeros((1, head.n_features_in_), dtype=np.float32))
     if np.ndim(predicted) == 2:
         return [[0, 1]] * predicted.shape[1], True
@@ -216,7 +216,7 @@ def _classes_of(pipeline: Pipeline) -> tuple[list, bool]:
 
 
 def _ids_of_nothing(encoder: Any) -> list[int]:
-    """Tokenize an empty text; none where no token of the tokenizer can stand for it."""
+    """Tokenize an empty text; no ids if the tokenizer has no token that can stand for it."""
     try:
         (text,) = encoder.encode([""])
     except ValueError:
@@ -225,5 +225,5 @@ def _ids_of_nothing(encoder: Any) -> list[int]:
 
 
 def _name(model: str) -> str:
-    """Name a model without the folders of the machine that it was on."""
+    """Name a model, without the path to its folder on this machine."""
     return Path(model).name if Path(model).exists() else model

@@ -12,7 +12,7 @@ from skspin._pipeline import fitted_pipeline, flatten
 from skspin._transformer import LLMActivationTransformer
 
 _CAN_LEAVE = (
-    "These heads can leave: LogisticRegression, LinearSVC, RidgeClassifier, SGDClassifier, "
+    "These heads can be exported: LogisticRegression, LinearSVC, RidgeClassifier, SGDClassifier, "
     "Perceptron, LinearDiscriminantAnalysis, SVC(kernel='linear') with two classes, and "
     "OneVsRestClassifier or MultiOutputClassifier around one of them."
 )
@@ -37,8 +37,8 @@ def to_torch(pipeline):
         count where the model takes them. ``pooled``, of the same shape, is not zero for the tokens
         that are pooled (``pool_over``); without it, all real tokens are. Texts in windows
         (``long_texts="windows"``) come as inputs of shape (n_texts, n_windows, n_tokens), of which
-        some windows may be all padding; ``pooled`` then says which of two windows a token counts in
-        that both have.
+        some windows may be all padding; ``pooled`` is then zero also for a token of two windows in
+        the one where it does not count.
 
         The module is on the device of the pipeline, in evaluation mode, without gradients. The
         weights are a copy in float32, whatever ``dtype`` says; a model in memory keeps its format.
@@ -48,7 +48,7 @@ def to_torch(pipeline):
     TypeError
         If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
-        If the pipeline is not linear behind its activations or has steps ahead of them, or if its
+        If the pipeline is not linear after its activations or has steps before them, or if its
         model can't be cut: one that runs through its blocks several times (ALBERT), mixes padding
         into texts (FNet), is quantised or spread over devices.
     ModelMismatchError
@@ -62,9 +62,9 @@ def to_torch(pipeline):
 
     Notes
     -----
-    Blocks after the deepest layer in use are not in the module, nor what no neuron in use depends
-    on. Making it runs the model on a few tokens, and compares. Read more in the user guide,
-    :doc:`/user_guide/deploying`.
+    The module leaves out blocks after the deepest layer in use, and weights that no neuron in use
+    depends on. It is compared with the model on a few tokens before it is returned. Read more in
+    the user guide, :doc:`/user_guide/deploying`.
 
     Examples
     --------
@@ -98,19 +98,19 @@ def module_of(transformer: LLMActivationTransformer, form: LinearForm) -> Any:
 def linear_parts(
     pipeline: Any, caller: str
 ) -> tuple[LLMActivationTransformer, LinearForm, np.ndarray]:
-    """Split a pipeline into activations in use, in float32, what is linear in them, and classes."""
+    """Split a pipeline into activations in use, in float32, its linear form, and its classes."""
     pipeline = fitted_pipeline(pipeline, caller)
     first = next(flatten(pipeline))
     if not isinstance(first, LLMActivationTransformer):
         raise ValueError(
             f"The pipeline begins with a {type(first).__name__}, but {caller} takes one that begins"
-            " with an LLMActivationTransformer: what changes texts before can't leave. Do that "
-            "elsewhere, and pass the rest of the pipeline, e.g. pipeline[1:]."
+            " with an LLMActivationTransformer: steps that change texts can't be exported. Apply "
+            "them elsewhere, and pass the rest of the pipeline, e.g. pipeline[1:]."
         )
     try:
         transformer, form, classes = to_linear_form(pipeline)
     except ValueError as error:
-        raise ValueError(f"This pipeline can't leave. {error} {_CAN_LEAVE}") from error
+        raise ValueError(f"This pipeline can't be exported. {error} {_CAN_LEAVE}") from error
     used = np.any(form.weights, axis=0)  # (n_columns,)
     used[0] |= not used.any()  # a module without columns would not know how many texts there are
     narrowed = transformer._restrict_to(used)

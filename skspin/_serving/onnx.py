@@ -26,11 +26,11 @@ from skspin._serving.onnx_graph import write_graph, write_int8
 from skspin._texts import open_texts
 from skspin._transformer import LLMActivationTransformer
 
-_TOLERANCE = 1e-4  # of decision values; of those above 1, relative
+_TOLERANCE = 1e-4  # of decision values: absolute up to 1, relative above
 _ROUNDING = 8 * np.finfo(np.float32).eps  # of activations, relative
 _BATCH = 32  # texts
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# What every model is tried on, with a text longer than it reads.
+# Texts that every model is tried on, besides a long one.
 _TEXTS = (
     "A fine film, and not a minute too long.",
     "No.",
@@ -56,38 +56,38 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     folder : str or path
         A new folder, or an empty one, in a folder that exists.
     texts : container of str or None, default=None
-        Texts on which what was written is compared with the pipeline; None for some of skspin's
-        own, of which one is longer than ``max_length``.
+        Texts on which the written model is compared with the pipeline; None for five texts of
+        skspin's own, one of them long.
     score : float, dict or None, default=None
-        What to say in the model card of how well the pipeline does; a dict names each figure.
+        The score of the pipeline, for the model card; a dict names several.
     quantize : {"int8"} or None, default=None
         "int8" also writes ``model.int8.onnx``, with weights in 8 bits and activations that are
-        brought to 8 bits as they come, and counts the labels that change on ``texts``, which must
-        be given. It takes a third of the space or less; how much faster it is depends on the
-        processor. Neurons that vary little for their size, as some hidden states do, do not survive
-        8 bits, so look at the count.
+        converted to 8 bits while it runs, and counts the labels that change on ``texts``, which
+        must be given. It takes a third of the space or less; how much faster it is depends on the
+        processor. Neurons that vary little for their size, as some hidden states do, lose their
+        information in 8 bits, so look at the count.
 
     Returns
     -------
     report : Bunch
         ``folder`` : Path; ``n_texts`` : int, how many were compared; ``difference`` : float, the
-        largest one of decision values; ``n_changed`` : int or None, how many of the texts get
-        another label in int8.
+        largest difference of decision values; ``n_changed`` : int or None, how many of the texts
+        get another label in int8.
 
     Raises
     ------
     ImportError
         If onnx, onnxruntime or onnxscript is missing: ``pip install "skspin[onnx]"``.
     FileExistsError
-        If ``folder`` is there and not empty.
+        If ``folder`` exists and is not empty.
     TypeError, ValueError
-        If the pipeline is none that :func:`to_torch` takes, or reads conversations, which need a
+        If :func:`to_torch` does not take the pipeline, or it reads conversations, which need a
         chat template; if the tokenizer has no ``tokenizer.json``; if a model in memory is not in
         float32; or if torch can't export the model.
     RuntimeError
-        If what was written gives decision values that differ by more than 1e-4 (of those above 1,
-        relative), and more than what rounding activations to float32 explains. As with every other
-        error, nothing is left behind.
+        If decision values of the written model differ by more than 1e-4 (relative, for those above
+        1) and by more than rounding activations to float32 explains. After this, as after any
+        error, no folder is left behind.
 
     See Also
     --------
@@ -97,8 +97,8 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     Notes
     -----
     Decision values are compared with the pipeline's in float32, by the code that is in the model
-    card. What is written reads texts. Of a pipeline that pools over all tokens it is not known
-    whether it was fitted on conversations; such a one is not for export. Read more in the user
+    card. The written model reads texts only. A pipeline that pools over all tokens does not know
+    whether it was fitted on conversations, so do not export one that was. Read more in the user
     guide, :doc:`/user_guide/serving`.
 
     Examples
@@ -173,14 +173,14 @@ def _need_packages() -> None:
 
 
 def _open_sample(transformer: LLMActivationTransformer, texts: Any) -> tuple[Any, list[str]]:
-    """Make what tokenizes texts, and list the texts to compare on."""
+    """Make the encoder of texts, and list the texts to compare on."""
     chunks = open_texts(list(_TEXTS) if texts is None else texts)
     pool_over = transformer.text_params_["pool_over"]
     if chunks.conversations or pool_over not in ("all", "text"):
         reads = "texts holds" if chunks.conversations else f"pool_over={pool_over!r} is for"
         raise ValueError(
-            f"{reads} conversations, which need the tokenizer's chat template, and that can't "
-            "leave. Use to_torch, or fit on texts that the chat template has written."
+            f"{reads} conversations, which need the tokenizer's chat template, and that can't be "
+            "exported. Use to_torch, or fit on texts that the chat template has written."
         )
     encoder = transformer._text_encoder(chunks)
     if texts is not None:
@@ -191,7 +191,7 @@ def _open_sample(transformer: LLMActivationTransformer, texts: Any) -> tuple[Any
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder beside the one that is asked for, which becomes that one in the end."""
+    """Make a folder beside ``folder``, and rename it to ``folder`` if there was no error."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"folder={str(folder)!r} is there already. Name a new one.")
     if not folder.absolute().parent.is_dir():
@@ -204,14 +204,14 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         if folder.exists():
-            folder.rmdir()  # some systems rename onto no folder, empty or not
+            folder.rmdir()  # some systems do not even replace an empty folder
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_tokenizer(encoder: Any, settings: Mapping[str, Any], path: Path) -> type:
-    """Write the tokenizer, and choose the class that runs what it gives."""
+    """Write the tokenizer, and return the class that can run the folder with it."""
     from tokenizers import Tokenizer
 
     from skspin._serving.onnx_classifier import Classifier
@@ -220,7 +220,7 @@ def _write_tokenizer(encoder: Any, settings: Mapping[str, Any], path: Path) -> t
     tokenizer = Tokenizer.from_str(encoder.to_json())
     whole = settings["prompt"] is None and settings["pool_over"] == "all"
     cut_at_end = settings["long_texts"] == "truncate" and settings["truncation_side"] == "right"
-    # A text that has no token gets one, which the tokenizer can't be told.
+    # A tokenizer.json can't say which token stands for a text without tokens.
     plain = whole and cut_at_end and bool(tokenizer.encode("").ids)
     if plain:
         tokenizer.enable_truncation(settings["max_length"])
@@ -233,7 +233,7 @@ def _write_tokenizer(encoder: Any, settings: Mapping[str, Any], path: Path) -> t
 def _compare(
     classifier: Any, transformer: LLMActivationTransformer, form: LinearForm, texts: list[str]
 ) -> float:
-    """Find the largest difference to the pipeline, or raise where it is more than rounding."""
+    """Find the largest difference from the pipeline, or raise if one is more than rounding."""
     plain = shallow_copy(transformer).set_params(cache=None, output_folder=None, verbose=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* longer than max_length")
@@ -262,7 +262,7 @@ def _compare(
 
 
 def _count_changes(whole: Any, short: Any, texts: list[str]) -> int:
-    """Count the texts of which another model predicts another label."""
+    """Count the texts for which two models predict different labels."""
     starts = range(0, len(texts), _BATCH)
     batches = [texts[start : start + _BATCH] for start in starts]
     return sum(

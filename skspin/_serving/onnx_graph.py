@@ -15,9 +15,9 @@ _LENGTHS = {"n_texts": 3, "n_windows": 2, "n_tokens": 7}
 
 
 def write_graph(module: Any, inputs: Mapping[str, list[str]], path: Path) -> None:
-    """Write a `PipelineModule` as ONNX; ``inputs`` names the axes, all of any length, of each.
+    """Write a `PipelineModule` as ONNX; ``inputs`` names each input's axes, all of any length.
 
-    The module's attention may be computed another way from then on.
+    The module may use another implementation of attention afterwards.
     """
     import torch
 
@@ -26,10 +26,10 @@ def write_graph(module: Any, inputs: Mapping[str, list[str]], path: Path) -> Non
     attention = getattr(model.config, "_attn_implementation", None)
     try:
         with _quietly():
-            try:  # The graph of attention written out is smaller than torch's own.
+            try:  # The graph of eager attention is smaller than that of torch's own.
                 model.set_attn_implementation("eager")
                 program = _export(module.cpu(), inputs)
-            except Exception:  # There is none, or it can't be traced.
+            except Exception:  # The model has no eager attention, or it can't be traced.
                 model.config._attn_implementation = attention
                 program = _export(module.cpu(), inputs)
             program.save(path)
@@ -62,11 +62,11 @@ def _export(module: Any, inputs: Mapping[str, list[str]]) -> Any:
 
 
 def write_int8(graph: Path, path: Path) -> None:
-    """Write a graph once more with the language model's weights and products in 8 bits."""
+    """Write a copy of a graph with the language model in 8 bits, and the head as it was."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # Some versions of the exporter note wrong shapes, of which shape inference complains.
+    # Some versions of the exporter write wrong shapes, which shape inference would refuse.
     without_shapes = path.with_name(f"{graph.name}.tmp")
     model = onnx.load(graph, load_external_data=False)
     del model.graph.value_info[:]
@@ -75,7 +75,7 @@ def write_int8(graph: Path, path: Path) -> None:
     head = [node.name for node in model.graph.node if "head.weight" in node.input]
     head += [f"{name}_MatMul" for name in head]  # what onnxruntime makes of a Gemm
     with _quietly():
-        # Without VNNI, sums of two products of 8 bits overflow; with weights of 7 they can't.
+        # Without VNNI, sums of two 8-bit products may overflow; with 7-bit weights they can't.
         quantize_dynamic(
             without_shapes,
             path,
@@ -101,7 +101,7 @@ def _need_float32(module: Any) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Hold back what exporters say of themselves. Faults are exceptions, and pass."""
+    """Silence the exporters' output and warnings, but not their errors."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

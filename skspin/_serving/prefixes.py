@@ -1,4 +1,4 @@
-"""What a pipeline says of every prefix of a text, from one pass and running pools."""
+"""A pipeline's scores of every prefix of a text, from one pass and running pools."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class PrefixScores:
         What ``decision_function`` gives the prefix that ends with each token; None if the
         classifier has none. Two classes share one value, which is in favour of the second.
     probabilities : list of ndarray of shape (n_tokens, n_classes) or None
-        What ``predict_proba`` gives it; None if the classifier has none.
+        What ``predict_proba`` gives that prefix; None if the classifier has none.
     classes : ndarray of shape (n_classes,)
-        The classifier's classes. Of several outputs their numbers or, where one has more than two
-        classes, pairs of output and class.
+        The classifier's classes. For several outputs, the numbers of the outputs or, if one has
+        more than two classes, pairs of output and class.
 
     Examples
     --------
@@ -188,35 +188,35 @@ class PrefixScores:
 def score_prefixes(pipeline, texts):
     """Score every prefix of each text, as the pipeline would: a decision after every token.
 
-    One pass through a causal model is enough: what it makes of a token does not change with what
-    follows, and pooling goes along (a mean is a running sum, a maximum a running maximum). So the
-    scores are those that ``pipeline`` gives to the prompt with the text's first token, its first
-    two, and so on; with the last one they are those of the whole text. Read more in the user guide,
-    :doc:`/user_guide/growing`.
+    One pass through a causal model is enough: a token's activations do not change with what
+    follows, and poolings are updated token by token (a mean by a running sum, a maximum by a
+    running maximum). So the scores are those that ``pipeline`` gives to the prompt with the text's
+    first token, its first two, and so on; the last ones are those of the whole text. Read more in
+    the user guide, :doc:`/user_guide/growing`.
 
     Parameters
     ----------
     pipeline : Pipeline
         Fitted: an :class:`LLMActivationTransformer` of a causal decoder, any steps, any classifier
-        with ``decision_function`` or ``predict_proba``. It is pruned here, where that can be done.
+        with ``decision_function`` or ``predict_proba``. A pruned copy is used, if it can be pruned.
     texts : list, tuple, array, Series or one-column frame of str or conversations
-        Steps ahead of the activations change them first, and the tokens are of what the model
-        reads. A text that is truncated has scores up to there. Of a conversation the messages'
-        tokens that are pooled have scores.
+        Steps before the transformer are applied first; the tokens are those that the model reads.
+        A text that is truncated has scores up to the cut. In a conversation, those tokens of the
+        messages that are pooled have scores.
 
     Returns
     -------
     scores : PrefixScores
-        One entry per text. Memory is one text's activations, of shape (n_tokens, n_columns).
+        One entry per text. Memory holds activations of one text at a time, (n_tokens, n_columns).
 
     Raises
     ------
     TypeError
         If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
-        If the model looks ahead, as every encoder does (it is tried); if tokens after the text, of
-        the prompt, template or tokenizer, are pooled; if a text loses its first tokens
-        (``truncation_side="left"``); or if the pipeline is of another kind.
+        If the model looks ahead, as every encoder does (this is tested); if tokens of the prompt,
+        template or tokenizer that come after the text are pooled; if a text loses its first tokens
+        (``truncation_side="left"``); or if the pipeline is not as described above.
     NotFittedError
         If the pipeline is not fitted.
 
@@ -227,8 +227,8 @@ def score_prefixes(pipeline, texts):
 
     Examples
     --------
-    A small decoder that has learnt nothing, with the demo model's tokenizer, which marks a text's
-    end: so only the text is pooled.
+    A small untrained decoder, with the demo model's tokenizer, which adds a token at a text's end.
+    So only the text is pooled.
 
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaModel
     >>> from skspin import make_spin_pipeline, score_prefixes
@@ -267,13 +267,13 @@ def score_prefixes(pipeline, texts):
         warn(
             f"{n_truncated} of {len(found)} texts are longer than max_length="
             f"{transformer.max_length} tokens, or than the model has positions, and were "
-            "truncated: the tokens behind have no scores. Set long_texts='windows' to read them."
+            "truncated: tokens after the cut have no scores. Set long_texts='windows' to read them."
         )
     return ending.gather([found[text] for text in texts.to_list()])
 
 
 def split_pipeline(pipeline: Any, caller: str) -> tuple[LLMActivationTransformer, Ending]:
-    """Take a fitted pipeline apart behind its activations, pruned where it can be."""
+    """Prune a fitted pipeline, if possible, and split it after its activations."""
     pipeline = fitted_pipeline(pipeline, caller)
     if not any(isinstance(step, LLMActivationTransformer) for step in flatten(pipeline)):
         raise ValueError(
@@ -297,7 +297,7 @@ def split_pipeline(pipeline: Any, caller: str) -> tuple[LLMActivationTransformer
 
 @dataclass(frozen=True)
 class Ending:
-    """What a pipeline does behind its activations."""
+    """The steps of a pipeline after its activations."""
 
     pipeline: Any
     transformer: LLMActivationTransformer
@@ -337,7 +337,7 @@ class Ending:
     def join(
         self, found: list[tuple[TextTokens, dict[str, np.ndarray]]], text: str
     ) -> tuple[TextTokens, dict[str, np.ndarray]]:
-        """Make one text of stretches of it."""
+        """Join the tokens and scores of the stretches of one text."""
         parts = [tokens for tokens, _ in found]
         columns = [[part.starts, part.ends, part.messages] for part in parts]
         places = np.hstack([np.empty((3, 0), int), *map(np.stack, columns)])  # (3, n_tokens)
@@ -368,7 +368,7 @@ class Ending:
 
 
 class RunningPools:
-    """The poolings of a text after each of its tokens, as more and more of them come."""
+    """The poolings of a text after each of its tokens, updated as tokens arrive."""
 
     def __init__(self, layout: Layout):
         self.n_tokens = 0
@@ -379,7 +379,7 @@ class RunningPools:
         self._columns = {pooling: np.concatenate(parts) for pooling, parts in columns.items()}
 
     def add(self, activations: np.ndarray) -> np.ndarray:
-        """Take activations (n_tokens, n_columns); give the rows, float32, that end with each."""
+        """Take activations (n_tokens, n_columns); return the pooled row after each, float32."""
         rows = np.empty(activations.shape, dtype=np.float32)
         for pooling, columns in self._columns.items():
             values = activations[:, columns]
@@ -390,8 +390,8 @@ class RunningPools:
 
 
 # Each takes values (n_tokens, n_neurons), float32, which it overwrites by their running pool; what
-# it returned for the tokens before, (n_neurons,); and the number of these. Token by token, as sums
-# then stay in the processor's cache: numpy's own accumulations take four times as long.
+# it returned for the tokens before, (n_neurons,); and the number of those. Token by token, the sums
+# stay in the processor's cache: numpy's own accumulations take four times as long.
 
 
 def _running_mean(values: np.ndarray, total: np.ndarray, n_before: int) -> np.ndarray:

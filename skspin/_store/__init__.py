@@ -1,8 +1,8 @@
 """Activations by text, so that no text goes through a model twice.
 
-A store knows no language model: it answers for a key (a string in which the caller puts whatever
-else decides the numbers), a text and a layout. What it holds are chunks: some texts, one layout,
-their rows, written once. They live in memory or in a folder, and all else is the same for both.
+A store knows no language model: it finds activations by a text, a layout and a key, a string that
+stands for whatever else decides the numbers. It holds chunks: some texts, one layout, their rows,
+written once. Chunks live in memory or in a folder; everything else is the same for both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["DTYPES", "Missing", "Output", "Store", "StoreInfo", "open_output", "
 
 # One bound for everything that this process keeps in memory, whatever folder it was meant for.
 _MEMORY = Store(Memory(machine_memory() // 4))
-# By path, and whether the folder was there after it was opened.
+# By path: a store, and whether its folder existed after it was opened.
 _FOLDERS: dict[str, tuple[Store, bool]] = {}
 
 
@@ -38,8 +38,8 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     Returns
     -------
     Store
-        The same one each time. ``info()`` counts entries, bytes and models, ``clear()`` forgets
-        everything, and ``limit``, in bytes, can be assigned.
+        Each time the same one, except for None. ``info()`` counts entries, bytes and models,
+        ``clear()`` removes everything, and ``limit``, in bytes, can be assigned.
 
     See Also
     --------
@@ -64,7 +64,7 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
         return _MEMORY
     folder = os.path.realpath(os.path.expanduser(os.fsdecode(cache)))
     store, was_there = _FOLDERS.get(folder, (None, False))
-    # Somebody may have removed the folder since, or made it where we could not.
+    # The folder may have been removed since, or made where this process could not make it.
     if store is None or os.path.isdir(folder) != was_there:
         store = Store(Folder(folder), _MEMORY)
         _FOLDERS[folder] = store, os.path.isdir(folder)

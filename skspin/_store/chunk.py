@@ -17,9 +17,9 @@ import xxhash
 from skspin._layout import Layout, Segment
 from skspin._system import warn
 
-DTYPES = {"float32": "<f4", "float16": "<f2"}  # that rows may be stored in
+DTYPES = {"float32": "<f4", "float16": "<f2"}  # formats of stored rows
 _NAMES = {kind: name for name, kind in DTYPES.items()}
-_PIECE_BYTES = 1 << 20  # of rows copied at a time, so that they are checked from the CPU's cache
+_PIECE_BYTES = 1 << 20  # of rows copied at a time, which then are checked in the CPU's cache
 
 
 def text_digests(texts: Iterable[str]) -> list[bytes]:
@@ -29,7 +29,7 @@ def text_digests(texts: Iterable[str]) -> list[bytes]:
 
 
 def name_of_key(key: str) -> str:
-    """Say how the names of all chunks of a key begin."""
+    """Return the prefix of the names of all chunks of a key."""
     return f"{text_digests([key])[0].hex()}-"
 
 
@@ -41,9 +41,9 @@ def pieces(n_rows: int, row_bytes: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class About:
-    """What a chunk says of itself: its key, its columns, and the model's name for people.
+    """The header of a chunk: its key, its columns, and the model's name for people.
 
-    The format of its rows stands in its record's type.
+    The format of the rows is part of the record's dtype.
     """
 
     key: str
@@ -68,16 +68,16 @@ class About:
 
     @cached_property
     def name(self) -> str:
-        """How the names of chunks of this key, layout and format begin."""
+        """The prefix of the names of all chunks of this key, layout and format."""
         segments = [(s.key, s.width, s.neurons) for s in self.layout.segments]
         columns = json.dumps([*segments, *([self.dtype] if self.dtype != "float32" else [])])
         return f"{name_of_key(self.key)}{xxhash.xxh3_64_hexdigest(columns.encode())}-"
 
     def round(self, rows: np.ndarray) -> np.ndarray:
-        """Round rows (k, n_columns) to their format; a ValueError if one has no room there."""
+        """Round rows (k, n_columns) to the chunk's format, or raise if a value is too large."""
         if self.dtype == "float32":
             return rows
-        with np.errstate(over="ignore"):  # what becomes infinite is refused
+        with np.errstate(over="ignore"):  # infinite values are refused below
             rounded = rows.astype(DTYPES[self.dtype])
             largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
             if np.isfinite(np.array(largest, DTYPES[self.dtype])):
@@ -94,7 +94,7 @@ class About:
 
 @dataclass(frozen=True)
 class Common:
-    """Which segments asked for are in stored rows, and in which columns."""
+    """Which of the wanted segments are in stored rows, and in which columns."""
 
     asked: np.ndarray  # (n_common,), int
     copies: list[tuple[slice | np.ndarray, slice]]  # from stored columns to those asked for
@@ -102,7 +102,7 @@ class Common:
 
 @lru_cache(maxsize=64)
 def find_common(stored: Layout, wanted: Layout) -> Common:
-    """Find what rows of one layout have of another; chosen neurons may be some of those stored."""
+    """Find the segments of ``wanted`` of which ``stored`` has all neurons, and maybe more."""
     if stored == wanted:
         return Common(np.arange(len(wanted.segments)), [(slice(None), slice(None))])
     there = {
@@ -125,7 +125,7 @@ def find_common(stored: Layout, wanted: Layout) -> Common:
 
 
 def warn_of_damage(n_texts: int, where: object) -> None:
-    """Warn of rows that are not what was written."""
+    """Warn of rows that do not match their checksums."""
     warn(
         f"The activations of {n_texts} texts in {where} are damaged; what is missing will be "
         "computed again."
@@ -133,7 +133,7 @@ def warn_of_damage(n_texts: int, where: object) -> None:
 
 
 class DamagedChunk(ValueError):
-    """A chunk that is not what was written."""
+    """A chunk differs from what was written."""
 
 
 class Chunk:
@@ -147,14 +147,14 @@ class Chunk:
             self.about = About.from_json(encoded, dtype)
             expected = _record_type(len(encoded), n_texts, self.about.layout.n_columns, dtype)
         except (ValueError, TypeError, IndexError) as error:
-            raise DamagedChunk(f"What {name} says of itself is damaged") from error
+            raise DamagedChunk(f"The header of {name} is damaged") from error
         if record.dtype != expected or record.shape or not name.startswith(self.about.name):
-            raise DamagedChunk(f"{name} is not what it says of itself")
+            raise DamagedChunk(f"{name} does not match its header")
         self.digests: list[bytes] = record["texts"].tolist()
         self.rows = np.asarray(record["rows"])  # (n_texts, n_columns)
         self.row_bytes = self.rows.itemsize * self.rows.shape[1]
         self._checksums = np.asarray(record["checksums"])
-        # Their seeds: no row is taken for that of another text, model or layout.
+        # Seeds of the checksums: no row passes for that of another text, model or layout.
         halves = np.array(record["texts"]).view("<u8").reshape(-1, 2)
         about = np.uint64(xxhash.xxh3_64_intdigest(encoded))
         self._seeds = halves[:, 0] ^ (halves[:, 1] * np.uint64(3)) ^ about
@@ -174,9 +174,9 @@ class Chunk:
         return self
 
     def take(self, numbers: np.ndarray, into: np.ndarray) -> np.ndarray:
-        """Copy rows into an array (k, n_columns), and say which are what was written (k,)."""
+        """Copy rows into an array (k, n_columns), and return which are undamaged, (k,)."""
         self.rows.take(numbers, axis=0, out=into, mode="clip")  # other modes copy twice
-        # The copy is summed up, not the map, which another process could change in between.
+        # The copy is checked, not the map, which another process could change in between.
         return _checksums(into, self._seeds[numbers]) == self._checksums[numbers]
 
     def only(self, numbers: Sequence[int] | np.ndarray) -> Chunk:
@@ -195,7 +195,7 @@ class Chunk:
 
 
 def merge(chunks: Sequence[Chunk], where: object) -> Chunk | None:
-    """Put the sound rows of chunks of one layout into one, each text once; None if none is."""
+    """Merge the undamaged rows of chunks of one layout, each text once; None if there are none."""
     at = {text: (i, row) for i, c in enumerate(chunks) for row, text in enumerate(c.digests)}
     owners, rows = np.array(list(at.values())).T
     merged = Chunk.blank(chunks[-1].about, list(at))

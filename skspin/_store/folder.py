@@ -19,19 +19,19 @@ from numpy.lib import format as npy
 from skspin._store.chunk import Chunk, DamagedChunk, text_digests
 from skspin._system import warn
 
-FORMAT = 2  # another version's folder lies beside this one, and neither touches the other's
+FORMAT = 2  # each version of the format has a folder of its own, side by side
 _CHUNK = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{16}){2}\.npy")
 _METADATA = re.compile(r"[0-9a-f]{32}\.json")
-# Windows removes no file that somebody has mapped.
+# Windows does not remove a file that a process has mapped.
 _CANNOT_REMOVE = (FileNotFoundError, *([PermissionError] if os.name == "nt" else []))
 
 
 class Folder:
     """Chunks and metadata, each a file that is written under another name and renamed whole.
 
-    So nothing is ever half written, and there is nothing to lock: whatever happens to a file while
-    it is read, its map stays. A writer that was killed leaves a ``.tmp`` file, which counts, and is
-    removed as a chunk is when room is made.
+    So no chunk is ever half written, and no lock is needed: a file that is removed while it is read
+    stays mapped. A writer that is killed leaves a ``.tmp`` file, which counts towards the limit and
+    is evicted as a chunk is.
     """
 
     def __init__(self, path: str) -> None:
@@ -41,7 +41,7 @@ class Folder:
         self._latest_use = 0
 
     def __str__(self) -> str:
-        """Name it to people."""
+        """Return the path, for messages."""
         return str(self._path)
 
     def make(self) -> None:
@@ -50,11 +50,11 @@ class Folder:
             os.makedirs(folder, mode=0o700, exist_ok=True)
 
     def names(self) -> list[str]:
-        """List the names of chunks, whoever put them there."""
+        """List the names of chunks, those of other processes too."""
         return [name for name in os.listdir(self._chunks) if _CHUNK.fullmatch(name)]
 
     def scan(self) -> dict[str, tuple[int, int]]:
-        """List all that takes room, also what is not whole: when it was last used, its bytes."""
+        """List all files, unfinished ones too: by name, the time of last use and the bytes."""
         entries = {}
         with os.scandir(self._chunks) as files:
             for file in files:
@@ -79,7 +79,7 @@ class Folder:
             n_bytes = record.offset + record.nbytes
         except OSError:
             raise
-        except Exception as error:  # whatever NumPy makes of a damaged header
+        except Exception as error:  # NumPy may raise anything at a damaged header
             raise DamagedChunk(f"{path} is damaged") from error
         if os.path.getsize(path) != n_bytes:
             raise DamagedChunk(f"{path} was cut off or has grown")
@@ -96,12 +96,12 @@ class Folder:
             os.unlink(self._chunks / name)
 
     def touch(self, chunk: Chunk) -> bool:
-        """Note in its file's time that a chunk is used, and say whether the file is whole.
+        """Mark a chunk as used, by its file's time, and return whether the file is whole.
 
-        The time is later than all others are, even if the machine's clock was set back.
+        The time is later than that of all other files, even if the machine's clock was set back.
         """
         path = self._chunks / chunk.name
-        with suppress(OSError):  # removed, or somebody else's
+        with suppress(OSError):  # removed, or owned by another user
             status = os.stat(path)
             if status.st_size != self.size_of(chunk):
                 return False
@@ -130,7 +130,7 @@ class Folder:
     def clear_metadata(self) -> None:
         """Remove all metadata."""
         for path in self._metadata.iterdir():
-            if _METADATA.match(path.name):  # also what was not written to its end
+            if _METADATA.match(path.name):  # unfinished files too
                 path.unlink(missing_ok=True)
 
     def _metadata_path(self, name: str) -> Path:

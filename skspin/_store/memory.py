@@ -21,18 +21,18 @@ class Memory:
         self._clock = count()
 
     def __str__(self) -> str:
-        """Name it to people."""
+        """Return a name, for messages."""
         return "memory"
 
     def make(self) -> None:
-        """Do nothing: memory is there."""
+        """Do nothing: memory needs no set-up."""
 
     def names(self) -> list[str]:
         """List the chunks' names."""
         return list(self._records)
 
     def scan(self) -> dict[str, tuple[int, int]]:
-        """List all that takes room: when it was last used, and its bytes."""
+        """List all chunks: by name, the time of last use and the bytes."""
         records = list(self._records.items())
         return {name: (self._last_use.get(name, 0), _size(record)) for name, record in records}
 
@@ -57,7 +57,7 @@ class Memory:
         self._last_use.pop(name, None)
 
     def touch(self, chunk: Chunk) -> bool:
-        """Note that a chunk is used, and say that it is whole."""
+        """Mark a chunk as used, and return that it is whole."""
         self._last_use[chunk.name] = next(self._clock)
         return True
 

@@ -21,7 +21,7 @@ class Output:
         self.matrix, self._digest = matrix, digest
 
     def note(self, texts: Iterable[str]) -> None:
-        """Count the next texts in to the name of the file, if there is one."""
+        """Add the next texts to the digest that names the file, if there is a file."""
         if self._digest is not None:
             self._digest.update(b"".join(text_digests(texts)))
 
@@ -30,7 +30,7 @@ class Output:
 def open_output(
     folder: str | os.PathLike[str] | None, shape: tuple[int, int], key: str
 ) -> Iterator[Output]:
-    """Give a matrix to be filled; one in a folder is then mapped from its file, read-only.
+    """Yield a matrix to be filled; one in a folder is then mapped from its file, read-only.
 
     A file in ``folder`` is always whole: one that is being filled ends in ".part", and is removed
     if that fails (a process that is killed leaves it behind).
@@ -56,7 +56,7 @@ def open_output(
             try:
                 output = Output(np.lib.format.open_memmap(part, "w+", np.float32, shape), digest)
                 if hasattr(os, "posix_fallocate"):
-                    # To write to a mapping when the disk is full would end the process.
+                    # Writing to a mapped file when the disk is full would kill the process.
                     os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             except OSError as error:
                 n_bytes = 4 * shape[0] * shape[1]
@@ -68,7 +68,7 @@ def open_output(
                 ) from error
         yield output
         output.matrix.flush()  # type: ignore[attr-defined]
-        output.matrix = np.empty(0)  # some systems rename no file that is mapped
+        output.matrix = np.empty(0)  # some systems do not rename a mapped file
         whole = folder / f"activations-{digest.hexdigest()}.npy"
         os.replace(part, whole)
     except BaseException:

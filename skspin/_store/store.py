@@ -1,7 +1,7 @@
 """Look up, add, merge, evict: the one algorithm, wherever chunks live.
 
-Nobody waits for anybody. Chunks are written once and never changed, so threads and processes that
-use a store at once can at worst keep something twice, or compute it twice.
+There are no locks. Chunks are written once and never changed, so the worst that threads and
+processes using a store at once can do is to store or compute something twice.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from skspin._store.writer import Writer
 from skspin._system import return_free_memory, warn
 
 _WAITING_BYTES = 1 << 24  # of rows, at most, that wait to be written
-_SHARE = 20  # writing takes at most one part in so many of a call's time
-_CHUNKS_IN_LIMIT = 16  # room is made by whole chunks, so this is how finely
+_SHARE = 20  # writing takes at most one part in 20 of a call's time
+_CHUNKS_IN_LIMIT = 16  # chunks are evicted whole, so none takes more than 1 / 16 of the limit
 _MERGED_AT_ONCE = 16  # chunks of about one size
 _MOST_MERGED = 1 << 26  # bytes of a merged chunk, so that merging never takes long
-_SMALL_BYTES = 1 << 16  # of a chunk that is not read back from its file to be mapped
+_SMALL_BYTES = 1 << 16  # of a new chunk that stays in memory, and is not mapped from its file
 _ROW = (1 << 32) - 1  # a text's position is its row, and above these bits its chunk's number
 
 
@@ -58,7 +58,7 @@ class StoreInfo:
     n_bytes : int
         Bytes that they take.
     limit : int
-        Bound in bytes. What was used longest ago makes room for what is new.
+        Bound in bytes. What was used longest ago is evicted to make room.
     models : dict of str to int
         Entries by the name of the model that they come from.
     """
@@ -71,7 +71,7 @@ class StoreInfo:
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """Distinct texts and their rows in the caller's array, which are filled as far as is found."""
+    """Distinct texts and their rows in the caller's array, to be filled with what is found."""
 
     about: About
     digests: list[bytes]
@@ -83,8 +83,8 @@ class _Request:
 class Missing:
     """Distinct texts that lack the same columns, for the caller to compute.
 
-    What is added is stored beside that: a thread sums it up and writes it, at most 16 MB at a time
-    and as many that wait.
+    A thread stores the added rows in the background, about 16 MB at a time, while at most as many
+    more wait.
     """
 
     def __init__(self, store: Store, texts: Sequence[str], request: _Request, lacks: np.ndarray):
@@ -107,7 +107,7 @@ class Missing:
 
     def add(self, positions: np.ndarray, values: np.ndarray) -> None:
         """Take rows (k, n_columns) of the texts at ``positions`` (k,), to fill in and to store."""
-        if not len(positions):  # as of a batch of windows that no text ends with
+        if not len(positions):  # e.g. a batch of windows that completes no text
             return
         # Rounded before they are filled in: a row is the same whether it was stored or not.
         values = self._about.round(values)
@@ -117,13 +117,13 @@ class Missing:
         self._waiting.extend(positions.tolist())
         self._n_left -= len(positions)
         is_full = len(self._waiting) * values[:1].nbytes >= _WAITING_BYTES
-        # A quick model gets few large chunks, and what a slow one computed is stored at once; the
-        # last of it by `close`.
+        # Rows of a fast model are stored in few large chunks, those of a slow one without delay.
+        # `close` stores the last ones.
         is_due = time.monotonic() - self._written >= _SHARE * self._took
         if is_full or (is_due and self._n_left and not self._writer.is_busy):
             waiting = self._waiting.copy()
             self._writer.begin(lambda: self._store_rows(waiting))
-            self._waiting.clear()  # Ctrl-C before it stores some twice, and loses none
+            self._waiting.clear()  # last: Ctrl-C before this stores rows twice, but loses none
 
     def close(self) -> None:
         """Store what waits."""
@@ -148,9 +148,9 @@ class Missing:
 class Store:
     """Activations by key, text and layout; and metadata, small JSON documents by name.
 
-    Threads may share a store, and processes a folder. Whatever goes wrong with a folder, the caller
-    gets on: there is one warning, nothing more is written there, nor read if reading failed, and
-    memory is used in its place.
+    Threads may share a store, and processes a folder. If a folder can't be used, the caller goes on
+    after one warning: nothing more is written there (nor read, if reading failed), and memory is
+    used instead.
     """
 
     def __init__(self, place: Memory | Folder, memory: Store | None = None) -> None:
@@ -160,8 +160,8 @@ class Store:
         self._count = count()
         self._chunks: dict[int, Chunk] = {}
         self._opened: set[str] = set()  # names
-        self._abouts: dict[str, About] = {}  # by how the names of their chunks begin,
-        self._positions: dict[str, dict[bytes, int]] = defaultdict(dict)  # and so their texts
+        self._abouts: dict[str, About] = {}  # by the prefix of their chunks' names
+        self._positions: dict[str, dict[bytes, int]] = defaultdict(dict)  # by prefix and text
         self._reads = self._writes = True
         with self._surviving("make"):
             place.make()
@@ -209,7 +209,7 @@ class Store:
         model : str, default=""
             The name under which `info` counts what is added; decides nothing else.
         dtype : {"float32", "float16"}, default="float32"
-            The format that rows are rounded to and stored in; found are those of this format only.
+            The format that rows are rounded to and stored in; only rows of this format are found.
         """
         digests = text_digests(texts)
         n_texts = len(digests)
@@ -222,7 +222,7 @@ class Store:
         request = _Request(About(key, layout, model, dtype), distinct, rows, out, found)
         self._fill(request)
         lacking = ~found[~found.all(axis=1)]
-        all_alike = (lacking == lacking[:1]).all()  # as most often, which is quick to see
+        all_alike = (lacking == lacking[:1]).all()  # the usual case, quick to see
         for lacks in lacking[:1] if all_alike else np.unique(lacking, axis=0):
             missing = Missing(self, texts, request, lacks)
             try:
@@ -236,17 +236,17 @@ class Store:
                 out[again[piece]] = out[source[again[piece]]]
 
     def _fill(self, request: _Request) -> None:
-        """Fill in what is here and was not found yet."""
+        """Fill in what this store holds and was not found yet."""
         key = name_of_key(request.about.key)
         if self._reads:
             with self._surviving("read"):
                 self._refresh(key)
-        # What another thread merges meanwhile is found where it was, or else in a chunk yet newer.
+        # Chunks that another thread merges meanwhile are still in this copy, or in a newer chunk.
         chunks = dict(self._chunks)
         wanted, dtype = request.about.layout, request.about.dtype
         abouts = [(n, a) for n, a in list(self._abouts.items()) if n.startswith(key)]
         layouts = [(n, a.layout) for n, a in abouts if a.dtype == dtype]
-        layouts.sort(key=lambda named: named[1] != wanted)  # first where all columns may be
+        layouts.sort(key=lambda named: named[1] != wanted)  # the same layout first
         for name, layout in layouts:
             common = find_common(layout, wanted)
             lacking = np.flatnonzero(~request.found[:, common.asked].all(axis=1))
@@ -269,8 +269,8 @@ class Store:
     def _copy(
         self, chunk: Chunk, rows: np.ndarray, request: _Request, texts: np.ndarray, common: Common
     ) -> None:
-        """Copy rows of a chunk to where they are asked for."""
-        in_file = np.argsort(rows)  # a disk is read in order
+        """Copy rows of a chunk into the caller's array."""
+        in_file = np.argsort(rows)  # reading a disk in order is faster
         rows, texts = rows[in_file], texts[in_file]
         sound = np.empty(len(rows), bool)
         parts = pieces(len(rows), chunk.row_bytes)
@@ -292,7 +292,7 @@ class Store:
             else:
                 warn_of_damage(int((~sound).sum()), self._place)
 
-    # What is there
+    # Known chunks
 
     def _refresh(self, key: str = "") -> None:
         """Learn which chunks there are, and open those whose names begin with ``key``."""
@@ -301,7 +301,7 @@ class Store:
             names = set(self._place.names())
             new = [n for n in names if n.startswith(key) and n not in self._opened]
             gone = {name for name in known if name not in names}
-            # If another process was just merging chunks, then what it made of them is there now.
+            # If chunks are gone, another process may have merged them: look again for the result.
             if all([self._open(name) for name in new]) and (attempt or not gone):
                 break
         self._forget(gone)
@@ -319,14 +319,14 @@ class Store:
     def _learn(self, chunk: Chunk) -> None:
         start = next(self._count) << 32
         positions = zip(chunk.digests, range(start, start + len(chunk.digests)), strict=True)
-        # Another thread may look a text up at any moment, so its chunk is there before it is.
+        # Another thread may look a text up at any moment, so its chunk is added before the text.
         self._chunks[start >> 32] = chunk
         self._abouts[chunk.about.name] = chunk.about
         self._positions[chunk.about.name].update(positions)
         self._opened.add(chunk.name)  # Ctrl-C may come at any moment, so this is last
 
     def _give_up(self, name: str, trouble: object) -> None:
-        """Warn of a file that is of no use, remove it if possible, and never open it again."""
+        """Warn of a damaged file, remove it if possible, and never open it again."""
         warn(f"{trouble}; what is missing will be computed again.")
         self._forget({name})
         self._opened.add(name)
@@ -343,7 +343,7 @@ class Store:
             known = self._positions[chunk.about.name].get
             texts = enumerate(chunk.digests, number << 32)
             lost[chunk.about.name].update(digest for i, digest in texts if known(digest) == i)
-        # What another process has merged may have been learnt before the chunks that it is made of.
+        # A merged chunk may have been learnt before the chunks that it was made from.
         for number, chunk in chunks:
             missed = lost.get(chunk.about.name)
             if missed and number not in gone and not missed.isdisjoint(chunk.digests):
@@ -361,7 +361,7 @@ class Store:
     # Adding
 
     def add(self, chunk: Chunk) -> None:
-        """Keep a chunk: in the folder, or if that can't be written to, in memory."""
+        """Store a chunk, in memory if the folder can't be written to."""
         if self._writes:
             with self._surviving("write to"):
                 limit = self.limit
@@ -410,7 +410,7 @@ class Store:
                 self._replace(chunks[: max(2, n_fit)], limit)
 
     def _replace(self, chunks: Sequence[Chunk], limit: int) -> None:
-        """Write the sound rows of some chunks as one, and remove those."""
+        """Replace some chunks by one that holds their undamaged rows."""
         merged = merge(chunks, self._place)
         if merged is not None:
             self._put(merged, limit)
@@ -421,11 +421,11 @@ class Store:
         for name in names:
             self._place.remove(name)
 
-    # What people ask
+    # For users
 
     @property
     def limit(self) -> int:
-        """Bound in bytes, a quarter of the machine's memory or of the disk. Assign to change it."""
+        """Bound in bytes; a quarter of the machine's memory, or of the disk, unless assigned."""
         return self._place.limit
 
     @limit.setter
@@ -452,7 +452,7 @@ class Store:
         return StoreInfo()
 
     def clear(self) -> None:
-        """Forget everything, metadata too, for all processes, and give the space back."""
+        """Remove everything, metadata too, for all processes, and free the space."""
         self._metadata.clear()
         if self._reads:
             self._remove({*self._place.scan(), *self._opened})
@@ -475,8 +475,8 @@ class Store:
     def put_metadata(self, name: str, document: Any) -> None:
         """Keep a JSON document under a name; a later one replaces it.
 
-        Other processes may go on with the one that they have read, so a name should say enough for
-        its document never to change.
+        Other processes may go on using the document that they have read. So choose a name that
+        determines its document.
         """
         self._metadata[name] = text = json.dumps(document)
         if self._writes:

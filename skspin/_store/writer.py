@@ -1,4 +1,4 @@
-"""A thread that works beside its caller: on one thing at a time, so in order."""
+"""A thread in the background that makes one call at a time, in order."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from skspin._system import held_warnings, warn
 
 
 class Writer:
-    """Calls a function beside the caller, who is told of its errors and warnings a little later.
+    """Calls a function in the background, and passes its errors and warnings on by `wait`.
 
-    There is at most one call at a time. It is finished also if the caller is interrupted meanwhile.
+    There is at most one call at a time. It is finished even if the caller is interrupted meanwhile.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Writer:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a call goes on."""
+        """Whether a call is running."""
         return self._running is not None and not self._running.done()
 
     def begin(self, function: Callable[[], object]) -> None:
@@ -31,7 +31,7 @@ class Writer:
         self._running = self._pool.submit(_call, function)
 
     def wait(self) -> None:
-        """Wait for the end of the call, and raise and warn of what it did."""
+        """Wait for the end of the call; raise its error, or issue its warnings."""
         if self._running is not None:
             wait([self._running])  # interrupted here, it can be waited for again
             running, self._running = self._running, None

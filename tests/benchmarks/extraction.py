@@ -40,10 +40,10 @@ from skspin._model.registry import load_backbone
 from skspin.datasets import demo_llm, demo_model
 
 LLM = "llm"
-N_TEXTS = {"sst2": 1000, "imdb_5k": 80, LLM: 150}
+N_TEXTS = {"sst2": 800, "imdb_5k": 50, LLM: 80}
 QUICK_TEXTS = {"sst2": 300, "imdb_5k": 16, LLM: 16}
 BARE_BATCHES = (2048, 4096)  # tokens
-INT8_TEXTS = {"sst2": 100, "imdb_5k": 8}  # without instructions for it a CPU takes 25 times as long
+INT8_TEXTS = {"sst2": 60, "imdb_5k": 5}  # without instructions for it a CPU takes 25 times as long
 EVERYTHING = {"site": ("hidden", "mlp", "attention"), "pooling": ("mean", "max")}
 
 
