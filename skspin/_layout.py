@@ -72,6 +72,11 @@ class Layout:
         ends = np.cumsum([0, *(segment.n_columns for segment in self.segments)]).tolist()
         return tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
 
+    def segment_of(self, column: int) -> Segment:
+        """Find the segment that a column is in."""
+        ends = [columns.stop for columns in self.slices]
+        return self.segments[int(np.searchsorted(ends, column, side="right"))]
+
     @property
     def n_columns(self) -> int:
         """Number of columns altogether."""

@@ -1,4 +1,4 @@
-"""Warnings at the line of the user's code, and the memory of the machine."""
+"""Warnings at the line of the user's code, forked processes, and the machine's memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,6 +41,13 @@ def held_warnings() -> Iterator[list[str]]:
 
 def _package(module: dict) -> str:
     return str(module.get("__name__")).partition(".")[0]
+
+
+def after_fork(recover: Callable[[], None]) -> Callable[[], None]:
+    """Call a function in each process that is forked from this one."""
+    if hasattr(os, "register_at_fork"):  # Windows never forks.
+        os.register_at_fork(after_in_child=recover)
+    return recover
 
 
 def machine_memory() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -270,3 +270,26 @@ class TextTokens:
         names = [self.tokens[i] for i in first]
         starts, messages = self.starts[first], self.messages[first]
         return TextTokens(self.text, names, starts, ends, messages, self.is_truncated)
+
+
+def tabulate(
+    parts: Sequence[TextTokens], classes: Sequence[Any], name: str, values: Sequence[np.ndarray]
+) -> Any:
+    """Make a pandas frame with a row per text, token and class from each text's values."""
+    import pandas as pd
+
+    n_classes = len(classes)
+    frames = [
+        pd.DataFrame(
+            {
+                "text": number,
+                "token": np.repeat(part.surfaces(), n_classes),
+                "start": np.repeat(part.starts, n_classes),
+                "end": np.repeat(part.ends, n_classes),
+                "class": np.tile(classes, len(part.tokens)),
+                name: scores.ravel(),  # (n_tokens * n_classes,)
+            }
+        )
+        for number, (part, scores) in enumerate(zip(parts, values, strict=True))
+    ]
+    return pd.concat(frames, ignore_index=True)

@@ -13,7 +13,7 @@ from skspin._explain.html import page_to_html, swatch, text_to_html
 from skspin._explain.linear import to_linear_form
 from skspin._layout import Layout
 from skspin._pipeline import fitted_pipeline, read_texts
-from skspin._texts import TextTokens
+from skspin._texts import TextTokens, tabulate
 
 _MOST_SHOWN = 20  # texts in a notebook
 
@@ -170,25 +170,8 @@ class TokenExplanation:
             ``token``, ``start`` and ``end`` (characters; both 0 for special tokens), ``class`` and
             ``contribution``.
         """
-        import pandas as pd
-
         classes = self.classes[-len(self.intercept) :]  # of two classes the second
-        frames = [
-            pd.DataFrame(
-                {
-                    "text": number,
-                    "token": np.repeat(part.surfaces(), len(classes)),
-                    "start": np.repeat(part.starts, len(classes)),
-                    "end": np.repeat(part.ends, len(classes)),
-                    "class": np.tile(classes, len(part.tokens)),
-                    "contribution": values.ravel(),
-                }
-            )
-            for number, (part, values) in enumerate(
-                zip(self.tokens, self.contributions, strict=True)
-            )
-        ]
-        return pd.concat(frames, ignore_index=True)
+        return tabulate(self.tokens, classes, "contribution", self.contributions)
 
     def _repr_html_(self) -> str:
         entries = []

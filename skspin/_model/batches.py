@@ -371,9 +371,7 @@ def _check_finite(activations: np.ndarray, layout: Layout, dtype: str) -> None:
         # A sum is finite only if all its terms are, and takes a fraction of the time.
         if np.isfinite(activations.sum()) or np.isfinite(activations).all():
             return
-    column = int(np.flatnonzero(~np.isfinite(activations).all(axis=0))[0])
-    ends = [columns.stop for columns in layout.slices]
-    segment = layout.segments[int(np.searchsorted(ends, column, side="right"))]
+    segment = layout.segment_of(int(np.flatnonzero(~np.isfinite(activations).all(axis=0))[0]))
     remedy = (
         "The weights or the model are at fault."
         if dtype == "float32"

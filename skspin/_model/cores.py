@@ -7,7 +7,6 @@ large model it may be faster to share. `runner` offers both; its caller tries wh
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from skspin._system import after_fork
 
 Result = TypeVar("Result")
 # Takes a job; gives a function that waits for its result.
@@ -72,11 +73,8 @@ def _one_thread_each() -> Iterator[None]:
                 torch.set_num_threads(_n_threads)
 
 
+@after_fork
 def _recover_from_fork() -> None:
     """Forget the parent's pools, whose threads do not exist in the child."""
     global _lock, _n_pools
     _lock, _n_pools = threading.Lock(), 0
-
-
-if hasattr(os, "register_at_fork"):  # Windows never forks.
-    os.register_at_fork(after_in_child=_recover_from_fork)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,6 +21,7 @@ from skspin._model.anatomy import Anatomy, Stack
 from skspin._model.architectures import Architecture
 from skspin._model.blocks import Tap
 from skspin._model.pooling import TextGroup, group_texts, pool
+from skspin._system import after_fork
 
 
 class PassEnds(BaseException):
@@ -249,15 +249,12 @@ _uses: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
+@after_fork
 def _recover_from_fork() -> None:
     """Forget the passes of the parent's threads, which do not exist in the child."""
     global _lock
     _lock = threading.Lock()
     _uses.clear()
-
-
-if hasattr(os, "register_at_fork"):  # Windows never forks.
-    os.register_at_fork(after_in_child=_recover_from_fork)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from skspin._model.files import Source, load_model, load_skeleton, load_tokenize
 from skspin._model.fingerprint import fingerprint
 from skspin._model.tokens import bare_copy
 from skspin._model.trial import try_anatomy
+from skspin._system import after_fork
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,7 @@ _loaded: dict[tuple[Source, str, str], Backbone] = {}
 _token_limits: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
+@after_fork
 def _recover_from_fork() -> None:
     """Let a forked process, which has none of its parent's threads, run models."""
     # GNU's OpenMP would wait for those threads forever; with one thread, torch does without it, as
@@ -53,10 +54,6 @@ def _recover_from_fork() -> None:
     global _lock
     _lock = threading.RLock()
     torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):  # Windows never forks.
-    os.register_at_fork(after_in_child=_recover_from_fork)
 
 
 def load_backbone(

@@ -201,22 +201,6 @@ class TextEncoder:
             )
         return self._fast.encode(filled.string, **self._options)  # type: ignore[union-attr]
 
-    def encode_padded(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Tokenize texts into int64 arrays (n_texts, n_windows, n_tokens), zero in the padding."""
-        encoded = self.encode(texts)
-        n_windows = max(len(text.windows) for text in encoded)
-        n_tokens = max(len(window) for text in encoded for window in text.windows)
-        names = (*encoded[0].windows[0].inputs, "attention_mask", "pooled")
-        padded = {name: np.zeros((len(texts), n_windows, n_tokens), np.int64) for name in names}
-        for row, text in enumerate(encoded):
-            for number, window in enumerate(text.windows):
-                place = row, number, slice(len(window))
-                for name, values in window.inputs.items():
-                    padded[name][place] = values
-                padded["attention_mask"][place] = 1
-                padded["pooled"][place] = 1 if window.pooled is None else window.pooled
-        return padded
-
     def to_json(self) -> str:
         """Write the tokenizer as a tokenizer.json, without truncation and padding."""
         if self._fast is None:

@@ -7,7 +7,6 @@ over sparsity, which fits the same probes to the same rows again and again, solv
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from skspin._probes.columns import Columns, Threads
 from skspin._probes.solver import ProbeSolution, solve_probes
 from skspin._probes.targets import Targets
 from skspin._probes.tensors import is_tensor, mean_and_deviation
+from skspin._system import after_fork
 
 _BATCH_BYTES = 1 << 20  # of rows in float64 at a time; they stay in a core's cache
 _DIGEST_BYTES = 1 << 18  # gathered at a time; hashed while they are in a core's cache
@@ -261,5 +261,4 @@ def _array_digest(array: np.ndarray) -> bytes:
 # Solutions are small beside the activations they stand for: 6 layers of 1,536 neurons and 77
 # classes take 6 MB.
 probe_cache = _ProbeCache(256 * 2**20)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=probe_cache.renew)
+after_fork(probe_cache.renew)

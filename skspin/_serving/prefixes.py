@@ -13,7 +13,7 @@ from skspin._pipeline import fitted_pipeline, flatten, instead_of, read_texts
 from skspin._prune import prune
 from skspin._sklearn import _wrap_data_with_container
 from skspin._system import warn
-from skspin._texts import TextTokens
+from skspin._texts import TextTokens, tabulate
 from skspin._transformer import LLMActivationTransformer
 
 _MOST_VALUES = 2**22  # of prefixes' rows at a time: 16 MiB of float32
@@ -151,24 +151,9 @@ class PrefixScores:
             ``start`` and ``end`` (characters), ``class`` and ``score``. A decision value that two
             classes share is in the second one's row.
         """
-        import pandas as pd
-
         values, columns, _ = self._columns(response_method)
         classes = self.classes if len(set(columns)) == len(columns) else self.classes[1:]
-        frames = [
-            pd.DataFrame(
-                {
-                    "text": number,
-                    "token": np.repeat(part.surfaces(), len(classes)),
-                    "start": np.repeat(part.starts, len(classes)),
-                    "end": np.repeat(part.ends, len(classes)),
-                    "class": np.tile(classes, len(part.tokens)),
-                    "score": scores.ravel(),
-                }
-            )
-            for number, (part, scores) in enumerate(zip(self.tokens, values, strict=True))
-        ]
-        return pd.concat(frames, ignore_index=True)
+        return tabulate(self.tokens, classes, "score", values)
 
     def _columns(self, response_method: str) -> tuple[list[np.ndarray], list[int], list[int]]:
         """Choose the scores; give each class's column of them, and its sign there."""

@@ -82,9 +82,7 @@ class About:
             largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
             if np.isfinite(np.array(largest, DTYPES[self.dtype])):
                 return rounded
-        column = int(np.abs(rows).max(axis=0).argmax())
-        ends = [columns.stop for columns in self.layout.slices]
-        segment = self.layout.segments[int(np.searchsorted(ends, column, side="right"))]
+        segment = self.layout.segment_of(int(np.abs(rows).max(axis=0).argmax()))
         raise ValueError(
             f"store_dtype={self.dtype!r} holds numbers up to {np.finfo(self.dtype).max:,.0f}, but "
             f"an activation of layer {segment.layer} at site {segment.site!r} is {largest:,.0f}. "

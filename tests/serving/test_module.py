@@ -72,8 +72,19 @@ def inputs_of(pipeline, texts):
     names = ("prompt", "max_length", "long_texts", "overlap", "pool_over")
     options = {name: getattr(step, name) for name in names}
     recipe = Recipe(source, fingerprint(source), dtype=step.dtype, **options)
-    padded = text_encoder(recipe).encode_padded(texts)
-    return {name: torch.from_numpy(values) for name, values in padded.items()}
+    encoded = text_encoder(recipe).encode(texts)
+    n_windows = max(len(text.windows) for text in encoded)
+    n_tokens = max(len(window) for text in encoded for window in text.windows)
+    names = (*encoded[0].windows[0].inputs, "attention_mask", "pooled")
+    padded = {n: torch.zeros(len(texts), n_windows, n_tokens, dtype=torch.long) for n in names}
+    for row, text in enumerate(encoded):
+        for number, window in enumerate(text.windows):
+            ones = np.ones(len(window), int)
+            pooled = ones if window.pooled is None else window.pooled
+            values = {**window.inputs, "attention_mask": ones, "pooled": pooled}
+            for name in names:
+                padded[name][row, number, : len(window)] = torch.as_tensor(values[name])
+    return padded
 
 
 def run(module, pipeline, texts):
