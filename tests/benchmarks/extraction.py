@@ -306,12 +306,11 @@ def measure_llm(texts, n_rounds):
 
 def padding(name, texts):
     """Share of the tokens in the model's batches that are padding."""
-    n_tokens = {"all": 0, "real": 0}
+    batches = []  # (tokens, real tokens); appended to by several threads
 
     def see(module, args, kwargs):
         mask = kwargs["attention_mask"]
-        n_tokens["all"] += mask.numel()
-        n_tokens["real"] += int(mask.sum())
+        batches.append((mask.numel(), int(mask.sum())))
 
     backbone = load_backbone(Source(demo_model()), None, "float32")
     handle = backbone.model.register_forward_pre_hook(see, with_kwargs=True)
@@ -319,7 +318,8 @@ def padding(name, texts):
         extraction(texts, layers=0)()
     finally:
         handle.remove()
-    share = 100 * (1 - n_tokens["real"] / n_tokens["all"])
+    n_tokens, n_real = np.sum(batches, axis=0)
+    share = 100 * float(1 - n_real / n_tokens)
     goal = {"most": 3.0} if name == "sst2" else {}
     return Figure("padding", name, "tokens in the batches", [share], unit="%", **goal)
 
