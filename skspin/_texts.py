@@ -273,7 +273,7 @@ class TextTokens:
 
 
 def tabulate(
-    parts: Sequence[TextTokens], classes: Sequence[Any], name: str, values: Sequence[np.ndarray]
+    parts: Sequence[TextTokens], classes: np.ndarray, name: str, values: Sequence[np.ndarray]
 ) -> Any:
     """Make a pandas frame with a row per text, token and class from each text's values."""
     import pandas as pd
