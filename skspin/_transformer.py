@@ -460,11 +460,12 @@ def _layout_facts(layout: Layout) -> list[str]:
 
 def _check_text_params(
     texts: TextChunks,
+    *,
     prompt: str | None,
+    max_length: int,
     long_texts: str,
     overlap: int,
     pool_over: Any,
-    **others: Any,
 ) -> str | tuple[str, ...]:
     """Check parameters against each other and the texts; return ``pool_over`` in one form."""
     if prompt is not None and "{text}" not in prompt:

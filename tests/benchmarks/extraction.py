@@ -34,8 +34,8 @@ from record import write_record
 from transformers import AutoModel, AutoTokenizer
 
 from skspin import LLMActivationTransformer
+from skspin._model import Source
 from skspin._model.device import multiplies_bfloat16
-from skspin._model.files import Source
 from skspin._model.registry import load_backbone
 from skspin.datasets import demo_llm, demo_model
 
@@ -43,7 +43,7 @@ LLM = "llm"
 N_TEXTS = {"sst2": 800, "imdb_5k": 50, LLM: 80}
 QUICK_TEXTS = {"sst2": 300, "imdb_5k": 16, LLM: 16}
 BARE_BATCHES = (2048, 4096)  # tokens
-INT8_TEXTS = {"sst2": 60, "imdb_5k": 5}  # without instructions for it a CPU takes 25 times as long
+INT8_TEXTS = {"sst2": 60, "imdb_5k": 5}  # without instructions for it a CPU takes 20 times as long
 EVERYTHING = {"site": ("hidden", "mlp", "attention"), "pooling": ("mean", "max")}
 
 

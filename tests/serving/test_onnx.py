@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from growing_texts import words
@@ -153,6 +154,9 @@ def test_a_real_model_and_its_8_bits_run_by_themselves(reviewed):
         *("README.md", "labels.json", "model.int8.onnx", "model.onnx", "tokenizer.json")
     ]
     assert sizes["model.int8.onnx"] < 0.3 * sizes["model.onnx"]
+    graph = onnx.load(report.folder / "model.int8.onnx").graph
+    head = [weights for weights in graph.initializer if "head.weight" in weights.name]
+    assert [weights.data_type for weights in head] == [onnx.TensorProto.FLOAT]
 
 
 def test_the_folder_says_what_it_is(reviewed):
