@@ -98,10 +98,12 @@ def test_columns_are_standardised_as_scikit_learn_does(shape):
     np.testing.assert_allclose(coef, expected, atol=1e-3 * np.abs(expected).max())
 
 
-def test_torch_selects_what_numpy_selects():
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+def test_torch_selects_what_numpy_selects(penalty):
     X, y = planted(3)
-    by_numpy = SalientNeuronSelector(tol=1e-6, cache=None).fit(X, y)
-    by_torch = SalientNeuronSelector(tol=1e-6, cache=None, device="cpu").fit(X, y)
+    settings = {"C": 0.3, "penalty": penalty, "tol": 1e-6, "cache": None}
+    by_numpy = SalientNeuronSelector(**settings).fit(X, y)
+    by_torch = SalientNeuronSelector(**settings, device="cpu").fit(X, y)
     np.testing.assert_array_equal(by_torch.support_, by_numpy.support_)
     np.testing.assert_allclose(by_torch.coef_, by_numpy.coef_, atol=1e-4)
     assert by_torch.dual_gap_.max() <= 1e-6
