@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from growing_texts import growing
 from scipy.stats import loguniform
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -17,9 +18,11 @@ from sklearn.pipeline import FeatureUnion, Pipeline
 
 from skspin import (
     LayerSalienceDisplay,
+    PrefixScoresDisplay,
     SalientNeuronSelector,
     SparsityPathDisplay,
     TokenContributionDisplay,
+    score_prefixes,
 )
 from skspin._explain import TokenExplanation
 from skspin._texts import TextTokens
@@ -102,7 +105,9 @@ def test_sites_and_stacks_are_told_apart_by_more_than_colour():
     assert sorted(tops.values()) == [1 + 2 + 5 + 6, 3 + 4 + 7 + 8]  # stacked, none hidden
 
 
-def test_a_path_shows_the_folds_of_the_search(search):
+def test_a_path_shows_the_folds_of_the_search_and_the_neurons_of_a_fit_at_that_sparsity(
+    search, data
+):
     display = SparsityPathDisplay.from_search(search)
     assert display.sparsity.tolist() == sorted(SPARSITY)
     best_C = search.best_params_["classify__C"]
@@ -111,15 +116,11 @@ def test_a_path_shows_the_folds_of_the_search(search):
         row = search.cv_results_["params"].index(params)
         assert display.score_mean[k] == search.cv_results_["mean_test_score"][row]
         assert display.score_std[k] == search.cv_results_["std_test_score"][row]
+        fitted = spin(select__sparsity=sparsity).fit(*data)["select"]
+        assert display.n_neurons[k] == fitted.n_selected_.sum()
     assert display.best_sparsity == search.best_params_["select__sparsity"]
     assert display.ax_.get_ylabel() == "accuracy"
     assert display.count_ax_.get_xlabel() == "sparsity"
-
-
-def test_neurons_kept_are_those_of_a_fit_at_that_sparsity(search, data):
-    display = SparsityPathDisplay.from_search(search)
-    for sparsity, count in zip(display.sparsity, display.n_neurons, strict=True):
-        assert count == spin(select__sparsity=sparsity).fit(*data)["select"].n_selected_.sum()
 
 
 def test_a_selector_inside_a_column_transformer_is_counted(data):
@@ -200,12 +201,15 @@ def test_tokens_are_drawn_in_reading_order_with_their_contributions():
     display = TokenContributionDisplay.from_explanation(explanation)
     assert [bar.get_width() for bar in display.bars_] == [0.5, -0.25, 0.0, 1.0]
     labels = [label.get_text() for label in display.ax_.get_yticklabels()]
-    assert labels == ["costs", r"\$5", "or", r"\$6"]
+    assert labels == ["costs", "$5", "or", "$6"]
     bottom, top = display.ax_.get_ylim()
     assert bottom > top  # the first token is on top
     assert display.ax_.get_xlabel() == "contribution to the decision value for 1"
     assert "+1.75 = tokens +1.25, intercept +0.50" in display.ax_.get_title(loc="left")
-    display.figure_.draw_without_rendering()
+    assert not any(label.get_parse_math() for label in display.ax_.get_yticklabels())
+    turned = TokenContributionDisplay.from_explanation(explanation, label=0)
+    assert [bar.get_width() for bar in turned.bars_] == [-0.5, 0.25, 0.0, -1.0]
+    assert turned.intercept == -0.5
 
 
 def test_a_long_word_leaves_room_for_the_bars():
@@ -215,13 +219,6 @@ def test_a_long_word_leaves_room_for_the_bars():
     assert display.tokens[0] == "x" * 99
     display.figure_.draw_without_rendering()
     assert display.ax_.get_position().width > 0.5
-
-
-def test_the_other_class_is_the_picture_turned_around():
-    explanation = explained(["a", "b"], [0.5, -0.25])
-    display = TokenContributionDisplay.from_explanation(explanation, label=0)
-    assert [bar.get_width() for bar in display.bars_] == [-0.5, 0.25]
-    assert display.intercept == -0.5
 
 
 def test_of_a_long_text_the_largest_contributions_are_drawn():
@@ -273,3 +270,39 @@ def test_missing_matplotlib_comes_with_its_fix(selector, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(ImportError, match=r'pip install "skspin\[plot\]"'):
         LayerSalienceDisplay.from_estimator(selector)
+
+
+def test_scores_are_drawn_over_the_text():
+    text, spin = "word3 word30 word31 word7 word8", growing()
+    display = PrefixScoresDisplay.from_estimator(spin, text, threshold=0.25)
+    values = score_prefixes(spin, [text]).for_class(1)[0]
+    np.testing.assert_allclose(display.line_.get_ydata(), values, rtol=1e-5)
+    assert [label.get_text() for label in display.ax_.get_xticklabels()] == text.split()
+    assert display.ax_.get_ylabel() == "decision value for 1"
+    assert set(display.threshold_line_.get_ydata()) == {0.25}
+    scores = score_prefixes(spin, ["word1", text])
+    _, ax = plt.subplots()
+    other = PrefixScoresDisplay.from_scores(
+        scores, text=1, label=0, response_method="predict_proba", ax=ax
+    )
+    assert other.ax_ is ax and other.figure_ is ax.figure and other.threshold_line_ is None
+    assert ax.get_ylabel() == "probability of 0"
+    np.testing.assert_allclose(other.line_.get_ydata(), scores.probabilities[1][:, 0])
+
+
+def test_the_first_token_that_reaches_the_threshold_is_marked():
+    display = PrefixScoresDisplay(
+        tokens=["a", "$b$", "c"], scores=np.array([0, 2, 3]), threshold=2
+    ).plot()
+    assert display.ax_.get_title("left") == "threshold 2: reached at token 2, “$b$”"
+    assert not display.ax_.get_xticklabels()[1].get_parse_math()
+    mark = display.ax_.lines[-1]
+    assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (1, 2)
+    display.threshold = 4
+    assert display.plot().ax_.get_title("left") == "threshold 4: not reached"
+
+
+def test_of_a_long_text_tokens_are_counted():
+    display = PrefixScoresDisplay(tokens=["a"] * 300, scores=np.arange(300)).plot()
+    assert display.ax_.get_xlabel() == "tokens so far"
+    assert len(display.ax_.get_xticks()) < 20
