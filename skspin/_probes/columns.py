@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from sklearn.utils import gen_batches
+from sklearn.utils import gen_batches, gen_even_slices
 from threadpoolctl import ThreadpoolController
 
 # Values converted at a time, however wide rows are: such a copy stays in a core's cache.
@@ -186,23 +186,7 @@ class Threads:
 
     def split(self, n_rows: int, smallest: int) -> list[slice]:
         """Cut rows into one stretch per thread, none much smaller than ``smallest``."""
-        n_shares = max(1, min(self._n_threads, n_rows // smallest))
-        edges = [n_rows * share // n_shares for share in range(n_shares + 1)]
-        return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-
-
-@contextmanager
-def threads_in_place_of_blas() -> Iterator[Threads]:
-    """Start as many threads as BLAS would use, and limit BLAS to one meanwhile.
-
-    Limits on BLAS that joblib, threadpoolctl or the environment set so apply to these threads.
-    """
-    with _BLAS.limited() as n_threads:
-        if n_threads == 1:
-            yield Threads()
-            return
-        with ThreadPoolExecutor(n_threads, thread_name_prefix=_WORKER) as pool:
-            yield Threads(n_threads, pool)
+        return list(gen_even_slices(n_rows, max(1, min(self._n_threads, n_rows // smallest))))
 
 
 class _Blas:
@@ -213,7 +197,11 @@ class _Blas:
         self._n_users = 0
 
     @contextmanager
-    def limited(self) -> Iterator[int]:
+    def replaced(self) -> Iterator[Threads]:
+        """Start as many threads as BLAS would use, and limit BLAS to one meanwhile.
+
+        Limits on BLAS that joblib, threadpoolctl or the environment set so apply to these threads.
+        """
         blas = _libraries().select(user_api="blas")
         with self._lock:
             if self._n_users == 0:
@@ -221,8 +209,13 @@ class _Blas:
                 self._n_threads = max(sizes, default=1)
                 self._limit = blas.limit(limits=1)
             self._n_users += 1
+            n_threads = self._n_threads
         try:
-            yield self._n_threads
+            if n_threads == 1:
+                yield Threads()
+            else:
+                with ThreadPoolExecutor(n_threads, thread_name_prefix=_WORKER) as pool:
+                    yield Threads(n_threads, pool)
         finally:
             with self._lock:
                 self._n_users -= 1
@@ -239,4 +232,4 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-_BLAS = _Blas()
+threads_in_place_of_blas = _Blas().replaced

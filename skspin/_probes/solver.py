@@ -145,9 +145,28 @@ class Problem:
             self.objective = self.gap = 0.0
 
     def residuals(self) -> np.ndarray:
-        """Put the intercept where it is best and return the loss's derivative, (n_texts,)."""
-        self._solve_intercept()
-        return -self.signs * self.weights * self.misfit
+        """Put the intercept where residuals balance; return the loss's derivative, (n_texts,)."""
+        # Newton's method on the logarithms of the two sums, whose difference is nearly linear in
+        # the intercept even where both sums vanish; bisection where that leaves the bracket.
+        positive = np.where(self.signs > 0, self.weights, 0)  # (n,)
+        negative = self.weights - positive
+        b, low, high = self.intercept, -np.inf, np.inf
+        for _ in range(100):
+            margins = self.signs * (self.scores + b)  # (n,)
+            small = np.exp(-np.abs(margins))  # 1 / (1 + exp(margins)) would overflow
+            p = np.where(margins >= 0, small, 1) / (1 + small)
+            up, down = max(positive @ p, _TINY), max(negative @ p, _TINY)
+            squares = p * p
+            slope = 2 - positive @ squares / up - negative @ squares / down
+            step = float(np.log(up / down) / max(slope, 0.1))
+            if abs(step) <= 1e-10 * (1 + abs(b)):
+                break
+            low, high = (b, high) if step > 0 else (low, b)
+            b += step
+            if not low < b < high:
+                b = (low + high) / 2
+        self.intercept, self.misfit = b, p
+        return -self.signs * self.weights * p
 
     def measure(self, gradient: np.ndarray, final: bool) -> None:
         """Measure the relative duality gap; ``final`` says that no finer arithmetic follows."""
@@ -212,26 +231,3 @@ class Problem:
     def _loss(self, scores: np.ndarray, intercept: float) -> float:
         margins = self.signs * (scores + intercept)
         return float(self.weights @ (np.log1p(np.exp(-np.abs(margins))) - np.minimum(margins, 0)))
-
-    def _solve_intercept(self) -> None:
-        """Find the intercept at which the residuals of both signs balance."""
-        # Newton's method on the logarithms of the two sums, whose difference is nearly linear in
-        # the intercept even where both sums vanish; bisection where that leaves the bracket.
-        positive = np.where(self.signs > 0, self.weights, 0)  # (n,)
-        negative = self.weights - positive
-        b, low, high = self.intercept, -np.inf, np.inf
-        for _ in range(100):
-            margins = self.signs * (self.scores + b)  # (n,)
-            small = np.exp(-np.abs(margins))  # 1 / (1 + exp(margins)) would overflow
-            p = np.where(margins >= 0, small, 1) / (1 + small)
-            up, down = max(positive @ p, _TINY), max(negative @ p, _TINY)
-            squares = p * p
-            slope = 2 - positive @ squares / up - negative @ squares / down
-            step = float(np.log(up / down) / max(slope, 0.1))
-            if abs(step) <= 1e-10 * (1 + abs(b)):
-                break
-            low, high = (b, high) if step > 0 else (low, b)
-            b += step
-            if not low < b < high:
-                b = (low + high) / 2
-        self.intercept, self.misfit = b, p
