@@ -260,21 +260,16 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("spoilt", SPOILT.values(), ids=SPOILT)
-def test_a_column_without_digits_to_tell_is_never_salient(spoilt):
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_column_without_digits_to_tell_is_never_salient(name):
     X, y = planted()
-    X[:, 21] = spoilt(y)
-    selector = SalientNeuronSelector(0.0, C=10.0).fit(X, y)
+    X = np.array(X)
+    X[:, 21] = SPOILT[name](y)
+    selector = SalientNeuronSelector(0.0, C=10.0, layer_sizes=20).fit(X, y)
     assert selector.salience_[21] == 0
     assert np.isfinite(selector.coef_).all() and selector.dual_gap_.max() <= 1e-3
-
-
-def test_in_float64_there_are_digits_enough_to_tell():
-    X, y = planted()
-    X = np.asarray(X, dtype=np.float64)
-    X[:, 21] = SPOILT["nearly dead"](y)
-    selector = SalientNeuronSelector(0.0, C=10.0, layer_sizes=20).fit(X, y)
-    assert selector.salience_[21] > 0
+    if name == "nearly dead":  # in float64 there are digits enough to tell
+        assert selector.fit(X.astype(np.float64), y).salience_[21] > 0
 
 
 def test_one_column_is_selected_where_no_probe_has_weight():
