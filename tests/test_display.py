@@ -123,13 +123,16 @@ def test_a_path_shows_the_folds_of_the_search_and_the_neurons_of_a_fit_at_that_s
     assert display.count_ax_.get_xlabel() == "sparsity"
 
 
-def test_a_selector_inside_a_column_transformer_is_counted(data):
-    X, y = data
+def test_a_path_is_found_among_arrays_and_its_selector_inside_a_column_transformer(data):
     parts = ColumnTransformer([("all", spin()[:1], slice(0, 60))])
     model = Pipeline([("parts", parts), ("classify", LogisticRegression())])
-    grid = {"parts__all__select__sparsity": SPARSITY}
-    display = SparsityPathDisplay.from_search(GridSearchCV(model, grid, cv=2).fit(X, y))
-    fitted = model.set_params(parts__all__select__sparsity=0.5).fit(X, y)
+    sizes = [[20, 20, 20], np.array([30, 30]), np.array([15] * 4)]
+    name = "parts__all__select__"
+    grid = {f"{name}layer_sizes": sizes, f"{name}sparsity": SPARSITY}
+    search = GridSearchCV(model, grid, cv=2).fit(*data)
+    display = SparsityPathDisplay.from_search(search)
+    assert display.sparsity.tolist() == sorted(SPARSITY)
+    fitted = model.set_params(**{**search.best_params_, f"{name}sparsity": 0.5}).fit(*data)
     selector = fitted["parts"].named_transformers_["all"]["select"]
     assert display.n_neurons[1] == selector.n_selected_.sum()
 
@@ -145,13 +148,6 @@ def test_of_a_random_search_the_best_candidate_of_each_sparsity_is_drawn(data):
     assert display.score_mean[display.sparsity == display.best_sparsity] == search.best_score_
 
 
-def test_a_path_is_found_among_parameters_that_are_arrays(data):
-    sizes = [[20, 20, 20], np.array([30, 30]), np.array([15] * 4)]
-    grid = {"select__layer_sizes": sizes, "select__sparsity": SPARSITY}
-    search = GridSearchCV(spin(), grid, cv=2).fit(*data)
-    assert SparsityPathDisplay.from_search(search).sparsity.tolist() == sorted(SPARSITY)
-
-
 def test_one_layer_has_one_whole_number_for_a_tick(data):
     selector = SalientNeuronSelector(layer_sizes=None, C=0.3).fit(*data)
     display = LayerSalienceDisplay.from_estimator(selector)
@@ -159,30 +155,18 @@ def test_one_layer_has_one_whole_number_for_a_tick(data):
     assert [tick for tick in display.count_ax_.get_xticks() if low <= tick <= high] == [0]
 
 
-def test_without_a_refit_there_is_one_panel(data):
-    search = GridSearchCV(spin(), {"select__sparsity": SPARSITY}, refit=False).fit(*data)
-    display = SparsityPathDisplay.from_search(search)
-    assert display.n_neurons is None and display.count_ax_ is None
-    assert display.ax_.get_xlabel() == "sparsity"
-
-
-def test_of_several_scores_one_is_drawn(data):
-    grid = {"select__sparsity": SPARSITY}
-    scores = ["accuracy", "roc_auc"]
+def test_of_several_scores_one_is_drawn_and_without_a_refit_in_one_panel(data):
+    grid, scores = {"select__sparsity": SPARSITY}, ["accuracy", "roc_auc"]
     search = GridSearchCV(spin(), grid, scoring=scores, refit="roc_auc").fit(*data)
     assert SparsityPathDisplay.from_search(search).ax_.get_ylabel() == "roc_auc"
-    accuracy = SparsityPathDisplay.from_search(search, metric="accuracy")
-    np.testing.assert_allclose(
-        np.sort(accuracy.score_mean), np.sort(search.cv_results_["mean_test_accuracy"])
-    )
     with pytest.raises(ValueError, match="metric='f1' is not among.*'accuracy', 'roc_auc'"):
         SparsityPathDisplay.from_search(search, metric="f1")
-
-
-def test_a_search_over_something_else_is_refused(data):
-    search = GridSearchCV(spin(), {"classify__C": [0.1, 1.0]}).fit(*data)
-    with pytest.raises(ValueError, match=r"tried \['classify__C'\].*one selector"):
-        SparsityPathDisplay.from_search(search)
+    search = clone(search).set_params(refit=False).fit(*data)
+    display = SparsityPathDisplay.from_search(search, metric="accuracy")
+    means = search.cv_results_["mean_test_accuracy"]
+    np.testing.assert_allclose(np.sort(display.score_mean), np.sort(means))
+    assert display.n_neurons is None and display.count_ax_ is None
+    assert display.ax_.get_xlabel() == "sparsity"
 
 
 def explained(tokens, values, classes=(0, 1)):
@@ -230,19 +214,15 @@ def test_of_a_long_text_the_largest_contributions_are_drawn():
     assert display.plot(ax=axes).ax_ is axes
 
 
-def test_given_axes_are_used(selector, search):
+def test_given_axes_are_used_if_they_have_a_place_in_a_grid(selector, search):
     figure, (left, right) = plt.subplots(1, 2)
     path = SparsityPathDisplay.from_search(search, ax=left)
     layers = LayerSalienceDisplay.from_estimator(selector, ax=right)
     assert path.ax_ is left and layers.ax_ is right
     assert path.figure_ is layers.figure_ is figure
     assert len(plt.get_fignums()) == 1
-
-
-def test_axes_without_a_place_in_a_grid_are_refused(selector):
-    ax = plt.figure().add_axes((0, 0, 1, 1))
     with pytest.raises(ValueError, match=r"plt.subplots\(\)"):
-        LayerSalienceDisplay.from_estimator(selector, ax=ax)
+        LayerSalienceDisplay.from_estimator(selector, ax=figure.add_axes((0, 0, 1, 1)))
 
 
 def test_what_is_not_fitted_or_no_search_is_refused(data, search):
@@ -257,6 +237,9 @@ def test_what_is_not_fitted_or_no_search_is_refused(data, search):
         SparsityPathDisplay.from_search(search.best_estimator_)
     with pytest.raises(NotFittedError):
         SparsityPathDisplay.from_search(GridSearchCV(spin(), {"select__sparsity": SPARSITY}))
+    other = GridSearchCV(spin(), {"classify__C": [0.1, 1.0]}).fit(*data)
+    with pytest.raises(ValueError, match=r"tried \['classify__C'\].*one selector"):
+        SparsityPathDisplay.from_search(other)
 
 
 def test_missing_matplotlib_comes_with_its_fix(selector, monkeypatch):
