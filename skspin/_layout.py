@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
@@ -65,17 +66,19 @@ class Layout:
     """The columns of an activation matrix, in order."""
 
     segments: tuple[Segment, ...]
+    # The model's fingerprint, by which columns of two models are told apart; "" if it is not known.
+    model: str = field(default="", compare=False, repr=False)
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
         """The columns of each segment."""
-        ends = np.cumsum([0, *(segment.n_columns for segment in self.segments)]).tolist()
-        return tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
+        return tuple(_side_by_side([segment.n_columns for segment in self.segments]))
 
     def segment_of(self, column: int) -> Segment:
         """Find the segment that a column is in."""
-        ends = [columns.stop for columns in self.slices]
-        return self.segments[int(np.searchsorted(ends, column, side="right"))]
+        return next(
+            s for s, own in zip(self.segments, self.slices, strict=True) if column < own.stop
+        )
 
     @property
     def n_columns(self) -> int:
@@ -117,7 +120,7 @@ class Layout:
             if chosen:
                 everything = chosen == tuple(range(segment.width))
                 kept.append(replace(segment, neurons=None if everything else chosen))
-        return Layout(tuple(kept))
+        return replace(self, segments=tuple(kept))
 
 
 def find_layers(
@@ -152,9 +155,10 @@ def find_layers(
 
 def layers_from_sizes(sizes: Sequence[int]) -> list[LayerColumns]:
     """List the layers of a plain matrix, ``sizes`` columns wide, one after another."""
-    ends = np.cumsum([0, *sizes]).tolist()
-    edges = enumerate(zip(ends, ends[1:], strict=False))
-    return [_layer(("", "", i, "input"), np.arange(a, b)) for i, (a, b) in edges]
+    return [
+        _layer(("", "", number, "input"), np.arange(columns.start, columns.stop))
+        for number, columns in enumerate(_side_by_side(sizes))
+    ]
 
 
 def layers_from_names(names: Sequence[str]) -> list[LayerColumns] | None:
@@ -192,6 +196,11 @@ def _are_one_model(found: list[tuple[tuple[str, ...], list[tuple[int, int]]]]) -
         widths.setdefault(tuple(layer), set()).add(max(own))
     distinct = all(len(set(own)) == len(own) for own in neurons.values())
     return distinct and all(len(width) == 1 for width in widths.values())
+
+
+def _side_by_side(widths: Sequence[int]) -> list[slice]:
+    ends = np.cumsum([0, *widths]).tolist()
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def _layer(key: tuple[str, str, int, str], columns: np.ndarray) -> LayerColumns:
@@ -349,14 +358,15 @@ def _plain(array: Any) -> Any:
 
 
 def _join(layouts: Sequence[Layout | None]) -> Layout | None:
-    """Join layouts side by side; None if they may be several models', as in `_are_one_model`."""
+    """Join layouts side by side; None if they are several models', or of several widths."""
+    models = {None if layout is None else layout.model for layout in layouts}
     segments = [s for layout in layouts if layout is not None for s in layout.segments]
     poolings = {(s.stack, s.layer, s.site, s.pooling) for s in segments}
     widths = {(s.stack, s.layer, s.site, s.width) for s in segments}
     one_width = len(widths) == len({width[:-1] for width in widths})
-    if None in layouts or len(poolings) < len(segments) or not one_width:
+    if None in layouts or len(models) > 1 or len(poolings) < len(segments) or not one_width:
         return None
-    return Layout(tuple(segments))
+    return Layout(tuple(segments), models.pop() or "")
 
 
 def layout_of(X: Any) -> Layout | None:

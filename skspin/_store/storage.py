@@ -1,4 +1,4 @@
-"""Where chunks live: a folder that processes share."""
+"""Where chunks and metadata live: in the memory of one process, or in a folder that many share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from collections import OrderedDict
 from contextlib import suppress
 from functools import lru_cache
 from io import BytesIO
@@ -24,6 +25,61 @@ _CHUNK = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{16}){2}\.npy")
 _METADATA = re.compile(r"[0-9a-f]{32}\.json")
 # Windows does not remove a file that a process has mapped.
 _CANNOT_REMOVE = (FileNotFoundError, *([PermissionError] if os.name == "nt" else []))
+_BYTES_PER_TEXT = 200  # of the index: a digest, a number, their slots in a dict; a test measures it
+
+
+class Memory:
+    """Chunks by name. Threads may share it, because each step is one operation on a dict."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._chunks: OrderedDict[str, Chunk] = OrderedDict()  # used longest ago first
+
+    def __str__(self) -> str:
+        """Return a name, for messages."""
+        return "memory"
+
+    def make(self) -> None:
+        """Do nothing: memory needs no set-up."""
+
+    def names(self) -> list[str]:
+        """List the chunks' names."""
+        return list(self._chunks)
+
+    def sizes(self) -> dict[str, int]:
+        """Give the bytes of each chunk by name, used longest ago first."""
+        return {name: self.size_of(chunk) for name, chunk in list(self._chunks.items())}
+
+    def size_of(self, chunk: Chunk) -> int:
+        """Count the bytes that a chunk takes here."""
+        return chunk.record.nbytes + _BYTES_PER_TEXT * len(chunk.rows)
+
+    def open(self, name: str) -> Chunk:
+        """Return a chunk."""
+        return self._chunks[name]
+
+    def put(self, chunk: Chunk) -> None:
+        """Add a chunk."""
+        self._chunks[chunk.name] = chunk
+
+    def remove(self, name: str) -> None:
+        """Remove a chunk, if it is there."""
+        self._chunks.pop(name, None)
+
+    def touch(self, chunk: Chunk) -> bool:
+        """Mark a chunk as used, and return that it is whole."""
+        with suppress(KeyError):  # another thread has removed it
+            self._chunks.move_to_end(chunk.name)
+        return True
+
+    def read_metadata(self, name: str) -> None:
+        """Find nothing: there are no other processes."""
+
+    def write_metadata(self, name: str, text: str) -> None:
+        """Do nothing: there are no other processes."""
+
+    def clear_metadata(self) -> None:
+        """Do nothing."""
 
 
 class Folder:
@@ -53,29 +109,29 @@ class Folder:
         """List the names of chunks, those of other processes too."""
         return [name for name in os.listdir(self._chunks) if _CHUNK.fullmatch(name)]
 
-    def scan(self) -> dict[str, tuple[int, int]]:
-        """List all files, unfinished ones too: by name, the time of last use and the bytes."""
-        entries = {}
+    def sizes(self) -> dict[str, int]:
+        """Give the bytes of each file, of unfinished ones too, used longest ago first."""
+        used = []
         with os.scandir(self._chunks) as files:
             for file in files:
                 if _CHUNK.fullmatch(file.name.removesuffix(".tmp")):
                     with suppress(FileNotFoundError):  # another process has just removed it
                         status = file.stat()
-                        entries[file.name] = status.st_mtime_ns, status.st_size
-                        self._latest_use = max(self._latest_use, status.st_mtime_ns)
-        return entries
+                        used.append((status.st_mtime_ns, file.name, status.st_size))
+        self._latest_use = max([self._latest_use, *(time for time, _, _ in used)])
+        return {name: n_bytes for _, name, n_bytes in sorted(used)}
 
     def size_of(self, chunk: Chunk) -> int:
         """Count the bytes that a chunk takes here."""
-        if isinstance(chunk.record, np.memmap):
-            return chunk.record.offset + chunk.record.nbytes
-        return len(_header(chunk.record.dtype)) + chunk.record.nbytes
+        record = chunk.record
+        start = record.offset if isinstance(record, np.memmap) else len(_header(record.dtype))
+        return start + record.nbytes
 
-    def open(self, name: str) -> np.ndarray:
-        """Map a chunk's record into memory."""
+    def open(self, name: str) -> Chunk:
+        """Map a chunk into memory."""
         path = self._chunks / name
         try:
-            record: np.memmap = np.load(path, mmap_mode="r", allow_pickle=False)
+            record = np.load(path, mmap_mode="r", allow_pickle=False)
             n_bytes = record.offset + record.nbytes
         except OSError:
             raise
@@ -83,7 +139,7 @@ class Folder:
             raise DamagedChunk(f"{path} is damaged") from error
         if os.path.getsize(path) != n_bytes:
             raise DamagedChunk(f"{path} was cut off or has grown")
-        return record
+        return Chunk(record, name)
 
     def put(self, chunk: Chunk) -> None:
         """Write a chunk."""
@@ -121,20 +177,17 @@ class Folder:
 
     def read_metadata(self, name: str) -> str | None:
         """Return a JSON text by its name; None if it is not there."""
-        return _read_json(self._metadata_path(name), name)
+        return _read_json(self._metadata / f"{_digest(name)}.json", name)
 
     def write_metadata(self, name: str, text: str) -> None:
         """Keep a JSON text under a name."""
-        _write_json(self._metadata_path(name), name, text)
+        _write_json(self._metadata / f"{_digest(name)}.json", name, text)
 
     def clear_metadata(self) -> None:
         """Remove all metadata."""
         for path in self._metadata.iterdir():
             if _METADATA.match(path.name):  # unfinished files too
                 path.unlink(missing_ok=True)
-
-    def _metadata_path(self, name: str) -> Path:
-        return self._metadata / f"{_digest(name)}.json"
 
 
 @lru_cache(maxsize=64)
