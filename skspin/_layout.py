@@ -163,39 +163,32 @@ def layers_from_sizes(sizes: Sequence[int]) -> list[LayerColumns]:
 
 def layers_from_names(names: Sequence[str]) -> list[LayerColumns] | None:
     """Find layers by their columns' names; None if any of them is not an activation's name."""
-    members: dict[str, list[tuple[int, int]]] = {}  # by name without the neuron
-    for column, name in enumerate(names):
-        head, _, neuron = name.rpartition("_") if isinstance(name, str) else ("", "", "")
-        if not neuron.isdecimal():
-            return None
-        members.setdefault(head, []).append((int(neuron), column))
-    matches = [(head, _NAME.fullmatch(head)) for head in members]
-    keys = {head: match.groups(default="") for head, match in matches if match is not None}
-    if not members or len(keys) < len(members):
+    parts = [name.rpartition("_") if isinstance(name, str) else ("", "", "") for name in names]
+    heads = {head: _NAME.fullmatch(head) for head in {head for head, _, _ in parts}}
+    known = {head: match.groups(default="") for head, match in heads.items() if match is not None}
+    if not known or len(known) < len(heads) or not all(n.isdecimal() for _, _, n in parts):
         return None
-    together = _are_one_model([(keys[head], members[head]) for head in members])
-    layers: dict[tuple, list[tuple[int, int, int]]] = {}
-    for head, (prefix, stack, layer, site, pooling) in keys.items():
-        rank = _rank(POOLINGS, pooling)
+    found = [(*known[head], neuron) for head, _, neuron in parts]
+    together = _are_one_model(found)
+    members: dict[tuple, list[tuple[int, int, int]]] = {}
+    for column, (prefix, stack, layer, site, pooling, neuron) in enumerate(found):
         key = "" if together else prefix, stack, int(layer), site
-        layers.setdefault(key, []).extend((rank, *member) for member in members[head])
-    return [_layer(key, np.array(sorted(found))[:, -1]) for key, found in layers.items()]
+        members.setdefault(key, []).append((_rank(POOLINGS, pooling), int(neuron), column))
+    return [_layer(key, np.array(sorted(own))[:, -1]) for key, own in members.items()]
 
 
-def _are_one_model(found: list[tuple[tuple[str, ...], list[tuple[int, int]]]]) -> bool:
+def _are_one_model(names: Sequence[tuple[str, ...]]) -> bool:
     """Whether columns with different prefixes, such as ``mean__``, come from the same model."""
     # Names do not say which model they are from. Two models that are read in the same way give each
     # name twice. If each is read with another pooling, their layers seldom have the same width.
-    if len({key[0] for key, _ in found}) == 1:
+    if len({prefix for prefix, *_ in names}) == 1:
         return True
-    neurons: dict[tuple[str, ...], list[int]] = {}
-    for (_, *key), members in found:
-        neurons.setdefault(tuple(key), []).extend(neuron for neuron, _ in members)
-    widths: dict[tuple[str, ...], set[int]] = {}
-    for (*layer, _), own in neurons.items():
-        widths.setdefault(tuple(layer), set()).add(max(own))
+    neurons: dict[tuple[str, ...], list[int]] = {}  # by stack, layer, site and pooling
+    for _, *segment, neuron in names:
+        neurons.setdefault(tuple(segment), []).append(int(neuron))
+    widths = {(segment[:-1], max(own)) for segment, own in neurons.items()}
     distinct = all(len(set(own)) == len(own) for own in neurons.values())
-    return distinct and all(len(width) == 1 for width in widths.values())
+    return distinct and len(widths) == len({layer for layer, _ in widths})
 
 
 def _side_by_side(widths: Sequence[int]) -> list[slice]:
@@ -249,6 +242,16 @@ def as_slice(columns: np.ndarray) -> slice | np.ndarray:
     if len(columns) and (np.diff(columns) == 1).all():
         return slice(int(columns[0]), int(columns[-1]) + 1)
     return columns
+
+
+def _forgetting_layout(name: str) -> Any:
+    """Make an array's method that changes it in place, so that columns are not what they were."""
+
+    def method(self: ActivationArray, *args: Any, **kwargs: Any) -> None:
+        getattr(np.ndarray, name)(self, *args, **kwargs)
+        self.layout = None
+
+    return method
 
 
 class ActivationArray(np.ndarray):
@@ -316,20 +319,7 @@ class ActivationArray(np.ndarray):
         """Copy values and layout."""
         return ActivationArray(np.asarray(self).copy(order), self.layout)
 
-    def sort(self, *args: Any, **kwargs: Any) -> None:
-        """Sort in place; columns are then no longer what they were."""
-        super().sort(*args, **kwargs)
-        self.layout = None
-
-    def partition(self, *args: Any, **kwargs: Any) -> None:
-        """Partition in place; columns are then no longer what they were."""
-        super().partition(*args, **kwargs)
-        self.layout = None
-
-    def put(self, *args: Any, **kwargs: Any) -> None:
-        """Write values by their positions in the flat array, and forget the layout."""
-        super().put(*args, **kwargs)
-        self.layout = None
+    sort, partition, put = map(_forgetting_layout, ("sort", "partition", "put"))
 
     def __copy__(self) -> ActivationArray:
         """Copy values and layout."""

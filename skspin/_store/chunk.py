@@ -79,14 +79,14 @@ class About:
             return rows
         with np.errstate(over="ignore"):  # infinite values are refused below
             rounded = rows.astype(DTYPES[self.dtype])
-            largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
-            if np.isfinite(np.array(largest, DTYPES[self.dtype])):
-                return rounded
-        segment = self.layout.segment_of(int(np.abs(rows).max(axis=0).argmax()))
+        if np.isfinite(rounded).all():
+            return rounded
+        largest = np.abs(rows).max(axis=0)  # (n_columns,)
+        segment = self.layout.segment_of(int(largest.argmax()))
         raise ValueError(
             f"store_dtype={self.dtype!r} holds numbers up to {np.finfo(self.dtype).max:,.0f}, but "
-            f"an activation of layer {segment.layer} at site {segment.site!r} is {largest:,.0f}. "
-            "Use store_dtype='float32'."
+            f"an activation of layer {segment.layer} at site {segment.site!r} is "
+            f"{largest.max():,.0f}. Use store_dtype='float32'."
         )
 
 
@@ -119,10 +119,6 @@ def find_common(
     return np.array(asked, int), copies
 
 
-class DamagedChunk(ValueError):
-    """A chunk differs from what was written."""
-
-
 class Chunk:
     """Some texts and their rows: a view of a record, which never changes once it is sealed."""
 
@@ -134,9 +130,9 @@ class Chunk:
             self.about = About.from_json(encoded, dtype)
             expected = _record_type(len(encoded), n_texts, self.about.layout.n_columns, dtype)
         except (ValueError, TypeError, IndexError) as error:
-            raise DamagedChunk(f"The header of {name} is damaged") from error
+            raise ValueError("its header can't be read") from error
         if record.dtype != expected or record.shape or not name.startswith(self.about.name):
-            raise DamagedChunk(f"{name} does not match its header")
+            raise ValueError("it does not match its header")
         self.rows = np.asarray(record["rows"])  # (n_texts, n_columns)
         self.row_of = dict(zip(record["texts"].tolist(), range(n_texts), strict=True))  # by digest
         self.row_bytes = self.rows.itemsize * self.rows.shape[1]

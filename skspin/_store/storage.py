@@ -17,12 +17,13 @@ from secrets import token_hex
 import numpy as np
 from numpy.lib import format as npy
 
-from skspin._store.chunk import Chunk, DamagedChunk, text_digests
+from skspin._store.chunk import Chunk, text_digests
 from skspin._system import warn
 
 FORMAT = 2  # each version of the format has a folder of its own, side by side
 _CHUNK = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{16}){2}\.npy")
 _METADATA = re.compile(r"[0-9a-f]{32}\.json")
+_SMALL_BYTES = 1 << 16  # of a new chunk that stays in memory, and is not mapped from its file
 # Windows does not remove a file that a process has mapped.
 _CANNOT_REMOVE = (FileNotFoundError, *([PermissionError] if os.name == "nt" else []))
 _BYTES_PER_TEXT = 200  # of the index: a digest, a number, their slots in a dict; a test measures it
@@ -42,9 +43,13 @@ class Memory:
     def make(self) -> None:
         """Do nothing: memory needs no set-up."""
 
-    def names(self) -> list[str]:
-        """List the chunks' names."""
-        return list(self._chunks)
+    def refresh(self, prefix: str) -> None:
+        """Do nothing: there are no other processes."""
+
+    def chunks(self, prefix: str) -> list[Chunk]:
+        """List the chunks whose names begin with ``prefix``."""
+        chunks = list(self._chunks.items())
+        return [chunk for name, chunk in chunks if name.startswith(prefix)]
 
     def sizes(self) -> dict[str, int]:
         """Give the bytes of each chunk by name, used longest ago first."""
@@ -54,12 +59,8 @@ class Memory:
         """Count the bytes that a chunk takes here."""
         return chunk.record.nbytes + _BYTES_PER_TEXT * len(chunk.rows)
 
-    def open(self, name: str) -> Chunk:
-        """Return a chunk."""
-        return self._chunks[name]
-
     def put(self, chunk: Chunk) -> None:
-        """Add a chunk."""
+        """Add a chunk, as the one used last."""
         self._chunks[chunk.name] = chunk
 
     def remove(self, name: str) -> None:
@@ -93,7 +94,9 @@ class Folder:
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._home = self._path / f"skspin-{FORMAT}"
-        self._chunks, self._metadata = self._home / "chunks", self._home / "metadata"
+        self._files, self._metadata = self._home / "chunks", self._home / "metadata"
+        self._chunks: dict[str, Chunk] = {}  # those that were opened, by name
+        self._damaged: set[str] = set()  # names
         self._latest_use = 0
 
     def __str__(self) -> str:
@@ -102,17 +105,55 @@ class Folder:
 
     def make(self) -> None:
         """Make the folder, readable by its owner alone, if it is not there."""
-        for folder in (self._path, self._home, self._chunks, self._metadata):
+        for folder in (self._path, self._home, self._files, self._metadata):
             os.makedirs(folder, mode=0o700, exist_ok=True)
 
-    def names(self) -> list[str]:
-        """List the names of chunks, those of other processes too."""
-        return [name for name in os.listdir(self._chunks) if _CHUNK.fullmatch(name)]
+    def refresh(self, prefix: str) -> None:
+        """Learn which chunks there are, and open those whose names begin with ``prefix``."""
+        for _ in range(5):
+            known = set(self._chunks)
+            names = {name for name in os.listdir(self._files) if _CHUNK.fullmatch(name)}
+            new = [name for name in names - known - self._damaged if name.startswith(prefix)]
+            all_there = all([self._open(name) for name in new])
+            for name in known - names:
+                self._chunks.pop(name, None)
+            if all_there and known <= names:
+                break  # otherwise another process may have merged chunks: look for the result
+
+    def chunks(self, prefix: str) -> list[Chunk]:
+        """List the known chunks whose names begin with ``prefix``."""
+        # Those that another thread or process removes from now on can still be read.
+        return [chunk for name, chunk in list(self._chunks.items()) if name.startswith(prefix)]
+
+    def _open(self, name: str) -> bool:
+        """Map a chunk into memory; False if it has just been removed."""
+        path = self._files / name
+        try:
+            record = np.load(path, mmap_mode="r", allow_pickle=False)
+            if os.path.getsize(path) != record.offset + record.nbytes:
+                raise ValueError("it was cut off or has grown")
+            self._chunks[name] = Chunk(record, name)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            raise
+        except Exception as error:  # NumPy may raise anything at a damaged header
+            self._give_up(name, error)
+        return True
+
+    def _give_up(self, name: str, trouble: object) -> None:
+        """Warn of a damaged file, remove it if possible, and never open it again."""
+        warn(
+            f"{self._files / name} is damaged ({trouble}). What is missing will be computed again."
+        )
+        self._damaged.add(name)
+        with suppress(OSError):
+            self.remove(name)
 
     def sizes(self) -> dict[str, int]:
         """Give the bytes of each file, of unfinished ones too, used longest ago first."""
         used = []
-        with os.scandir(self._chunks) as files:
+        with os.scandir(self._files) as files:
             for file in files:
                 if _CHUNK.fullmatch(file.name.removesuffix(".tmp")):
                     with suppress(FileNotFoundError):  # another process has just removed it
@@ -127,39 +168,32 @@ class Folder:
         start = record.offset if isinstance(record, np.memmap) else len(_header(record.dtype))
         return start + record.nbytes
 
-    def open(self, name: str) -> Chunk:
-        """Map a chunk into memory."""
-        path = self._chunks / name
-        try:
-            record = np.load(path, mmap_mode="r", allow_pickle=False)
-            n_bytes = record.offset + record.nbytes
-        except OSError:
-            raise
-        except Exception as error:  # NumPy may raise anything at a damaged header
-            raise DamagedChunk(f"{path} is damaged") from error
-        if os.path.getsize(path) != n_bytes:
-            raise DamagedChunk(f"{path} was cut off or has grown")
-        return Chunk(record, name)
-
     def put(self, chunk: Chunk) -> None:
-        """Write a chunk."""
+        """Write a chunk, as the one used last."""
         content = _header(chunk.record.dtype), chunk.record.reshape(1).view(np.uint8).data
-        _write_whole(self._chunks / chunk.name, f"{chunk.name}.tmp", *content)
+        _write_whole(self._files / chunk.name, f"{chunk.name}.tmp", *content)
+        self.touch(chunk)
+        if chunk.record.nbytes <= _SMALL_BYTES:
+            self._chunks[chunk.name] = chunk
+        else:  # from now on the system decides how long its rows stay in memory
+            self._open(chunk.name)
 
     def remove(self, name: str) -> None:
         """Remove a chunk, if it is there."""
+        self._chunks.pop(name, None)
         with suppress(*_CANNOT_REMOVE):
-            os.unlink(self._chunks / name)
+            os.unlink(self._files / name)
 
     def touch(self, chunk: Chunk) -> bool:
         """Mark a chunk as used, by its file's time, and return whether the file is whole.
 
         The time is later than that of all other files, even if the machine's clock was set back.
         """
-        path = self._chunks / chunk.name
+        path = self._files / chunk.name
         with suppress(OSError):  # removed, or owned by another user
             status = os.stat(path)
             if status.st_size != self.size_of(chunk):
+                self._give_up(chunk.name, "it was cut off or has grown")
                 return False
             self._latest_use = max(time.time_ns(), self._latest_use + 1, status.st_mtime_ns)
             os.utime(path, ns=(self._latest_use, self._latest_use))

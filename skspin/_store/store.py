@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -23,7 +23,6 @@ from skspin._layout import Layout
 from skspin._store.chunk import (
     About,
     Chunk,
-    DamagedChunk,
     find_common,
     merge,
     name_of_key,
@@ -38,7 +37,6 @@ from skspin._system import return_free_memory, warn
 _CHUNKS_IN_LIMIT = 16  # chunks are evicted whole, so none takes more than 1 / 16 of the limit
 _MERGED_AT_ONCE = 16  # chunks of about one size
 _MOST_MERGED = 1 << 26  # bytes of a merged chunk, so that merging never takes long
-_SMALL_BYTES = 1 << 16  # of a new chunk that stays in memory, and is not mapped from its file
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,6 @@ class Store:
         self._storage = storage
         self._memory = memory
         self._metadata: dict[str, str] = {}
-        self._chunks: dict[str, Chunk] = {}  # those that were opened, by name
-        self._damaged: set[str] = set()  # names
         self._reads = self._writes = True
         with self._surviving("make"):
             storage.make()
@@ -159,29 +155,28 @@ class Store:
 
     def _fill(self, request: _Request) -> None:
         """Fill in what this store holds and was not found yet."""
-        key = name_of_key(request.about.key)
-        if self._reads:
-            with self._surviving("read"):
-                self._refresh(key)
-        # Chunks that another thread removes meanwhile can still be read.
-        chunks = [chunk for name, chunk in list(self._chunks.items()) if name.startswith(key)]
-        chunks.sort(key=lambda chunk: chunk.about.name != request.about.name)  # alike ones first
-        for chunk in chunks:
-            is_alike = chunk.about.dtype == request.about.dtype
-            if is_alike and not request.row_of.keys().isdisjoint(chunk.row_of.keys()):
+        for chunk in self._known_chunks(request.about):
+            if not request.row_of.keys().isdisjoint(chunk.row_of.keys()):
                 self._copy(chunk, request)
         if self._memory is not None and not (self._reads and self._writes):
             self._memory._fill(request)
+
+    def _known_chunks(self, about: About) -> list[Chunk]:
+        """List the chunks of a key and a format, those of the same layout first."""
+        prefix = name_of_key(about.key)
+        if self._reads:
+            with self._surviving("read"):
+                self._storage.refresh(prefix)
+        chunks = self._storage.chunks(prefix)
+        chunks.sort(key=lambda chunk: chunk.about.name != about.name)
+        return [chunk for chunk in chunks if chunk.about.dtype == about.dtype]
 
     def _copy(self, chunk: Chunk, request: _Request) -> None:
         """Copy what was not found yet from a chunk into the caller's array."""
         asked, copies = find_common(chunk.about.layout, request.about.layout)
         targets, rows = _match(request.row_of, chunk.row_of)
         lacking = np.flatnonzero(~request.found[targets][:, asked].all(axis=1))
-        if not len(lacking):
-            return
-        if not self._storage.touch(chunk):
-            self._give_up(chunk.name, f"{chunk.name} in {self._storage} was cut off")
+        if not len(lacking) or not self._storage.touch(chunk):
             return
         in_file = lacking[np.argsort(rows[lacking])]  # reading a disk in order is faster
         rows, targets, n_texts = rows[in_file], targets[in_file], len(in_file)
@@ -204,40 +199,6 @@ class Store:
                 warn_of_damage(int((~sound).sum()), self._storage)
                 chunk.forget(rows[~sound])
 
-    # Known chunks
-
-    def _refresh(self, key: str = "") -> None:
-        """Learn which chunks there are, and open those whose names begin with ``key``."""
-        for _ in range(5):
-            known = set(self._chunks)
-            names = set(self._storage.names())
-            new = [name for name in names - known - self._damaged if name.startswith(key)]
-            gone = known - names
-            all_there = all([self._open(name) for name in new])
-            for name in gone:
-                self._chunks.pop(name, None)
-            if all_there and not gone:
-                break  # otherwise another process may have merged chunks: look for the result
-
-    def _open(self, name: str) -> bool:
-        """Open a chunk; False if it has just been removed."""
-        try:
-            self._chunks[name] = self._storage.open(name)
-        except (FileNotFoundError, KeyError):
-            return False
-        except DamagedChunk as error:
-            self._give_up(name, error)
-        return True
-
-    def _give_up(self, name: str, trouble: object) -> None:
-        """Warn of a damaged file, remove it if possible, and never open it again."""
-        warn(f"{trouble}; what is missing will be computed again.")
-        self._damaged.add(name)
-        self._chunks.pop(name, None)
-        if self._writes:
-            with self._surviving("write to"):
-                self._storage.remove(name)
-
     # Adding
 
     def add(self, chunk: Chunk) -> None:
@@ -259,11 +220,6 @@ class Store:
             self._make_room(n_bytes, limit)
             chunk.name = f"{chunk.about.name}{token_hex(8)}.npy"
             self._storage.put(chunk)
-            self._storage.touch(chunk)
-            if chunk.record.nbytes <= _SMALL_BYTES:
-                self._chunks[chunk.name] = chunk
-            else:  # from now on the system decides how long its rows stay in memory
-                self._open(chunk.name)
 
     def _make_room(self, n_bytes: int, limit: int) -> None:
         """Remove what was used longest ago until ``n_bytes`` more fit into ``limit``."""
@@ -271,15 +227,15 @@ class Store:
         excess = sum(sizes.values()) + n_bytes - limit
         for name, size in sizes.items():
             if excess > 0:
-                self._remove({name})
+                self._storage.remove(name)
                 excess -= size
 
     def _merge_small(self, about: str, limit: int) -> None:
         """Merge chunks of one key and layout where there are many of about one size."""
         most = min(limit // _CHUNKS_IN_LIMIT, _MOST_MERGED)
         alike: defaultdict[int, list[Chunk]] = defaultdict(list)
-        for chunk in list(self._chunks.values()):
-            if chunk.about.name == about and chunk.record.nbytes <= most // 2:
+        for chunk in self._storage.chunks(about):
+            if chunk.record.nbytes <= most // 2:
                 alike[chunk.record.nbytes.bit_length() // 4].append(chunk)
         for chunks in alike.values():
             if len(chunks) >= _MERGED_AT_ONCE:
@@ -292,12 +248,8 @@ class Store:
         merged = merge(chunks, self._storage)
         if merged is not None:
             self._put(merged, limit)
-        self._remove({chunk.name for chunk in chunks})
-
-    def _remove(self, names: Collection[str]) -> None:
-        for name in names:
-            self._chunks.pop(name, None)
-            self._storage.remove(name)
+        for chunk in chunks:
+            self._storage.remove(chunk.name)
 
     # For users
 
@@ -320,14 +272,14 @@ class Store:
         """Count what is kept."""
         if self._reads:
             with self._surviving("read"):
-                self._refresh()
-                n_bytes = sum(self._storage.sizes().values())
+                self._storage.refresh("")
                 texts: defaultdict[About, set[bytes]] = defaultdict(set)
-                for chunk in list(self._chunks.values()):
+                for chunk in self._storage.chunks(""):
                     texts[chunk.about].update(chunk.row_of)
                 models: Counter[str] = Counter()
                 for about, own in texts.items():
                     models[about.model or about.key] += len(own) * len(about.layout.segments)
+                n_bytes = sum(self._storage.sizes().values())
                 return StoreInfo(models.total(), n_bytes, self.limit, dict(models))
         return StoreInfo()
 
@@ -335,7 +287,8 @@ class Store:
         """Remove everything, metadata too, for all processes, and free the space."""
         self._metadata.clear()
         if self._reads:
-            self._remove({*self._storage.sizes(), *self._chunks})
+            for name in self._storage.sizes():
+                self._storage.remove(name)
             self._storage.clear_metadata()
         if self._memory is not None and not self._writes:
             self._memory.clear()
