@@ -27,7 +27,7 @@ def test_docstrings_are_the_same_every_time():
 
 def test_texts_and_models_are_found_without_importing_a_library():
     code = (
-        "import sys; from skspin.datasets import demo_llm, load_docstrings;"
+        "import sys; from skspin.datasets import demo_llm, demo_model, load_docstrings;"
         "load_docstrings(n_per_class=5); assert (demo_model() / 'model.safetensors').is_file()\n"
         "try:\n    assert open(demo_llm(), 'rb').read(4) == b'GGUF'\n"
         "except ModuleNotFoundError as error:\n    assert 'not installed' in str(error)\n"

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import groupby, repeat
 from numbers import Real
 from secrets import token_hex
 from typing import Any
@@ -134,7 +134,9 @@ class Store:
         """
         digests = text_digests(texts)
         row_of = dict(zip(reversed(digests), range(len(digests) - 1, -1, -1), strict=True))
-        sources = np.fromiter(map(row_of.__getitem__, digests), np.int64, len(digests))
+        sources = np.arange(len(digests))
+        if len(row_of) < len(digests):
+            sources = np.fromiter(map(row_of.__getitem__, digests), np.int64, len(digests))
         repeated = np.flatnonzero(sources != np.arange(len(digests)))
         found = np.zeros((len(digests), len(layout.segments)), bool)
         found[repeated] = True  # copied at the end
@@ -155,9 +157,12 @@ class Store:
 
     def _fill(self, request: _Request) -> None:
         """Fill in what this store holds and was not found yet."""
-        for chunk in self._known_chunks(request.about):
-            if not request.row_of.keys().isdisjoint(chunk.row_of.keys()):
-                self._copy(chunk, request)
+        known = self._known_chunks(request.about)
+        for layout, chunks in groupby(known, lambda chunk: chunk.about.layout):
+            asked, copies = find_common(layout, request.about.layout)
+            for chunk in chunks:
+                if not request.row_of.keys().isdisjoint(chunk.row_of.keys()):
+                    self._copy(chunk, request, asked, copies)
         if self._memory is not None and not (self._reads and self._writes):
             self._memory._fill(request)
 
@@ -168,17 +173,18 @@ class Store:
             with self._surviving("read"):
                 self._storage.refresh(prefix)
         chunks = self._storage.chunks(prefix)
-        chunks.sort(key=lambda chunk: chunk.about.name != about.name)
+        chunks.sort(key=lambda chunk: (chunk.about.name != about.name, chunk.about.name))
         return [chunk for chunk in chunks if chunk.about.dtype == about.dtype]
 
-    def _copy(self, chunk: Chunk, request: _Request) -> None:
+    def _copy(self, chunk: Chunk, request: _Request, asked: np.ndarray, copies: list) -> None:
         """Copy what was not found yet from a chunk into the caller's array."""
-        asked, copies = find_common(chunk.about.layout, request.about.layout)
         targets, rows = _match(request.row_of, chunk.row_of)
-        lacking = np.flatnonzero(~request.found[targets][:, asked].all(axis=1))
-        if not len(lacking) or not self._storage.touch(chunk):
+        if request.found[targets].any():
+            lacking = ~request.found[targets][:, asked].all(axis=1)
+            targets, rows = targets[lacking], rows[lacking]
+        if not len(rows) or not self._storage.touch(chunk):
             return
-        in_file = lacking[np.argsort(rows[lacking])]  # reading a disk in order is faster
+        in_file = np.argsort(rows)  # reading a disk in order is faster
         rows, targets, n_texts = rows[in_file], targets[in_file], len(in_file)
         sound = np.empty(n_texts, bool)
         parts = pieces(n_texts, chunk.row_bytes)
@@ -323,4 +329,5 @@ def _match(one: dict[bytes, int], other: dict[bytes, int]) -> tuple[np.ndarray, 
         return _match(other, one)[::-1]
     others = np.fromiter(map(other.get, one, repeat(-1)), np.int64, len(one))
     own = np.fromiter(one.values(), np.int64, len(one))
-    return own[others >= 0], others[others >= 0]
+    common = np.flatnonzero(others >= 0)
+    return own[common], others[common]
