@@ -126,13 +126,10 @@ def acts_in_fit_only(step: Any) -> bool:
 
 def flatten(estimator: Any) -> Iterator[Any]:
     """List the steps that act at prediction, in order, with pipelines and wrappers unpacked."""
-    if isinstance(estimator, Pipeline):
-        for _, step in estimator.steps:
-            yield from flatten(step)
-    elif isinstance(estimator, FrozenEstimator):
-        yield from flatten(estimator.estimator)
-    elif isinstance(estimator, PrunedStep) and estimator.support_ is None:
-        yield from flatten(estimator.left_)
+    is_whole = isinstance(estimator, PrunedStep) and estimator.support_ is None
+    if is_whole or isinstance(estimator, Pipeline | FrozenEstimator):
+        for member in _members(estimator):
+            yield from flatten(member)
     elif hasattr(estimator, "best_estimator_"):
         yield from flatten(estimator.best_estimator_)
     elif estimator not in (None, "passthrough") and not acts_in_fit_only(estimator):
