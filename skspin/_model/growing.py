@@ -19,10 +19,11 @@ from skspin._layout import Layout, Segment
 from skspin._model.batches import encoder_of
 from skspin._model.forward import token_forward
 from skspin._model.positions import most_tokens
+from skspin._model.prompts import replace_surrogates
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
 from skspin._model.token_level import check_cut, check_end, check_prefixes
-from skspin._model.tokens import OpenTokens, replace_surrogates
+from skspin._model.tokens import OpenTokens
 from skspin._texts import TextTokens
 
 _STRETCH = 512  # tokens in a pass

@@ -3,7 +3,7 @@
 import pytest
 from bert_files import as_hub_cache, save, tiny_bert
 
-from skspin._model.hub import _ask_hub
+from skspin._model.files import _ask_hub
 from skspin._model.registry import forget_models
 
 

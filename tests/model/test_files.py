@@ -224,7 +224,7 @@ def connect(monkeypatch, new_process):
         for module in (constants, file_download):  # older versions hold a copy
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("skspin._model.hub._HUB_SECONDS", 0.2)
+        monkeypatch.setattr("skspin._model.files._HUB_SECONDS", 0.2)
 
     return to
 
