@@ -55,7 +55,14 @@ class Source:
         for name in ("model", "tokenizer"):
             if isinstance(value := getattr(self, name), str | os.PathLike):
                 object.__setattr__(self, name, os.path.expanduser(os.fspath(value)))
-        self._unwrap()
+        # A SentenceTransformer holds a language model, a tokenizer and a longest text.
+        is_sequence = not isinstance(self.model, str) and hasattr(self.model, "__getitem__")
+        module = self.model[0] if is_sequence and hasattr(self.model, "tokenizer") else self.model
+        if hasattr(module, "auto_model"):
+            object.__setattr__(self, "longest", getattr(module, "max_seq_length", None))
+            if self.tokenizer is None:
+                object.__setattr__(self, "tokenizer", module.tokenizer)
+            object.__setattr__(self, "model", module.auto_model)
         if not self.in_memory and not isinstance(self.model, str):
             is_module = hasattr(self.model, "forward") and not isinstance(self.model, type)
             raise TypeError(
@@ -74,37 +81,28 @@ class Source:
                 f"model_kwargs={self.model_kwargs!r} has names that are no str. Give names of "
                 "arguments of from_pretrained, e.g. {'attn_implementation': 'eager'}."
             )
-        for name in _PARAMETERS & set(self.options):
-            parameter = name.removeprefix("torch_")
-            raise ValueError(f"model_kwargs has {name!r}. Use the parameter {parameter}= instead.")
-        for name in _REFUSED & set(self.options):
-            raise ValueError(
-                f"model_kwargs has {name!r}, which changes what from_pretrained loads or returns. "
-                "Leave it out, or load the model yourself and pass it as model=."
-            )
-        if "gguf_file" in self.options and isinstance(self.model, str):
-            if os.path.isfile(self.model):
+        for name, value in self.options.items():
+            if name in _PARAMETERS:
+                raise ValueError(
+                    f"model_kwargs has {name!r}. Use the parameter {name.removeprefix('torch_')}= "
+                    "instead."
+                )
+            if name in _REFUSED:
+                raise ValueError(
+                    f"model_kwargs has {name!r}, which changes what from_pretrained loads or "
+                    "returns. Leave it out, or load the model yourself and pass it as model=."
+                )
+            if name == "gguf_file" and not self.in_memory and os.path.isfile(self.model):
                 raise ValueError(
                     f"model={self.model!r} is a file, and model_kwargs names another, gguf_file="
-                    f"{self.options['gguf_file']!r}. Leave out gguf_file."
+                    f"{value!r}. Leave out gguf_file."
                 )
-        config = self.options.get("config")
-        if "config" in self.options and not hasattr(config, "model_type"):
-            raise ValueError(
-                f"model_kwargs has config={config!r}, but it must be a configuration, e.g. "
-                "AutoConfig.from_pretrained(...). Single values go into model_kwargs themselves."
-            )
-
-    def _unwrap(self) -> None:
-        """Take from a SentenceTransformer its language model, tokenizer and longest text."""
-        is_sequence = not isinstance(self.model, str) and hasattr(self.model, "__getitem__")
-        module = self.model[0] if is_sequence and hasattr(self.model, "tokenizer") else self.model
-        if not hasattr(module, "auto_model"):
-            return
-        object.__setattr__(self, "longest", getattr(module, "max_seq_length", None))
-        if self.tokenizer is None:
-            object.__setattr__(self, "tokenizer", module.tokenizer)
-        object.__setattr__(self, "model", module.auto_model)
+            if name == "config" and not hasattr(value, "model_type"):
+                raise ValueError(
+                    f"model_kwargs has config={value!r}, but it must be a configuration, e.g. "
+                    "AutoConfig.from_pretrained(...). Single values go into model_kwargs "
+                    "themselves."
+                )
 
     @property
     def options(self) -> dict[str, Any]:
