@@ -86,15 +86,14 @@ def _as_json(value: Any) -> Any:
 
 def _digest_file(path: Path, store: Store | None) -> str:
     """Digest a file's content, or look its digest up if the file did not change since."""
-    real = os.path.realpath(path)
-    stat = os.stat(real)
+    stat = os.stat(path)
     # ctime, unlike mtime, can't be set back.
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    key = json.dumps(["file", real, stat.st_ino, stat.st_size, *times])
+    key = json.dumps(["file", os.path.abspath(path), stat.st_ino, stat.st_size, *times])
     stored = None if store is None else store.get_metadata(key)
     digest = stored or _known_files.get(key)
     if digest is None:
-        with open(real, "rb") as file:
+        with open(path, "rb") as file:
             digest = file_digest(file, xxhash.xxh3_128).hexdigest()
     # A second write to so young a file could leave the same times, so its digest is not kept.
     if time.time_ns() - max(times) > _YOUNG_NS:

@@ -221,10 +221,8 @@ def test_a_long_message_is_cut_and_the_template_stays(chat):
 # Around them
 
 
-@pytest.mark.parametrize("cache", ["memory", "folder"])
-def test_texts_and_conversations_are_stored_apart(chat, tmp_path, cache):
-    cache = tmp_path / "store" if cache == "folder" else cache
-    fitted = transformer(chat, cache=cache).fit(CONVERSATIONS)
+def test_texts_and_conversations_are_stored_apart(chat, tmp_path):
+    fitted = transformer(chat, cache=tmp_path / "store").fit(CONVERSATIONS)
     talk = fitted.transform(CONVERSATIONS)
     written = open_texts(CONVERSATIONS).to_list()
     assert np.abs(fitted.transform(written) - talk).max() > 1e-3

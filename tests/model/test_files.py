@@ -1,15 +1,18 @@
 """What can't be a model, what is read of one that can, and what is fetched from the hub."""
 
+import json
 import socket
+import threading
 import time
 from contextlib import contextmanager
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 from bert_files import COMMIT, SIZES, save
 from huggingface_hub import constants, file_download
-from small_hub import serve
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, LlamaConfig, T5Config
 from transformers.utils import logging
 
@@ -197,6 +200,46 @@ def test_loading_says_nothing_and_changes_no_setting(folder, capfd):
 
 
 # The hub
+
+
+@contextmanager
+def serve(folder):
+    """Serve a folder as the model org/tiny; yield the hub's address and the files it has given."""
+    given = []
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    tree = [
+        {"type": "file", "path": name, "size": len(content), "oid": sha1(content).hexdigest()}
+        for name, content in files.items()
+    ]
+    model = {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):  # noqa: N802
+            name = self.path.partition(f"/resolve/{COMMIT}/")[2]
+            if name not in files and name:
+                self.send_error(404)
+                return
+            body = files.get(name, json.dumps(tree if "/tree/" in self.path else model).encode())
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{sha1(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+                given.extend([name] if name else [])
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", given
+        finally:
+            server.shutdown()
 
 
 @contextmanager

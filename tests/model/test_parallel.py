@@ -1,6 +1,7 @@
 """Shards: whoever computes them, and whatever happens to them, the rows are the same."""
 
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -12,7 +13,6 @@ import pytest
 from bert_files import save, tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from joblib.externals.loky import get_reusable_executor
 from sklearn.model_selection import GridSearchCV
 
 from skspin import LLMActivationTransformer, make_spin_pipeline
@@ -102,7 +102,10 @@ def work_on(folder):
 def test_a_worker_refuses_other_weights(folder):
     recipe, layout = work_on(folder)
     other = replace(recipe, fingerprint="folder:of-another-model", n_jobs=2)
-    with pytest.raises(ValueError, match="A worker found model=.*fingerprint"):
+    with (
+        joblib.parallel_config(backend="threading"),
+        pytest.raises(ValueError, match="A worker found model=.*fingerprint"),
+    ):
         list(extract(other, TEXTS, layout))
 
 
@@ -126,6 +129,32 @@ def test_several_processes_give_what_one_gives_and_one_that_dies_costs_its_shard
 ):
     with joblib.parallel_config(n_jobs=2):
         assert_same(collect(*work_on(folder), kill_a_worker), expected)
+
+
+def test_no_worker_of_a_search_loads_a_model_if_texts_were_read_into_a_folder_before(
+    folder, tmp_path
+):
+    copy = str(shutil.copytree(folder, tmp_path / "copy"))
+
+    def models_loaded(estimator, X, y):  # in here, so that workers need not import this module
+        registry = sys.modules.get("skspin._model.registry")
+        return 0 if registry is None else sum(key[0].model == copy for key in registry._loaded)
+
+    def process_id(estimator, X, y):
+        return os.getpid()
+
+    texts, y = TEXTS[:60], np.arange(60) % 2
+    store = tmp_path / "store"
+    spin = make_spin_pipeline(copy, dtype="float32", cache=store, site="hidden", pooling="mean")
+    spin.set_params(select__C=10).fit(texts, y)
+    scoring = {"models": models_loaded, "process": process_id}
+    grid = {"activations__cache": [store, None]}  # in this order
+    search = GridSearchCV(spin, grid, cv=3, n_jobs=2, scoring=scoring, refit=False)
+    with joblib.parallel_config(backend="loky"):
+        found = search.fit(texts, y).cv_results_
+    splits = [found[f"split{i}_test_models"] for i in range(3)]
+    assert np.unique(splits, axis=0).tolist() == [[0, 1]]
+    assert os.getpid() not in np.unique([found[f"split{i}_test_process"] for i in range(3)])
 
 
 @pytest.mark.filterwarnings("default")  # of dask's own
@@ -218,28 +247,3 @@ def test_shards_of_very_unequal_texts_hold_like_numbers_of_tokens(
     for tokens in of_shard:
         by_worker[by_worker.argmin()] += tokens
     assert by_worker.max() < most * by_worker.mean()
-
-
-def test_no_worker_of_a_search_loads_a_model_if_texts_were_read_into_a_folder_before(
-    folder, tmp_path
-):
-    def models_loaded(estimator, X, y):  # in here, so that workers need not import this module
-        backbone = sys.modules.get("skspin._model.registry")
-        return 0 if backbone is None else len(backbone._loaded)
-
-    def process_id(estimator, X, y):
-        return os.getpid()
-
-    texts, y = TEXTS[:60], np.arange(60) % 2
-    store = tmp_path / "store"
-    spin = make_spin_pipeline(folder, dtype="float32", cache=store, site="hidden", pooling="mean")
-    spin.set_params(select__C=10).fit(texts, y)
-    get_reusable_executor().shutdown(wait=True)  # whose workers may have loaded a model before
-    scoring = {"models": models_loaded, "process": process_id}
-    grid = {"activations__cache": [store, None]}  # in this order
-    search = GridSearchCV(spin, grid, cv=3, n_jobs=2, scoring=scoring, refit=False)
-    with joblib.parallel_config(backend="loky"):
-        found = search.fit(texts, y).cv_results_
-    splits = [found[f"split{i}_test_models"] for i in range(3)]
-    assert np.unique(splits, axis=0).tolist() == [[0, 1]]
-    assert os.getpid() not in np.unique([found[f"split{i}_test_process"] for i in range(3)])
