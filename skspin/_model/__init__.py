@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from skspin._layout import POOLINGS, SITES, STACKS, Layout, Segment
-from skspin._model.device import as_devices, resolve_device, resolve_dtype, usable_device
+from skspin._model.device import resolve_device, resolve_dtype, usable_device
 from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
 from skspin._model.recipe import ModelMismatchError, Recipe, Rows
@@ -88,15 +88,15 @@ def cut_model(recipe: Recipe, layout: Layout) -> Any:
 
 def text_encoder(recipe: Recipe) -> Any:
     """Make the encoder that turns texts into the model's inputs."""
-    from skspin._model import batches
+    from skspin._model import tokens
 
-    return batches.encoder_of(_load(recipe), recipe)
+    return tokens.TextEncoder(_load(recipe), recipe)
 
 
 def _load(recipe: Recipe) -> Any:
     from skspin._model import registry
 
-    device = as_devices(recipe.device)[0]
+    device = recipe.devices[0]
     return registry.load_backbone(recipe.source, device, recipe.number_format, recipe.fingerprint)
 
 

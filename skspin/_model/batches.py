@@ -58,47 +58,11 @@ def extract(
     """Run texts through a loaded model and read their pooled activations."""
     budget = TokenBudget(backbone, recipe.batch_tokens)
     chunks = list(_chunks(texts))
-    groups = _groups(chunks, encoder_of(backbone, recipe), budget)
+    groups = _groups(chunks, TextEncoder(backbone, recipe), budget)
     for group in _ahead(groups) if len(chunks) > 1 else groups:
-        merges: dict[int, WindowMerge] = {}  # of long texts, by their number in the group
         for batch, values in _run(backbone, group, layout, budget):
             _check_finite(values, layout, backbone.dtype)
-            done, rows = group.owners[batch], values
-            if (group.n_windows[done] > 1).any():
-                done, rows = _merge(group, batch, values, layout, merges)
-            n_tokens = int(group.lengths[batch].sum())
-            yield Rows(group.start + done, rows, n_tokens, int(group.truncated[done].sum()))
-
-
-def encoder_of(backbone: Backbone, recipe: Recipe) -> TextEncoder:
-    """Make the encoder that a recipe asks for, within the positions that a model has."""
-    max_length = min(backbone.n_positions, recipe.max_length)
-    is_causal = backbone.anatomy.is_causal
-    return TextEncoder(backbone.tokenizer, backbone.bare_tokenizer, recipe, max_length, is_causal)
-
-
-def _merge(
-    group: _Group,
-    batch: np.ndarray,
-    values: np.ndarray,
-    layout: Layout,
-    merges: dict[int, WindowMerge],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Merge the rows of windows; give the texts that are complete, and their rows."""
-    done, rows = [], []
-    for window, row in zip(batch.tolist(), values, strict=True):
-        text = int(group.owners[window])
-        if group.n_windows[text] > 1:
-            if text not in merges:
-                n_pooled = [window.n_pooled for window in group.encoded[text].windows]
-                merges[text] = WindowMerge(n_pooled, layout)
-            row = merges[text].add(group.numbers[window], row)
-            if row is None:
-                continue
-            del merges[text]
-        done.append(text)
-        rows.append(row)
-    return np.array(done, np.intp), np.array(rows, np.float32).reshape(-1, layout.n_columns)
+            yield group.rows(batch, values, layout)
 
 
 class TokenBudget:
@@ -163,6 +127,7 @@ class _Group:
         self.owners = np.repeat(np.arange(len(encoded)), self.n_windows)  # (n_windows,)
         # Numbers of the windows, each within its text.
         self.numbers = [i for text in encoded for i in range(len(text.windows))]
+        self.merges: dict[int, WindowMerge] = {}  # of long texts that are not complete
         self.left = np.empty(0, dtype=np.intp)  # the longest first
         self.put_back(np.arange(len(self.windows)))
 
@@ -181,6 +146,31 @@ class _Group:
         """Add the windows of a batch that failed."""
         left = np.concatenate([batch, self.left])
         self.left = left[np.argsort(-self.lengths[left], kind="stable")]
+
+    def rows(self, batch: np.ndarray, values: np.ndarray, layout: Layout) -> Rows:
+        """Give the rows of the texts that are complete with a batch of windows."""
+        done, rows = self.owners[batch], values
+        if (self.n_windows[done] > 1).any():
+            merged = [self._merge(*window, layout) for window in zip(batch, values, strict=True)]
+            is_complete = [row is not None for row in merged]
+            done = done[is_complete]
+            rows = np.array([row for row in merged if row is not None], np.float32)
+            rows = rows.reshape(-1, layout.n_columns)
+        n_truncated = int(self.truncated[done].sum())
+        return Rows(self.start + done, rows, int(self.lengths[batch].sum()), n_truncated)
+
+    def _merge(self, window: int, row: np.ndarray, layout: Layout) -> np.ndarray | None:
+        """Give the row of a window's text if it is the text's last or only one."""
+        text = int(self.owners[window])
+        if self.n_windows[text] == 1:
+            return row
+        if text not in self.merges:
+            n_pooled = [window.n_pooled for window in self.encoded[text].windows]
+            self.merges[text] = WindowMerge(n_pooled, layout)
+        merged = self.merges[text].add(self.numbers[window], row)
+        if merged is not None:
+            del self.merges[text]
+        return merged
 
 
 def _groups(

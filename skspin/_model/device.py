@@ -12,18 +12,6 @@ from typing import Any
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def as_devices(device: Any = None) -> list[Any]:
-    """List the devices that a ``device`` parameter names: one, which may be None, or several."""
-    if not isinstance(device, list | tuple):
-        return [device]
-    if not device or any(one is None for one in device):
-        raise ValueError(
-            f"device={device!r} must name at least one device, and each by its name, e.g. "
-            "['cuda:0', 'cuda:1']. Leave device=None to have one chosen."
-        )
-    return list(device)
-
-
 def resolve_device(device: Any = None) -> str:
     """Name a device, e.g. "cuda:0"; None is the current CUDA device, else the CPU."""
     if device is None:

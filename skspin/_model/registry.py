@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 from skspin._model.anatomy import Anatomy, find_anatomy
 from skspin._model.device import resolve_device, resolve_dtype, usable_device
@@ -33,7 +34,6 @@ from skspin._model.files import (
 )
 from skspin._model.fingerprint import fingerprint
 from skspin._model.positions import most_tokens
-from skspin._model.tokens import bare_copy
 from skspin._model.trial import try_anatomy
 from skspin._system import after_fork
 
@@ -138,13 +138,29 @@ def resolve_placement(source: Source, device: Any = None, dtype: Any = "auto") -
 def _assemble(source: Source, model: Any, dtype: str, name: str) -> Backbone:
     tokenizer = load_tokenizer(source)
     device = _input_device(model)
-    bare, anatomy = bare_copy(tokenizer), try_anatomy(model, device, name)
+    bare, anatomy = _bare_copy(tokenizer), try_anatomy(model, device, name)
     return Backbone(model, tokenizer, bare, anatomy, device, dtype, name)
 
 
 def _input_device(model: Any) -> torch.device:
     # A model that is spread over devices, or partly offloaded, takes its inputs on the first.
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def _bare_copy(tokenizer: Any) -> Tokenizer | None:
+    """Copy the Rust part of a tokenizer, without truncation and padding; None if it has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else _parse(backend.to_str())
+
+
+@lru_cache(maxsize=4)  # a tokenizer in memory is copied in every call, and may have changed
+def _parse(definition: str) -> Tokenizer:
+    copy = Tokenizer.from_str(definition)
+    # Both are settings of the original object, left by its last call, and another thread may change
+    # them there at any time.
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 # Loading files
@@ -219,12 +235,15 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
 
 def _configure(source: Source) -> tuple[Any, dict[str, Any]]:
     """Read a model's configuration, changed by its options; return it and all other options."""
+    files: Any = source.files
+    if files.is_local and not files.is_gguf and not files.holds(["config.json"]):
+        raise ValueError(_no_model(files))  # of an adapter, transformers would load another model
     options = {k: v for k, v in source.options.items() if k not in WHERE_OPTIONS}
     if "config" in options:
         return copy.deepcopy(options.pop("config")), options
     asked = {k: v for k, v in options.items() if k not in NEUTRAL_OPTIONS | _OF_WEIGHTS}
     config, others = _load(
-        source.files,
+        files,
         _CONFIGURATION,
         transformers.AutoConfig.from_pretrained,
         trust_remote_code=source.trust_remote_code,
@@ -332,19 +351,21 @@ def _advice(files: Files, kind: _Kind, said: str) -> str:
                 "refused. If you trust them, pass model_kwargs={'use_safetensors': False}. "
                 f"({said})"
             )
-        if files.holds(["adapter_config.json"]):
-            return (
-                f"The folder {files.name!r} holds an adapter, not a model. Load it with peft, and "
-                "pass the model itself as model=."
-            )
-        if kind is _CONFIGURATION and files.is_local:
-            found = sorted(Path(files.name, files.subfolder).glob("*.gguf"))
-            or_file = f", or the GGUF file: model={str(found[0])!r}" if found else ""
-            return (
-                f"The folder {files.name!r} has no config.json. Give the folder that "
-                f"model.save_pretrained wrote{or_file}."
-            )
     return f"The {kind.name} of {files.name!r} can't be loaded: {said}"
+
+
+def _no_model(files: Files) -> str:
+    if files.holds(["adapter_config.json"]):
+        return (
+            f"The folder {files.name!r} holds an adapter, not a model. Load it with peft, and pass "
+            "the model itself as model=."
+        )
+    found = sorted(Path(files.name, files.subfolder).glob("*.gguf"))
+    or_file = f", or the GGUF file: model={str(found[0])!r}" if found else ""
+    return (
+        f"The folder {files.name!r} has no config.json. Give the folder that model.save_pretrained "
+        f"wrote{or_file}."
+    )
 
 
 def _no_tokenizer(files: Files) -> str:

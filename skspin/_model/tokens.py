@@ -9,16 +9,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from skspin._model.prompts import Filled, Span, fill_in, replace_surrogates
 from skspin._model.recipe import Recipe
+from skspin._model.registry import Backbone
 from skspin._texts import TextTokens
 
 # A text without tokens is read as the first of these tokens that the tokenizer has.
@@ -65,26 +65,18 @@ class OpenTokens(NamedTuple):
 
 
 class TextEncoder:
-    """Turns texts into windows, by a tokenizer (or its `bare_copy`, if it has one) and a recipe.
+    """Turns texts into windows, by a model's tokenizer and a recipe.
 
     ``max_length`` is the recipe's, or less if the model has fewer positions. A text that has more
     tokens loses its last ones (its first, if the tokenizer's ``truncation_side`` is "left"), or is
-    read in windows; special tokens and the prompt stay whole. ``is_causal`` says that a token's
-    context is what comes before it. The tokenizer is left as it is.
+    read in windows; special tokens and the prompt stay whole. The tokenizer is left as it is.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        bare: Tokenizer | None,
-        recipe: Recipe,
-        max_length: int,
-        is_causal: bool,
-    ):
-        self.tokenizer, self.recipe, self.max_length = tokenizer, recipe, max_length
-        self.is_causal = is_causal
-        self._fast: Any = bare
-        self.has_types = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
+    def __init__(self, backbone: Backbone, recipe: Recipe):
+        self.tokenizer, self._fast = backbone.tokenizer, backbone.bare_tokenizer
+        self.recipe, self.max_length = recipe, min(backbone.n_positions, recipe.max_length)
+        self.is_causal = backbone.anatomy.is_causal  # a token's context is what comes before it
+        self.has_types = "token_type_ids" in getattr(self.tokenizer, "model_input_names", ())
         # A template writes special tokens itself.
         self._options = {"add_special_tokens": not recipe.conversations}
         if recipe.pool_over != "all":
@@ -341,19 +333,3 @@ def _spans_of(encoding: Encoding, spans: list[Span]) -> np.ndarray:
         found[(ends > span.start) & (starts < span.end)] = number
     special = np.array(encoding.special_tokens_mask, dtype=bool)
     return np.where(special, -1, found)
-
-
-def bare_copy(tokenizer: Any) -> Tokenizer | None:
-    """Copy the Rust part of a tokenizer, without truncation and padding; None if it has none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None else _parse(backend.to_str())
-
-
-@lru_cache(maxsize=4)  # a tokenizer in memory is copied in every call, and may have changed
-def _parse(definition: str) -> Tokenizer:
-    copy = Tokenizer.from_str(definition)
-    # Both are settings of the original object, left by its last call, and another thread may change
-    # them there at any time.
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
