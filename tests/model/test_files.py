@@ -244,11 +244,11 @@ def serve(folder):
 
 @contextmanager
 def silent():
-    """Yield the address of a hub that takes calls and never answers."""
+    """Yield the address of a hub that takes calls and never answers, and its socket."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", listening
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def test_a_hub_that_does_not_answer_is_missed_only_where_the_cache_lacks_a_model
     cache, connect, revision
 ):
     source = Source("org/tiny", revision=revision, model_kwargs=cache)
-    with silent() as url:
+    with silent() as (url, listening):
         connect(url)
         started = time.perf_counter()
         backbone = load_backbone(source)
@@ -305,6 +305,10 @@ def test_a_hub_that_does_not_answer_is_missed_only_where_the_cache_lacks_a_model
         assert len(backbone.tokenizer) > 30_000
         assert read_anatomy(source).n_layers == 2
         assert time.perf_counter() - started < 10
+        listening.setblocking(False)
+        if revision == COMMIT:  # which never changes
+            with pytest.raises(BlockingIOError):  # nobody has called
+                listening.accept()
         missing = ("nobody/nothing", None) if revision is None else ("org/tiny", "9" * 40)
         with pytest.raises(ValueError, match=f"'{missing[0]}'.*reached .ReadTime"):
             load_backbone(Source(missing[0], revision=missing[1], model_kwargs=cache))

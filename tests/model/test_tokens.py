@@ -16,6 +16,8 @@ from transformers import (
     GPT2Config,
     GPT2Model,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 
 from skspin.datasets import demo_model
@@ -66,6 +68,14 @@ def test_a_prompt_that_leaves_no_room_is_refused(tokenizer):
         rows_of(recipe, ["fine"])
     with pytest.raises(ValueError, match="max_length=2 leaves no room for text.*take 2"):
         rows_of(recipe_of(tiny(), tokenizer, max_length=2), ["fine"])
+
+
+def test_relative_positions_have_no_end():
+    config = T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    told = []
+    recipe = recipe_of(T5EncoderModel(config).eval(), ByT5Tokenizer(), max_length=10_000)
+    rows_of(recipe, ["x" * 2000], layout_of(1), told)
+    assert told[0].n_tokens == 2001 and not told[0].n_truncated
 
 
 # Unusual texts and tokenizers
