@@ -275,7 +275,7 @@ def _try_batch(
         padded = _pad(windows, backbone.device)
         return _to_host(pooled_forward(backbone.model, backbone.anatomy, padded, layout.segments))
     except (MemoryError, RuntimeError) as error:
-        # On a CPU and on Apple's GPUs, torch has no class for it.
+        # Torch says it in words on all devices, and by a class of its own on some.
         if isinstance(error, RuntimeError) and not any(s in str(error) for s in _OUT_OF_MEMORY):
             raise
         if is_alone:
@@ -308,14 +308,10 @@ def _pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
         for row, window in zip(padded["pooled"], windows, strict=True):
             if window.pooled is not None:
                 row[: len(window)] = window.pooled
-    return {name: _to_device(values, device) for name, values in padded.items()}
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
+    tensors = {name: torch.from_numpy(values) for name, values in padded.items()}
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def _to_host(pooled: Tensor) -> Callable[[], np.ndarray]:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def resolve_device(device: Any = None) -> str:
@@ -62,8 +62,8 @@ def resolve_dtype(dtype: Any, device: str) -> str:
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         return "bfloat16" if multiplies_bfloat16(device) else "float32"
-    if name not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known. Use 'auto' or one of {list(DTYPES)}.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known. Use 'auto' or one of {list(_DTYPES)}.")
     return name
 
 
