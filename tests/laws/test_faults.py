@@ -10,7 +10,6 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,29 +221,6 @@ def hub_cache(
     return commit
 
 
-ASK = """
-    from skspin import LLMActivationTransformer
-    fitted = LLMActivationTransformer("some/tiny-bert", dtype="float32", cache=None).fit(["a"])
-    print(fitted.revision_, fitted.transform(["a", "b"]).shape)
-"""
-
-
-def test_a_model_in_the_hubs_cache_needs_no_hub(folder, tmp_path):
-    commit = hub_cache(tmp_path / "hf", folder)
-    run = run_python(ASK, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
-    assert run.stdout.strip() == f"{commit} (2, 48)", run.stderr
-
-
-def test_a_model_that_is_nowhere_fails_within_seconds_and_names_offline_mode(tmp_path):
-    code = "import time, torch, transformers; start = time.time()\ntry:\n    "
-    code += "\n    ".join(textwrap.dedent(ASK).strip().split("\n"))
-    code += "\nfinally:\n    print(time.time() - start)"
-    run = run_python(code, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
-    assert "some/tiny-bert" in run.stderr and "HF_HUB_OFFLINE" in run.stderr
-    assert float(run.stdout) < 10
-    assert not list(Path(tmp_path).rglob("*.incomplete"))
-
-
 @pytest.fixture
 def silent_hub():
     """Serve an address that takes connections and never answers."""
@@ -264,42 +240,26 @@ def silent_hub():
         connection.close()
 
 
-TIMED = """
+ASK_TWICE = """
     import time, torch, transformers
     from skspin import LLMActivationTransformer
     start = time.perf_counter()
-    try:
-        fitted = LLMActivationTransformer(
-            "some/tiny-bert", revision={revision!r}, dtype="float32", cache=None
-        ).fit(["a"])
-        print(fitted.revision_, fitted.transform(["a", "b"]).shape)
-    except ValueError as error:
-        print(error)
+    for name in ("some/tiny-bert", "some/other-bert"):
+        try:
+            fitted = LLMActivationTransformer(name, dtype="float32", cache=None).fit(["a"])
+            print(fitted.revision_, fitted.transform(["a", "b"]).shape)
+        except ValueError as error:
+            print(error)
     print(time.perf_counter() - start)
 """
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-@pytest.mark.parametrize("is_cached", [True, False])
-def test_a_hub_that_never_answers_is_given_up_within_seconds(
-    folder, tmp_path, silent_hub, is_cached, pinned
-):
+def test_a_hub_that_never_answers_is_given_up_within_seconds(folder, tmp_path, silent_hub):
     endpoint, connections = silent_hub
-    (tmp_path / "hf").mkdir()
     commit = hub_cache(tmp_path / "hf", folder)
-    if not is_cached:
-        shutil.rmtree(tmp_path / "hf")
-    run = run_python(
-        TIMED.format(revision=commit if pinned else None),
-        HF_HOME=str(tmp_path / "hf"),
-        HF_HUB_OFFLINE="0",
-        HF_ENDPOINT=endpoint,
-    )
-    *said, seconds = run.stdout.strip().split("\n")
-    if is_cached:
-        assert said == [f"{commit} (2, 48)"], run.stderr
-        assert not (pinned and connections)  # a commit is what it is
-    else:
-        assert "some/tiny-bert" in said[0] and "offline mode" in said[0]
-        assert "HF_HUB_OFFLINE=1" in said[0]
-    assert float(seconds) < 30
+    home = str(tmp_path / "hf")
+    run = run_python(ASK_TWICE, HF_HOME=home, HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint)
+    cached, missing, seconds = run.stdout.strip().split("\n")
+    assert cached == f"{commit} (2, 48)", run.stderr
+    assert "some/other-bert" in missing and "offline mode, HF_HUB_OFFLINE=1" in missing
+    assert connections and float(seconds) < 30

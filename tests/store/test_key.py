@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
 
 from skspin import LLMActivationTransformer
-from skspin._model.hub import _ask_hub
+from skspin._model.files import _ask_hub
 from skspin._model.registry import forget_models
 from skspin.datasets import demo_model
 
