@@ -132,13 +132,16 @@ class LinearForm:
         return replace(self, weights=weights, offsets=offsets)
 
 
-def to_linear_form(pipeline: Any) -> tuple[LLMActivationTransformer, LinearForm, np.ndarray]:
-    """Express a pipeline's decision values in the columns of its activation transformer."""
+def to_linear_form(pipeline: Any) -> tuple[LLMActivationTransformer, LinearForm]:
+    """Split a pipeline into the activations in use, and its decision values as sums over them."""
     *steps, head = flatten(pipeline)
     form = LinearForm.of(head)
     for step in reversed(steps):
         if isinstance(step, LLMActivationTransformer):
-            return step, form, classes_of(head)
+            used = np.any(form.weights, axis=0)  # (n_columns,)
+            used[0] |= not used.any()  # without a column, no tokens would be read
+            weights, offsets = form.weights[:, used], form.offsets[:, used]
+            return step._restrict_to(used), LinearForm(weights, offsets, form.intercept)
         form = form.before(step)
     raise ValueError("No step of the pipeline is an LLMActivationTransformer.")
 

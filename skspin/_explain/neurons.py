@@ -141,7 +141,7 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     narrowed = transformer._restrict_to(_find_columns(transformer, names))
     columns = narrowed.get_feature_names_out()
     best: list[list[tuple[float, int, NeuronHit]]] = [[] for _ in columns]
-    texts = read_texts(estimator, transformer, texts)
+    texts = read_texts(estimator, texts)
     number_of = {text: number for number, text in reversed(list(enumerate(texts.to_list())))}
     written: dict[str, str] = {}  # a conversation as its chat template has it
     for text, tokens, activations in narrowed._read_tokens(texts):

@@ -241,7 +241,7 @@ def score_prefixes(pipeline, texts):
     True
     """
     transformer, ending = split_pipeline(pipeline, "score_prefixes")
-    texts = read_texts(ending.pipeline, transformer, texts)
+    texts = read_texts(ending.pipeline, texts)
     found: dict[str, tuple[TextTokens, dict[str, np.ndarray]]] = {}
     for text, tokens, activations in transformer._read_prefixes(texts):
         is_scored = tokens.messages >= 0  # (n_tokens,); the prompt's tokens are no prefix's end
