@@ -54,6 +54,16 @@ def classes_of(head: Any) -> np.ndarray:
     return names
 
 
+def place_of(label: Any, classes: np.ndarray, n_values: int) -> tuple[int, int]:
+    """Find a class's column among decision values, and its sign there (-1: against the class)."""
+    labels = classes.tolist()
+    if label not in labels:
+        raise ValueError(f"label={label!r} must be one of the classes {labels}.")
+    number = labels.index(label)
+    # Two classes may share one value, in favour of the second.
+    return (0, 2 * number - 1) if (n_values, len(labels)) == (1, 2) else (number, 1)
+
+
 @dataclass(frozen=True)
 class LinearForm:
     """Decision values as sums over columns: ``sum_j (weights[k, j] * x[j] + offsets[k, j])``.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from skspin._explain.html import page_to_html, swatch, text_to_html
-from skspin._explain.linear import LinearForm, classes_of, to_linear_form
+from skspin._explain.linear import LinearForm, classes_of, place_of, to_linear_form
 from skspin._layout import Layout
 from skspin._pipeline import fitted_pipeline, flatten, read_texts
 from skspin._texts import TextTokens, tabulate
@@ -112,25 +112,17 @@ class TokenExplanation:
         list of ndarray of shape (n_tokens,)
             One array per text.
         """
-        column, sign = self._column(label)
+        column, sign = place_of(label, self.classes, len(self.intercept))
         return [sign * part[:, column] for part in self.contributions]
 
     def intercept_for_class(self, label) -> float:
         """Look up the intercept in favour of one class."""
-        column, sign = self._column(label)
+        column, sign = place_of(label, self.classes, len(self.intercept))
         return float(sign * self.intercept[column])
 
     @property
     def _two_sided(self) -> bool:
         return len(self.intercept) == 1 and len(self.classes) == 2
-
-    def _column(self, label) -> tuple[int, int]:
-        """Find the column of a class's decision values, and their sign (-1: against the class)."""
-        classes = self.classes.tolist()
-        if label not in classes:
-            raise ValueError(f"{label!r} is not among the classes {classes}.")
-        column = classes.index(label)
-        return (0, 1 if column == 1 else -1) if self._two_sided else (column, 1)
 
     def top_tokens(self, label, n: int = 10) -> list[TopToken]:
         """List the tokens that add most to one class over all texts.

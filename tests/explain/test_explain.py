@@ -195,7 +195,7 @@ def test_of_two_classes_one_is_the_other_turned_around():
     for one, zero in zip(explanation.for_class(1), explanation.for_class(0), strict=True):
         np.testing.assert_array_equal(one, -zero)
     assert explanation.intercept_for_class(1) == -explanation.intercept_for_class(0)
-    with pytest.raises(ValueError, match=r"'good' is not among the classes \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"label='good' must be one of the classes \[0, 1\]"):
         explanation.for_class("good")
 
 
