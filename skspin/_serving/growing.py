@@ -157,10 +157,8 @@ class PrefixScorer:
         growing, was_cut = self._growing, self._growing.is_cut
         added = growing.add_text(piece, final) if ids is None else growing.add_ids(ids)
         self._kind, self._is_final = kind, final
-        tokens, scores = (
-            added.tokens,
-            self._head.scores(self._pools, added.activations, added.is_own),
-        )
+        tokens = added.tokens
+        scores = self._head.scores(self._pools, added.activations, added.is_own)
         self._names += tokens.tokens
         self._places += zip(tokens.starts, tokens.ends, tokens.messages, strict=True)
         self._scores += scores

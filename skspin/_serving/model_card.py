@@ -73,7 +73,6 @@ on the right, and gives `decision_values`. `labels.json` says how texts become t
 
 On {report.n_texts:,} texts its decision values differ from the pipeline's by at most
 {report.difference:.1e}.
-{int8}
 """
 _INT8 = """
 `model.int8.onnx` is the same with weights of 8 bits. It gives {report.n_changed:,} of these
@@ -96,7 +95,8 @@ def write_card(
     activations, *steps = flatten(pipeline)
     labels, values = _labels(settings)
     facts = _facts(activations.layout_.n_columns, steps, layout, score)
-    return _CARD.format(
+    card = _CARD if report.n_changed is None else _CARD + _INT8
+    return card.format(
         settings=settings,
         report=report,
         layout=layout,
@@ -113,7 +113,6 @@ def write_card(
         ),
         code=_code(classifier),
         classifier=classifier.__name__,
-        int8="" if report.n_changed is None else _INT8.format(report=report),
         inputs=", ".join(f"`{name}`" for name in settings["inputs"]),
         axes=", ".join(settings["inputs"]["input_ids"]),
     )

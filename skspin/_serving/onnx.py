@@ -122,7 +122,8 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
 
         module = module_of(transformer, form)
         settings = settings_of(pipeline, transformer.layout_, encoder, module.columns)
-        _write(unfinished / "labels.json", json.dumps(settings, indent=1, ensure_ascii=False))
+        labels = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+        (unfinished / "labels.json").write_text(labels, encoding="utf-8")
         kind = _write_tokenizer(encoder, settings, unfinished / "tokenizer.json")
         write_graph(module, settings["inputs"], unfinished / "model.onnx")
         written = kind(unfinished)
@@ -141,12 +142,8 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
                 for one, other in zip(written.predict(batch), short.predict(batch), strict=True)
             )
         card = write_card(pipeline, transformer.layout_, settings, score, report, kind)
-        _write(unfinished / "README.md", card)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
     return report
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def _check_options(score: Any, quantize: Any, texts: Any) -> None:
