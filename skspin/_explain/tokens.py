@@ -44,10 +44,6 @@ class TokenExplanation:
         The classifier's classes. Two classes share one decision value, which is in favour of the
         second. For a :class:`~sklearn.multioutput.MultiOutputClassifier` the numbers of its outputs
         or, where one has more than two classes, pairs of output and class.
-
-    Examples
-    --------
-    See :func:`explain_tokens`.
     """
 
     tokens: list[TextTokens]
@@ -214,13 +210,11 @@ def explain_tokens(pipeline, texts):
 
     Raises
     ------
-    TypeError
-        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
+    TypeError, NotFittedError
+        If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If the classifier or a step is not linear, or the tokenizer does not tell where in the text
         its tokens are.
-    NotFittedError
-        If the pipeline is not fitted.
 
     See Also
     --------

@@ -36,16 +36,14 @@ def to_torch(pipeline):
 
     Raises
     ------
-    TypeError
-        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
+    TypeError, NotFittedError
+        If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If the pipeline is not linear after its activations or has steps before them, or if its
         model can't be cut: one that runs through its blocks several times (ALBERT), mixes padding
         into texts (FNet), is quantised or spread over devices.
     ModelMismatchError
         If the model's weights or tokenizer have changed since ``fit``.
-    NotFittedError
-        If it is not fitted.
 
     See Also
     --------

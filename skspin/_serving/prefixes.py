@@ -47,10 +47,6 @@ class PrefixScores:
     classes : ndarray of shape (n_classes,)
         The classifier's classes. For several outputs, the numbers of the outputs or, if one has
         more than two classes, pairs of output and class.
-
-    Examples
-    --------
-    See :func:`score_prefixes`.
     """
 
     tokens: list[TextTokens]
@@ -191,14 +187,12 @@ def score_prefixes(pipeline, texts):
 
     Raises
     ------
-    TypeError
-        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
+    TypeError, NotFittedError
+        If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If the model looks ahead, as every encoder does (this is tested); if tokens of the prompt,
         template or tokenizer that come after the text are pooled; if a text loses its first tokens
         (``truncation_side="left"``); or if the pipeline is not as described above.
-    NotFittedError
-        If the pipeline is not fitted.
 
     See Also
     --------
