@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from skspin._layout import Layout
+from skspin._model.anatomy import most_tokens
 from skspin._model.cores import runner, usable_cores
 from skspin._model.forward import pooled_forward
 from skspin._model.pooling import WindowMerge
-from skspin._model.positions import most_tokens
 from skspin._model.recipe import Recipe, Rows
 from skspin._model.registry import Backbone
 from skspin._model.tokens import Encoded, TextEncoder, Window

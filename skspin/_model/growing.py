@@ -16,9 +16,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from skspin._layout import Layout, Segment
+from skspin._model.anatomy import most_tokens
 from skspin._model.batches import encoder_of
 from skspin._model.forward import token_forward
-from skspin._model.positions import most_tokens
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
 from skspin._model.token_level import check_cut, check_end, check_prefixes
@@ -55,7 +55,7 @@ class GrowingText:
         if all(segment.layer == 0 for segment in self._segments):
             # The cache counts tokens in the first block's attention, so the pass has to get there.
             name = self._segments[0].stack
-            width = backbone.anatomy.stacks[name].width(1, "hidden")
+            width = backbone.anatomy.stacks[name].tap(1, "hidden").width
             self._segments.append(Segment(name, 1, "hidden", "none", width, (0,)))
         self._check_cache()
 

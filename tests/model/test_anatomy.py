@@ -104,7 +104,7 @@ def test_blocks_may_differ_in_width():
     model = TINY["llama"].build()
     model.layers[1].mlp.down_proj = nn.Linear(56, 24)
     stack = find_anatomy(model).stacks[None]
-    assert [stack.width(layer, "mlp") for layer in (1, 2, 3)] == [40, 56, 40]
+    assert [stack.tap(layer, "mlp").width for layer in (1, 2, 3)] == [40, 56, 40]
 
 
 def test_the_text_part_of_a_model_with_other_senses():
@@ -179,27 +179,23 @@ def test_quantised_linear_modules_are_linear_modules():
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_of_experts_has_no_neurons_to_compare(name):
     stack = find_anatomy(MIXTURES[name].build()).stacks[None]
-    assert stack.width(3, "hidden") == 24
+    assert stack.tap(3, "hidden").width == 24
     with pytest.raises(ValueError, match=r"layer 1 .* no site='mlp': .* mixture of experts"):
-        stack.width(1, "mlp")
+        stack.tap(1, "mlp")
 
 
 @pytest.mark.parametrize("site", ["mlp", "attention"])
 def test_a_state_space_model_has_hidden_states_only(site):
     stack = find_anatomy(MAMBA.build()).stacks[None]
-    assert stack.width(3, "hidden") == 24
+    assert stack.tap(3, "hidden").width == 24
     with pytest.raises(ValueError, match=rf"layer 1 \(MambaBlock\) has no site='{site}'"):
-        stack.width(1, site)
+        stack.tap(1, site)
 
 
 def test_what_is_not_there_is_named():
     stack = find_anatomy(TINY["bert"].build()).stacks[None]
     with pytest.raises(ValueError, match=r"layer 0 .* no site='mlp'.* from 1 to 3"):
-        stack.width(0, "mlp")
-    with pytest.raises(ValueError, match=r"layer 4 does not exist: .* 0 to 3"):
-        stack.width(4, "hidden")
-    with pytest.raises(ValueError, match=r"site='neck' is unknown. .*hidden, mlp, attention"):
-        stack.width(1, "neck")
+        stack.tap(0, "mlp")
 
 
 class _GatedNorm(nn.Module):
