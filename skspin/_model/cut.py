@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from skspin._layout import Layout, Segment
-from skspin._model.anatomy import bare_model
+from skspin._model.anatomy import Stack, bare_model
 from skspin._model.blocks import Tap, is_norm, linear_shape
 from skspin._model.forward import arguments_of, pooled_forward, shift_right
 from skspin._model.hooks import as_texts, positions_by_tap, watch
@@ -27,6 +27,7 @@ from skspin._model.registry import Backbone
 
 # Relative differences that are more than rounding, in float32 and in shorter formats.
 _TOLERANCE = (1e-4, 5e-2)
+_IN_BLOCK = ("attention", "mlp", "hidden")  # in the order in which a block computes them
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -37,7 +38,8 @@ def cut_model(backbone: Backbone, layout: Layout) -> CutModel:
     if reason is None:
         depths = _depths(backbone, layout)
         sample = _sample(backbone)
-        expected, n_outputs = _run_whole(backbone, layout, list(depths), sample)
+        stacks = [backbone.anatomy.stacks[name] for name in depths]
+        expected, n_outputs = _run_whole(backbone, layout, stacks, sample)
         try:
             cut = _cut(backbone, layout, taps, depths, n_outputs, sample)
             found = cut(**sample)
@@ -149,15 +151,17 @@ def _why_not(backbone: Backbone, layout: Layout, taps: dict[Tap, list[int]]) -> 
 def _depths(backbone: Backbone, layout: Layout) -> dict[str | None, tuple[int, bool]]:
     """Count the blocks that run in each stack, and tell whether the last runs to its end."""
     stacks = backbone.anatomy.stacks
-    deepest: dict[str | None, tuple[int, bool]] = {}
+    deepest: dict[str | None, tuple[int, int]] = {}  # a layer, and a site's place in it
     for segment in layout.segments:
         # Some models have no hidden state for the embeddings alone.
         layer = segment.layer + bool(stacks[segment.stack].architecture.early_norm)
-        reached = layer, segment.site == "hidden"
+        reached = layer, _IN_BLOCK.index(segment.site)
         deepest[segment.stack] = max(reached, deepest.get(segment.stack, reached))
-    if "decoder" in deepest:  # it attends to the encoder's last hidden state
-        deepest["encoder"] = len(stacks["encoder"].blocks), True
-    return deepest
+    if "decoder" in deepest:
+        if deepest["decoder"] > (1, 0):  # behind its first attention, it attends to the encoder's
+            deepest["encoder"] = len(stacks["encoder"].blocks), 2  # last hidden state
+        deepest.setdefault("encoder", (0, 2))
+    return {name: (layer, place == 2) for name, (layer, place) in deepest.items()}
 
 
 def _sample(backbone: Backbone) -> dict[str, Tensor]:
@@ -170,21 +174,19 @@ def _sample(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _run_whole(
-    backbone: Backbone, layout: Layout, names: list[str | None], sample: dict[str, Tensor]
-) -> tuple[Tensor, dict[str | None, int]]:
-    """Compute the columns as the whole model does, and count what a block of each stack returns."""
-    stacks = {name: backbone.anatomy.stacks[name] for name in names}
-    firsts = {stack.blocks[0]: name for name, stack in stacks.items()}
-    n_outputs: dict[str | None, int] = {}
+    backbone: Backbone, layout: Layout, stacks: list[Stack], sample: dict[str, Tensor]
+) -> tuple[Tensor, dict[nn.Module, int]]:
+    """Compute the columns as the whole model does; say what the first blocks return."""
+    n_outputs: dict[nn.Module, int] = {}
 
     def count(block: nn.Module, args: tuple, output: Any) -> None:
-        n_outputs[firsts[block]] = 0 if isinstance(output, Tensor) else len(output)
+        n_outputs[block] = 0 if isinstance(output, Tensor) else len(output)
 
     # The first blocks run to their ends before layer 1 is read.
-    ends = [Segment(n, 1, "hidden", "mean", s.tap(1, "hidden").width) for n, s in stacks.items()]
+    ends = [Segment(s.name, 1, "hidden", "mean", s.tap(1, "hidden").width) for s in stacks]
     with ExitStack() as hooks:
-        for block in firsts:
-            hooks.callback(block.register_forward_hook(count).remove)
+        for stack in stacks:
+            hooks.callback(stack.blocks[0].register_forward_hook(count).remove)
         segments = [*layout.segments, *ends]
         values = pooled_forward(backbone.model, backbone.anatomy, sample, segments)
     return values[:, : layout.n_columns], n_outputs
@@ -195,7 +197,7 @@ def _cut(
     layout: Layout,
     taps: dict[Tap, list[int]],
     depths: dict[str | None, tuple[int, bool]],
-    n_outputs: dict[str | None, int],
+    n_outputs: dict[nn.Module, int],
     sample: dict[str, Tensor],
 ) -> CutModel:
     model = bare_model(backbone.model)
@@ -206,7 +208,7 @@ def _cut(
     whole: set[nn.Module] = set()
     for name, (depth, to_end) in depths.items():
         blocks = backbone.anatomy.stacks[name].blocks
-        memo |= {id(block): _StandIn(block, n_outputs[name]) for block in blocks[depth:]}
+        memo |= {id(block): _StandIn(block, n_outputs[blocks[0]]) for block in blocks[depth:]}
         whole.update(blocks[: depth if to_end else depth - 1])
     model, taps, whole = deepcopy((model, taps, whole), memo)
     tried = CutModel(model, layout, taps)

@@ -1,7 +1,4 @@
-"""One batch through the model: read by hooks, stopped at the deepest layer asked for.
-
-The model is left as it was.
-"""
+"""One batch through the model, stopped at the deepest layer; the model stays as it was."""
 
 from __future__ import annotations
 
@@ -33,13 +30,10 @@ def pooled_forward(
     """Read the pooled activations (n_texts, n_columns) of a batch, float32 on the inputs' device.
 
     ``inputs`` are "input_ids", "attention_mask", whatever else the model takes by token, and
-    "pooled" (bool) if not all tokens are pooled. All are of shape (n_texts, n_tokens) and padded on
-    the right, because models count positions from the left edge, and causal ones never look to the
-    right. Each text has at least one token that is pooled.
-
-    The pass ends when everything has been read, so later layers and the head cost nothing. The
-    model is left as it was, even if the pass fails. Threads may share a model; a pass that the
-    user's code runs meanwhile is neither read nor stopped.
+    "pooled" (bool, true somewhere in each text) if not all tokens are pooled. All are of shape
+    (n_texts, n_tokens) and padded on the right, because models count positions from the left edge,
+    and causal ones never look to the right. Threads may share a model; a pass that the user's code
+    runs meanwhile is neither read nor stopped.
     """
     if inputs["attention_mask"].shape[1] <= anatomy.mixes_beyond:
         return torch.cat(_read(model, anatomy, inputs, segments), dim=1)
@@ -90,9 +84,10 @@ def _read(
     reader = Reader(anatomy, segments, mask, None if by_token else pooled)
     with _unchanged(model), reader.hooks(), suppress(PassEnds):
         model(**arguments_of(model, inputs, cache))
-    if reader.unread:
+    unread = {segments[p].key for positions in reader.unread.values() for p in positions}
+    if unread:
         raise RuntimeError(
-            f"{type(model).__name__} ended its forward pass without these layers: {reader.unread}."
+            f"{type(model).__name__} ended its forward pass without these layers: {sorted(unread)}."
             " Were its modules replaced after loading?"
         )
     return reader.values
@@ -125,11 +120,8 @@ def arguments_of(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> di
 
 
 def shift_right(ids: Tensor, config: Any) -> Tensor:
-    """Give a decoder the text that its encoder reads, as in training (teacher forcing).
-
-    A decoder is trained on the text that it is to produce, moved right by one token: at each
-    position it sees what comes before. The length stays the same, so the mask still fits.
-    """
+    """Give a decoder the text that its encoder reads, as in training (teacher forcing)."""
+    # At each position a decoder sees what comes before. The length stays, so the mask still fits.
     # generate looks for the first token in this order; T5, which has no other, starts with padding.
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
     start = next((t for n in names if (t := getattr(config, n, None)) is not None), None)

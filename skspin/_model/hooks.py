@@ -35,35 +35,28 @@ def positions_by_tap(anatomy: Anatomy, segments: Sequence[Segment]) -> dict[Tap,
 
 
 class Reader:
-    """Reads the activations that segments ask for from one batch, while the model computes them.
-
-    ``mask`` of shape (n_texts, n_tokens) is True for real tokens, which come before the padding,
-    and ``pooled`` for those that are pooled. A segment's values are then of shape (n_texts,
-    n_columns); if ``pooled`` is None they are (n_texts, n_tokens, n_columns). They are on the
-    device of the mask, and float32.
-    """
+    """Reads the activations that segments ask for from one batch, while the model computes them."""
 
     def __init__(
         self, anatomy: Anatomy, segments: Sequence[Segment], mask: Tensor, pooled: Tensor | None
     ):
-        self.segments, self.mask, self.pooled = segments, mask, pooled
+        self.segments = segments
+        self.mask = mask  # (n_texts, n_tokens), bool: real tokens, which come before the padding
+        self.pooled = pooled  # likewise, those that are pooled; None to read token by token
+        # By segment, float32, on the device of the mask: (n_texts, n_columns) if pooled, else
+        # (n_texts, n_tokens, n_columns).
         self.values = [torch.empty(0)] * len(segments)
-        self._unread = positions_by_tap(anatomy, segments)
+        self.unread = positions_by_tap(anatomy, segments)
         self._groups: dict[torch.device, list[TextGroup]] = {}  # blocks may be on several devices
         self._n_calls: Counter[Tap] = Counter()
         self._thread = threading.get_ident()
-
-    @property
-    def unread(self) -> list[str]:
-        """Name the segments that have not been read."""
-        return sorted({self.segments[p].key for ps in self._unread.values() for p in ps})
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Register the hooks, for as long as the ``with`` block lasts."""
         with ExitStack() as stack:
             # One hook counts the turns of a module.
-            for tap in dict.fromkeys(replace(tap, turn=0) for tap in self._unread):
+            for tap in dict.fromkeys(replace(tap, turn=0) for tap in self.unread):
                 receive = partial(self._receive, tap)
                 if tap.parameter is None:
                     stack.callback(watch(tap, receive).remove)
@@ -83,10 +76,10 @@ class Reader:
                 " it can't be told which run is which layer's. Choose another site or model."
             )
         self._n_calls[tap] += 1
-        positions = self._unread.pop(replace(tap, turn=turn), None)
+        positions = self.unread.pop(replace(tap, turn=turn), None)
         if positions is not None:
             self._read(positions, as_texts(activations, self.mask, tap))
-            if not self._unread:
+            if not self.unread:
                 raise PassEnds
 
     def _read(self, positions: list[int], activations: Tensor) -> None:
