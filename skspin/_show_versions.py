@@ -35,20 +35,17 @@ def show_versions() -> None:
     packages
                  skspin: ...
     """
-    sections = {"system": _system(), "packages": _packages(), "devices": _devices()}
-    for title, rows in sections.items():
-        width = 4 + max(map(len, rows))
-        lines = [f"{name:>{width}}: {value}" for name, value in rows.items()]
-        print(title, *lines, "", sep="\n")  # noqa: T201
-
-
-def _system() -> dict[str, str]:
-    return {
+    system = {
         "python": sys.version.replace("\n", " "),
         "platform": platform.platform(),
         "cores": str(os.cpu_count()),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
     }
+    sections = {"system": system, "packages": _packages(), "devices": _devices()}
+    for title, rows in sections.items():
+        width = 4 + max(map(len, rows))
+        lines = [f"{name:>{width}}: {value}" for name, value in rows.items()]
+        print(title, *lines, "", sep="\n")  # noqa: T201
 
 
 def _packages() -> dict[str, str]:

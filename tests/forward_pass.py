@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_models import tiny_batch
 
-from skspin._layout import SITES, Segment
+from skspin._layout import SITES, Layout, Segment
 from skspin._model.anatomy import find_anatomy
 from skspin._model.forward import pooled_forward
 from skspin._model.trial import try_anatomy
@@ -54,7 +54,11 @@ def alone(model, batch, row):
 
 
 def columns(segments):
-    start = 0
-    for segment in segments:
-        yield segment, slice(start, start + segment.n_columns)
-        start += segment.n_columns
+    return zip(segments, Layout(tuple(segments)).slices, strict=True)
+
+
+def assert_pooled(row, segments, tokens_of):
+    """Compare a row with what ``tokens_of(segment)``, (n_tokens, n_neurons), pools to."""
+    for segment, where in columns(segments):
+        expected = BY_HAND[segment.pooling](tokens_of(segment))
+        torch.testing.assert_close(row[where], expected, **CLOSE)

@@ -153,7 +153,7 @@ def _widths(stack: Any, site: str) -> list[int | str]:
     widths: list[int | str] = []
     for layer in range(len(stack.blocks) + 1):
         try:
-            widths.append(int(stack.width(layer, site)))
+            widths.append(int(stack.tap(layer, site).width))
         except ValueError as reason:  # e.g. a mixture of experts has no single "mlp"
             widths.append(str(reason))
     return widths

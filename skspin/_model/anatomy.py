@@ -1,4 +1,4 @@
-"""What is where in a model: its stacks, their blocks, and where each layer's sites can be read.
+"""What is where in a model: its stacks, their blocks and sites, and how many positions it has.
 
 Nothing is run to find this out, so it works on a model without weights (torch's meta device), too.
 """
@@ -6,16 +6,23 @@ Nothing is run to find this out, so it works on a model without weights (torch's
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
 from torch import nn
 
-from skspin._layout import SITES, STACKS
-from skspin._model.architectures import Architecture, architecture_of
-from skspin._model.blocks import Tap, find_blocks, find_sites
+from skspin._layout import STACKS
+from skspin._model.blocks import Architecture, Tap, architecture_of, find_blocks, find_sites
+
+# Names that configurations have for the number of positions; {} stands for the stack.
+_N_POSITIONS = ("max_position_embeddings", "max_{}_position_embeddings", "max_seq_len")
+# A table of positions, such as "wpe", "embed_positions" or "position_embeddings".
+_TABLE = re.compile(r"(^|[._])(wpe|pos|positions?|positional)(_(emb\w*|encod\w*))?$")
+_UNSCALED = re.compile(r"'original_max_position_embeddings': (\d+)")
 
 
 @dataclass(frozen=True)
@@ -32,26 +39,15 @@ class Stack:
         """Return where ``site`` of ``layer`` is read; a ValueError says why there is none."""
         if (layer, site) in self.taps:
             return self.taps[layer, site]
-        n_layers = len(self.blocks)
-        if site not in SITES:
-            raise ValueError(f"site={site!r} is unknown. Choose from {', '.join(SITES)}.")
-        if not 0 <= layer <= n_layers:
-            raise ValueError(
-                f"layer {layer} does not exist: this model has layers 0 to {n_layers}."
-            )
         if layer == 0:
             raise ValueError(
                 f"layer 0 (the embeddings) has no site={site!r}. Choose layers from 1 to"
-                f" {n_layers}, or site='hidden'."
+                f" {len(self.blocks)}, or site='hidden'."
             )
         raise ValueError(
             f"layer {layer} ({type(self.blocks[layer - 1]).__name__}) has no site={site!r}:"
             f" {self.missing[layer, site]} Choose site='hidden', or other layers."
         )
-
-    def width(self, layer: int, site: str) -> int:
-        """Count the neurons at ``site`` of ``layer``; a ValueError says why there are none."""
-        return self.tap(layer, site).width
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def find_anatomy(model: Any) -> Anatomy:
     A ValueError lists the candidates if it is not clear which modules are the blocks.
     """
     model = bare_model(model)
-    stacks = {name: _dissect(name, half, model.config) for name, half in halves_of(model).items()}
+    stacks = {name: _dissect(name, half, model.config) for name, half in _halves_of(model).items()}
     mixes_padding = any(stack.architecture.mixes_padding for stack in stacks.values())
     return Anatomy(stacks, 0 if mixes_padding else inf)
 
@@ -111,7 +107,7 @@ def is_encoder_decoder(model: Any) -> bool:
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
-def halves_of(model: Any) -> dict[str | None, Any]:
+def _halves_of(model: Any) -> dict[str | None, Any]:
     """Return a bare model's encoder and decoder by name; any other model is named None."""
     encoder, decoder = STACKS
     halves: dict[str | None, Any] = {None: model}
@@ -127,22 +123,27 @@ def _dissect(name: str | None, stack: nn.Module, model_config: Any) -> Stack:
     architecture = architecture_of(config)
     width = config.get_text_config().hidden_size
     blocks = find_blocks(stack, config, architecture)
-    taps: dict[tuple[int, str], Tap] = {}
+    taps = {
+        (layer, "hidden"): Tap(module, width)
+        for layer, module in enumerate(_takers(stack, blocks, architecture))
+    }
     missing: dict[tuple[int, str], str] = {}
-    for layer, module in enumerate(_takers(stack, blocks, architecture)):
-        taps[layer, "hidden"] = Tap(module, width)
     for layer, block in enumerate(blocks, start=1):
         for site, found in find_sites(block, width, architecture.paths).items():
             if isinstance(found, str):
                 missing[layer, site] = found
             else:
                 taps[layer, site] = found
-    n_turns = Counter((tap.module, site) for (_, site), tap in taps.items())
-    turns: Counter[tuple[nn.Module, str]] = Counter()
-    for (layer, site), tap in taps.items():
-        key = tap.module, site
-        taps[layer, site] = replace(tap, turn=turns[key], n_turns=n_turns[key])
-        turns[key] += 1
+    n_turns, turns = Counter(taps.values()), Counter[Tap]()
+    for place, tap in taps.items():
+        taps[place] = replace(
+            tap,
+            time_major=architecture.time_major,
+            rounds_up=architecture.rounds_up,
+            turn=turns[tap],
+            n_turns=n_turns[tap],
+        )
+        turns[tap] += 1
     # OPT-350m narrows the last hidden state by one more projection.
     for path, module in stack.named_modules():
         if path.endswith("project_out"):
@@ -162,3 +163,54 @@ def _takers(
     if architecture.early_norm:
         return [*blocks[1:], stack.get_submodule(architecture.early_norm)]
     return blocks
+
+
+# Positions
+
+
+def most_tokens(model: Any, max_length: int) -> int:
+    """Lower ``max_length`` to the number of positions that a model has in each of its stacks.
+
+    The configuration's number is not always a technical bound: with relative positions, it is the
+    length up to which the model was trained.
+    """
+    model = bare_model(model)
+    bounds: list[Any] = [max_length]
+    for name, half in _halves_of(model).items():
+        config = getattr(half, "config", model.config).get_text_config()
+        bounds += [getattr(config, key.format(name), None) for key in _N_POSITIONS]
+        bounds += _table_sizes(half, config)
+    # XLNet says -1, which means no bound.
+    return min(bound for bound in bounds if isinstance(bound, int) and bound > 0)
+
+
+def _table_sizes(stack: Any, config: Any) -> Iterator[int]:
+    """Count the tokens that each table of positions has room for."""
+    architecture = architecture_of(config)
+    step: Any = 1  # to a multiple of which a pass rounds its tokens up
+    if architecture.rounds_up:
+        step = getattr(config, "block_size", getattr(config, "attention_window", 1))
+        step = max(step) if isinstance(step, list) else step
+    for path, module in stack.named_modules():
+        table = getattr(module, "weight", None)  # sinusoidal positions without a bound have none
+        if table is None or not hasattr(module, "padding_idx") or not _TABLE.search(path):
+            continue
+        size = getattr(module, "num_embeddings", len(table)) - architecture.n_ahead
+        if module.padding_idx is None:
+            size -= getattr(module, "offset", 0)  # BART counts positions from 2 up
+            yield size - size % step
+        else:  # RoBERTa and its kin count positions from the one after that of padding
+            yield size - max(module.padding_idx + 1, getattr(module, "offset", 0))
+
+
+def longest_unscaled(model: Any) -> float:
+    """Return the length in tokens beyond which one text scales the positions of its whole batch."""
+    return min(
+        (
+            int(bound)
+            for module in model.modules()
+            if "longrope" in str(getattr(module, "rope_type", ""))
+            for bound in _UNSCALED.findall(str(module.config.to_dict()))
+        ),
+        default=inf,
+    )

@@ -3,7 +3,8 @@
 Both are found from structure alone: from the names and shapes of modules, which need neither
 weights nor a forward pass. The feed-forward neurons are the input of the last linear module of the
 feed-forward part (the down-projection), and the heads' outputs are the input of the last linear
-module of the attention (the output projection).
+module of the attention (the output projection). A table says of a few architectures what their
+structure does not tell.
 """
 
 from __future__ import annotations
@@ -16,7 +17,63 @@ from typing import Any
 
 from torch import nn
 
-from skspin._model.architectures import Architecture
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the structure of a model does not tell."""
+
+    # By site, the path inside a block of the module or parameter that its activations go into.
+    paths: dict[str, str] = field(default_factory=dict)
+    # Inside the stack, activations are of shape (n_tokens, n_texts, n_neurons).
+    time_major: bool = False
+    # If the stack's list holds groups of blocks, and each group runs several times in a row, all
+    # equally often: the name of the list of blocks in a group.
+    shared_groups: str | None = None
+    # If parts of blocks are in separate lists: their names; the first parts take hidden states.
+    parallel_lists: tuple[str, ...] = ()
+    # The hidden states that the model returns begin after block 1, and end with one before and
+    # one after the norm of this name.
+    early_norm: str | None = None
+    # Inside the stack, the model may add tokens at the end.
+    rounds_up: bool = False
+    # Padding changes the activations of real tokens, but a trial's texts are too short to show it.
+    mixes_padding: bool = False
+    # The number of positions that a pass needs beyond its tokens.
+    n_ahead: int = 0
+
+
+_PLAIN = Architecture()
+# By a configuration's model_type, one line each.
+_EXCEPTIONS = {
+    "albert": Architecture(shared_groups="albert_layers"),
+    # The length of a batch decides how its tokens attend to each other, if it is long enough.
+    "big_bird": Architecture(rounds_up=True, mixes_padding=True),
+    "bigbird_pegasus": Architecture(rounds_up=True, mixes_padding=True),
+    "falcon_mamba": Architecture(early_norm="norm_f"),
+    "flaubert": Architecture(parallel_lists=("attentions", "ffns")),
+    "fsmt": Architecture(time_major=True),
+    "led": Architecture(rounds_up=True),
+    "longformer": Architecture(rounds_up=True),
+    "mega": Architecture(time_major=True),
+    "mamba": Architecture(early_norm="norm_f"),
+    "mamba2": Architecture(early_norm="norm_f"),
+    # A block has bottlenecks and small feed-forward parts around the main one.
+    "mobilebert": Architecture(
+        paths={"mlp": "output.dense", "attention": "attention.output.dense"}
+    ),
+    "pegasus_x": Architecture(rounds_up=True),
+    # Several streams of tokens, the text itself first; the others are ahead of it.
+    "prophetnet": Architecture(rounds_up=True, n_ahead=1),
+    "rwkv": Architecture(early_norm="ln_out"),
+    "xlm": Architecture(parallel_lists=("attentions", "ffns")),
+    # The attention's output projection is a parameter, used in an einsum.
+    "xlnet": Architecture(paths={"attention": "rel_attn.o"}, time_major=True),
+}
+
+
+def architecture_of(config: Any) -> Architecture:
+    """Look up what is special about a configuration's architecture; most often nothing is."""
+    return _EXCEPTIONS.get(config.model_type, _PLAIN)
 
 
 @dataclass(frozen=True)
@@ -27,20 +84,10 @@ class Tap:
     width: int  # neurons
     parameter: str | None = None  # read what the module multiplies with this parameter of it
     output: bool = False  # read what the module returns, not what it is given
+    time_major: bool = False  # they come by token and text
+    rounds_up: bool = False  # more tokens than the text has may come
     turn: int = 0  # which of the module's calls in a pass: blocks may share a module
     n_turns: int = 1  # how many calls there are in a pass
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A linear module of a block, and the part of the block that it works for."""
-
-    module: nn.Module
-    name: str
-    n_in: int
-    n_out: int
-    role: str | None
-    part: nn.Module
 
 
 # What a part of a block does, by the words in its class or its name. The first that fits counts:
@@ -77,7 +124,7 @@ def find_blocks(stack: nn.Module, config: Any, architecture: Architecture) -> li
 
 
 def _heaviest_list(stack: nn.Module) -> list[nn.Module]:
-    candidates = _lists_of_blocks(stack, nn.ModuleList) or _lists_of_blocks(stack, nn.Sequential)
+    candidates = dict(_lists_of(stack, nn.ModuleList)) or dict(_lists_of(stack, nn.Sequential))
     if not candidates:
         raise ValueError(
             f"{type(stack).__name__} has no torch.nn.ModuleList or Sequential of blocks, so its"
@@ -98,21 +145,17 @@ def _heaviest_list(stack: nn.Module) -> list[nn.Module]:
     return heaviest
 
 
-def _lists_of_blocks(stack: nn.Module, kind: type[nn.Module]) -> dict[str, list[nn.Module]]:
-    # Norms and scales by layer come in lists, too: only those that hold linear modules count.
-    return {
-        path: list(found)  # not children(), which skips a block that is repeated
-        for path, found in _outermost(stack, kind)
-        if any(linear_shape(module) for module in found.modules())
-    }
-
-
-def _outermost(part: nn.Module, kind: type[nn.Module], path: str = "") -> Iterator[tuple[str, Any]]:
+def _lists_of(
+    part: nn.Module, kind: type[nn.Module], path: str = ""
+) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Find the outermost lists of a kind that hold linear modules, as lists of norms do not."""
     for name, child in part.named_children():
         if isinstance(child, kind):
-            yield f"{path}{name}", child
+            if any(linear_shape(module) for module in child.modules()):
+                modules: Any = child
+                yield f"{path}{name}", list(modules)  # not children(), which skip repeated blocks
         elif linear_shape(child) is None:  # an adapter has lists inside a linear module
-            yield from _outermost(child, kind, f"{path}{name}.")
+            yield from _lists_of(child, kind, f"{path}{name}.")
 
 
 def _inventory(stack: nn.Module) -> str:
@@ -163,9 +206,10 @@ def _down_projection(block: nn.Module, width: int) -> Tap | str:
     if _has_experts(block):
         return "each token has neurons of its own there (a mixture of experts)."
     linears = list(_linears(block, None, block))
-    named = [linear for linear in linears if linear.role == "mlp"]
     # BERT's feed-forward part is not one module, but the rest of the block.
-    inside = named or [linear for linear in linears if linear.role is None]
+    inside = [linear for linear in linears if linear.role == "mlp"] or [
+        linear for linear in linears if linear.role is None
+    ]
     # Shapes may be equal, but in models that number their modules, w1 and w3 are up-projections.
     outward = [
         linear for linear in inside if linear.n_out == width and linear.name not in ("w1", "w3")
@@ -179,19 +223,30 @@ def _has_experts(part: nn.Module) -> bool:
     return any(_EXPERTS.search(path) for path, _ in part.named_modules())
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """A linear module of a block, and the part of the block that it works for."""
+
+    module: nn.Module
+    name: str
+    n_in: int
+    n_out: int
+    role: str | None
+    part: nn.Module
+
+
 def _linears(part: nn.Module, role: str | None, owner: nn.Module) -> Iterator[_Linear]:
     """List a part's linear modules as registered; ``owner`` is the module that sets their role."""
     for name, child in part.named_children():
         shape = linear_shape(child)
-        found = None if shape else _role_of(name, child)
         if shape is not None:
             yield _Linear(child, name, *shape, role, owner)
-        elif is_norm(child):
-            continue
-        elif found is None or found == role:
-            yield from _linears(child, role, owner)
-        else:
-            yield from _linears(child, found, child)
+        elif not is_norm(child):
+            found = _role_of(name, child)
+            if found in (None, role):
+                yield from _linears(child, role, owner)
+            else:
+                yield from _linears(child, found, child)
 
 
 def _role_of(name: str, part: nn.Module) -> str | None:
@@ -220,10 +275,7 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
 def _at(block: nn.Module, path: str) -> Tap:
     parent, _, name = path.rpartition(".")
     owner = block.get_submodule(parent)
-    target = getattr(owner, name)
+    target: Any = getattr(owner, name)
     if isinstance(target, nn.Parameter):  # (hidden state, heads, neurons of a head)
         return Tap(owner, target[0].numel(), name)
-    shape = linear_shape(target)
-    if shape is None:
-        raise TypeError(f"{type(target).__name__} at {path} is not a linear module.")
-    return Tap(target, shape[0])
+    return Tap(target, target.in_features)

@@ -8,9 +8,9 @@ exported, and only what is needed is copied.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,42 +18,40 @@ import torch
 from torch import Tensor, nn
 
 from skspin._layout import Layout, Segment
-from skspin._model.anatomy import bare_model
-from skspin._model.architectures import Architecture
+from skspin._model.anatomy import Stack, bare_model
 from skspin._model.blocks import Tap, is_norm, linear_shape
 from skspin._model.forward import arguments_of, pooled_forward, shift_right
-from skspin._model.hooks import as_texts, input_of
+from skspin._model.hooks import as_texts, positions_by_tap, watch
 from skspin._model.pooling import FUNCTIONS
 from skspin._model.registry import Backbone
 
 # Relative differences that are more than rounding, in float32 and in shorter formats.
 _TOLERANCE = (1e-4, 5e-2)
+_IN_BLOCK = ("attention", "mlp", "hidden")  # in the order in which a block computes them
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def cut_model(backbone: Backbone, layout: Layout) -> CutModel:
     """Copy what a layout needs of a model; a ValueError says why this model can't be cut."""
-    readings = _find_readings(backbone, layout)
-    if reason := _why_not(backbone, readings):
-        _refuse(backbone, reason)
-    model = bare_model(backbone.model)
-    stacks = {segment.stack for segment in layout.segments}
-    if stacks == {"encoder"}:
-        model = model.get_encoder()
-    copied, blocks = _copy_blocks_in_use(model, backbone, layout)
-    paths = {module: path for path, module in model.named_modules()}
-    sample = _sample(backbone)
-    try:
-        _leave_out_unused(CutModel(copied, _moved(readings, copied, paths)), blocks, sample)
-        cut = CutModel(copied, _moved(readings, copied, paths))
-        found = cut(**sample)
-    except Exception as error:  # A model's own code may do anything with its blocks.
-        _refuse(backbone, f"without its last blocks it does not run ({error}).")
-    expected = pooled_forward(backbone.model, backbone.anatomy, sample, layout.segments)
-    tolerance = _TOLERANCE[backbone.dtype != "float32"]
-    if not (found - expected).abs().max() <= tolerance * expected.abs().max():
-        _refuse(backbone, "without its last blocks it gives other numbers.")
-    return cut
+    taps = positions_by_tap(backbone.anatomy, layout.segments)
+    reason = _why_not(backbone, layout, taps)
+    if reason is None:
+        depths = _depths(backbone, layout)
+        sample = _sample(backbone)
+        stacks = [backbone.anatomy.stacks[name] for name in depths]
+        expected, n_outputs = _run_whole(backbone, layout, stacks, sample)
+        try:
+            cut = _cut(backbone, layout, taps, depths, n_outputs, sample)
+            found = cut(**sample)
+        except Exception as error:  # A model's own code may do anything with its blocks.
+            reason = f"without its last blocks it does not run ({error})."
+        else:
+            tolerance = _TOLERANCE[backbone.dtype != "float32"]
+            if (found - expected).abs().max() <= tolerance * expected.abs().max():
+                return cut
+            reason = "without its last blocks it gives other numbers."
+    name = type(backbone.model).__name__
+    raise ValueError(f"{name} can't be cut out of its pipeline: {reason}")
 
 
 class CutModel(nn.Module):
@@ -61,15 +59,15 @@ class CutModel(nn.Module):
 
     Inputs are of shape (n_texts, n_tokens), or (n_texts, n_windows, n_tokens) for texts in windows,
     padded on the right; a window may be all padding. ``pooled`` is not zero for the tokens that are
-    pooled; if it is None, all real tokens are.
+    pooled; if it is None, all real tokens are. ``taps`` are the model's, each with the positions of
+    its segments.
     """
 
-    def __init__(self, model: Any, readings: list[_Reading]):
+    def __init__(self, model: Any, layout: Layout, taps: dict[Tap, list[int]]):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self._readings = readings
-        self._n_segments = sum(len(reading.segments) for reading in readings)
-        for position, segment in (pair for reading in readings for pair in reading.segments):
+        self._segments = layout.segments
+        for position, segment in enumerate(layout.segments):
             if segment.neurons is not None:
                 neurons = torch.tensor(segment.neurons, device=model.device)
                 self.register_buffer(f"neurons_{position}", neurons)
@@ -80,7 +78,7 @@ class CutModel(nn.Module):
         self._has_decoder = "decoder_input_ids" in arguments
         # What is read in a pass, by thread: threads may share the module.
         self._passes: dict[int, tuple[Tensor, Tensor, list[Any]]] = {}
-        self._handles = [self._hang_up(reading) for reading in readings]
+        self._handles = [watch(tap, partial(self._read, tap, taps[tap])) for tap in taps]
 
     def forward(
         self,
@@ -101,7 +99,7 @@ class CutModel(nn.Module):
             rows["decoder_input_ids"] = shift_right(rows["input_ids"], self.model.config)
         real = attention_mask.flatten(0, -2).bool()  # (n_rows, n_tokens)
         pooled = (attention_mask if pooled is None else pooled).flatten(1).bool()
-        values: list[Any] = [None] * self._n_segments
+        values: list[Any] = [None] * len(self._segments)
         thread = _thread()
         self._passes[thread] = real, pooled, values
         try:
@@ -115,24 +113,13 @@ class CutModel(nn.Module):
         for handle in self._handles:
             handle.remove()
 
-    def _hang_up(self, reading: _Reading) -> Any:
-        module = reading.tap.module
-        if reading.tap.output:
-            return module.register_forward_hook(partial(self._after, reading))
-        return module.register_forward_pre_hook(partial(self._before, reading), with_kwargs=True)
-
-    def _before(self, reading: _Reading, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._read(reading, input_of(module, args, kwargs))
-
-    def _after(self, reading: _Reading, module: nn.Module, args: tuple, output: Any) -> None:
-        self._read(reading, output if isinstance(output, Tensor) else output[0])
-
-    def _read(self, reading: _Reading, activations: Tensor) -> None:
+    def _read(self, tap: Tap, positions: list[int], activations: Tensor) -> None:
         real, pooled, values = self._passes[_thread()]
-        activations = as_texts(activations, real, reading.tap, reading.architecture)
+        activations = as_texts(activations, real, tap)
         # The windows of a text become one row of tokens, so pooling merges them.
-        activations = activations.reshape(pooled.shape[0], -1, reading.tap.width)
-        for position, segment in reading.segments:
+        activations = activations.reshape(pooled.shape[0], -1, tap.width)
+        for position in positions:
+            segment = self._segments[position]
             row = FUNCTIONS[segment.pooling](activations, pooled)
             if segment.neurons is not None:
                 row = row[:, getattr(self, f"neurons_{position}")]
@@ -144,41 +131,15 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What is read at one tap."""
-
-    tap: Tap
-    architecture: Architecture
-    segments: tuple[tuple[int, Segment], ...]  # with their positions in the layout
-
-
-def _find_readings(backbone: Backbone, layout: Layout) -> list[_Reading]:
-    found: dict[Tap, tuple[Architecture, list[tuple[int, Segment]]]] = {}
-    for position, segment in enumerate(layout.segments):
-        stack = backbone.anatomy.stacks[segment.stack]
-        tap = stack.tap(segment.layer, segment.site)
-        found.setdefault(tap, (stack.architecture, []))[1].append((position, segment))
-    return [_Reading(tap, kind, tuple(segments)) for tap, (kind, segments) in found.items()]
-
-
-def _moved(readings: list[_Reading], copied: Any, paths: dict[nn.Module, str]) -> list[_Reading]:
-    """Make readings of the same modules in a copy."""
-    return [
-        replace(reading, tap=replace(reading.tap, module=copied.get_submodule(path)))
-        for reading in readings
-        for path in [paths[reading.tap.module]]
-    ]
-
-
-def _why_not(backbone: Backbone, readings: list[_Reading]) -> str | None:
+def _why_not(backbone: Backbone, layout: Layout, taps: dict[Tap, list[int]]) -> str | None:
+    stacks = [backbone.anatomy.stacks[segment.stack] for segment in layout.segments]
     if backbone.anatomy.mixes_padding:
         return "padding changes what it makes of a text, so it takes no batches."
-    if any(reading.tap.n_turns > 1 for reading in readings):
+    if any(tap.n_turns > 1 for tap in taps):
         return "it runs through the same blocks several times."
-    if any(reading.architecture.parallel_lists for reading in readings):
+    if any(stack.architecture.parallel_lists for stack in stacks):
         return "its blocks are no modules of their own."
-    if any(reading.tap.parameter for reading in readings):
+    if any(tap.parameter for tap in taps):
         return "its attention heads are read at a parameter; choose another site."
     if len(set((getattr(backbone.model, "hf_device_map", None) or {}).values())) > 1:
         return "it is spread over several devices. Leave out device_map."
@@ -187,49 +148,20 @@ def _why_not(backbone: Backbone, readings: list[_Reading]) -> str | None:
     return None
 
 
-def _refuse(backbone: Backbone, reason: str) -> None:
-    name = type(backbone.model).__name__
-    raise ValueError(f"{name} can't be cut out of its pipeline: {reason}")
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """The blocks of one stack of a copy."""
-
-    modules: list[nn.Module]
-    n_whole: int  # how many of these are kept whole, from the first on
-    n_outputs: list[int]  # of a block that returns a tuple; empty for a tensor, and before a pass
-
-
-def _copy_blocks_in_use(
-    model: Any, backbone: Backbone, layout: Layout
-) -> tuple[Any, list[_Blocks]]:
-    """Copy a model, with stand-ins for the blocks after the deepest layer of each stack."""
+def _depths(backbone: Backbone, layout: Layout) -> dict[str | None, tuple[int, bool]]:
+    """Count the blocks that run in each stack, and tell whether the last runs to its end."""
     stacks = backbone.anatomy.stacks
-    deepest: dict[str | None, tuple[int, bool]] = {}  # by stack: a layer, and whether to its end
+    deepest: dict[str | None, tuple[int, int]] = {}  # a layer, and a site's place in it
     for segment in layout.segments:
         # Some models have no hidden state for the embeddings alone.
         layer = segment.layer + bool(stacks[segment.stack].architecture.early_norm)
-        reached = layer, segment.site == "hidden"
+        reached = layer, _IN_BLOCK.index(segment.site)
         deepest[segment.stack] = max(reached, deepest.get(segment.stack, reached))
-    if "decoder" in deepest:  # it attends to the encoder's last hidden state
-        deepest["encoder"] = len(stacks["encoder"].blocks), True
-    memo: dict[int, Any] = {}
-    n_outputs: dict[str | None, list[int]] = {name: [] for name in deepest}
-    for name, (depth, _) in deepest.items():
-        # The first block stays until a pass has shown what a block returns.
-        for block in stacks[name].blocks[max(depth, 1) :]:
-            memo[id(block)] = _StandIn(block, n_outputs[name])
-    copied = deepcopy(model, memo)
-    paths = {module: path for path, module in model.named_modules()}
-    return copied, [
-        _Blocks(
-            [copied.get_submodule(paths[block]) for block in stacks[name].blocks],
-            depth if to_end else depth - 1,
-            n_outputs[name],
-        )
-        for name, (depth, to_end) in deepest.items()
-    ]
+    if "decoder" in deepest:
+        if deepest["decoder"] > (1, 0):  # behind its first attention, it attends to the encoder's
+            deepest["encoder"] = len(stacks["encoder"].blocks), 2  # last hidden state
+        deepest.setdefault("encoder", (0, 2))
+    return {name: (layer, place == 2) for name, (layer, place) in deepest.items()}
 
 
 def _sample(backbone: Backbone) -> dict[str, Tensor]:
@@ -241,25 +173,98 @@ def _sample(backbone: Backbone) -> dict[str, Tensor]:
     return {name: values.to(backbone.device) for name, values in inputs.items()}
 
 
-# Stand-ins for modules that are left out
+def _run_whole(
+    backbone: Backbone, layout: Layout, stacks: list[Stack], sample: dict[str, Tensor]
+) -> tuple[Tensor, dict[nn.Module, int]]:
+    """Compute the columns as the whole model does; say what the first blocks return."""
+    n_outputs: dict[nn.Module, int] = {}
+
+    def count(block: nn.Module, args: tuple, output: Any) -> None:
+        n_outputs[block] = 0 if isinstance(output, Tensor) else len(output)
+
+    # The first blocks run to their ends before layer 1 is read.
+    ends = [Segment(s.name, 1, "hidden", "mean", s.tap(1, "hidden").width) for s in stacks]
+    with ExitStack() as hooks:
+        for stack in stacks:
+            hooks.callback(stack.blocks[0].register_forward_hook(count).remove)
+        segments = [*layout.segments, *ends]
+        values = pooled_forward(backbone.model, backbone.anatomy, sample, segments)
+    return values[:, : layout.n_columns], n_outputs
+
+
+def _cut(
+    backbone: Backbone,
+    layout: Layout,
+    taps: dict[Tap, list[int]],
+    depths: dict[str | None, tuple[int, bool]],
+    n_outputs: dict[nn.Module, int],
+    sample: dict[str, Tensor],
+) -> CutModel:
+    model = bare_model(backbone.model)
+    if set(depths) == {"encoder"}:
+        model = model.get_encoder()
+    memo: dict[int, Any] = {}
+    # A few tokens do not reach all experts of a mixture, so blocks in full use are kept whole.
+    whole: set[nn.Module] = set()
+    for name, (depth, to_end) in depths.items():
+        blocks = backbone.anatomy.stacks[name].blocks
+        memo |= {id(block): _StandIn(block, n_outputs[blocks[0]]) for block in blocks[depth:]}
+        whole.update(blocks[: depth if to_end else depth - 1])
+    model, taps, whole = deepcopy((model, taps, whole), memo)
+    tried = CutModel(model, layout, taps)
+    used = _used_weights(tried, sample)
+    tried.remove_hooks()
+    stand_ins = _put_stand_ins(model, used, whole)
+    in_place = {replace(t, module=stand_ins.get(t.module, t.module)): taps[t] for t in taps}
+    return CutModel(model, layout, in_place)
+
+
+def _used_weights(cut: CutModel, sample: dict[str, Tensor]) -> set[int]:
+    """Tell, by their ids, on which weights any column depends."""
+    weights = list(cut.parameters())
+    cut.requires_grad_(True)
+    with torch.enable_grad():
+        total = cut(**sample).sum()
+    gradients = torch.autograd.grad(total, weights, allow_unused=True)
+    cut.requires_grad_(False)
+    return {id(w) for w, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+
+
+def _put_stand_ins(
+    part: nn.Module, used: set[int], whole: set[nn.Module]
+) -> dict[nn.Module, nn.Module]:
+    """Replace modules on whose weights no column depends; return what replaces which."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, child in part.named_children():
+        weights = list(child.parameters())
+        is_used = any(id(weight) in used for weight in weights)
+        if weights and not is_used and (shape := linear_shape(child)):
+            replaced[child] = _Nothing(shape[1])
+            setattr(part, name, replaced[child])
+        elif weights and not is_used and is_norm(child):
+            replaced[child] = _StandIn(child)
+            setattr(part, name, replaced[child])
+        elif child not in whole:
+            replaced |= _put_stand_ins(child, used, whole)
+    return replaced
 
 
 class _StandIn(nn.Module):
     """Replaces a block or a norm, and returns the hidden state that it is given."""
 
-    def __init__(self, module: nn.Module, n_outputs: Iterable[int] = ()):
+    def __init__(self, module: nn.Module, n_outputs: int = 0):
         super().__init__()
         for name, value in vars(module).items():
             # Models ask their blocks for settings, such as the kind of attention.
             if isinstance(value, str | int) and not hasattr(self, name):
                 setattr(self, name, value)
-        self.n_outputs = n_outputs  # as in `_Blocks`
+        self.n_outputs = n_outputs  # of a tuple; 0 for a tensor
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden state; the next blocks are stand-ins, too, and need nothing else."""
-        for n_outputs in self.n_outputs:
-            return (hidden_states, *[None] * (n_outputs - 1))
-        return hidden_states
+        if not self.n_outputs:
+            return hidden_states
+        return (hidden_states, *[None] * (self.n_outputs - 1))
 
 
 class _Nothing(nn.Module):
@@ -274,48 +279,3 @@ class _Nothing(nn.Module):
     def forward(self, activations: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return zeros in the shape of the linear module's output."""
         return activations.new_zeros(*activations.shape[:-1], self.n_out)
-
-
-def _leave_out_unused(cut: CutModel, stacks: list[_Blocks], sample: dict[str, Tensor]) -> None:
-    """Replace modules by stand-ins if no column depends on their weights."""
-    handles = [
-        stack.modules[0].register_forward_hook(partial(_count_outputs, stack.n_outputs))
-        for stack in stacks
-    ]
-    weights = list(cut.parameters())
-    cut.requires_grad_(True)
-    with torch.enable_grad():
-        total = cut(**sample).sum()
-    gradients = torch.autograd.grad(total, weights, allow_unused=True)
-    cut.requires_grad_(False)
-    cut.remove_hooks()
-    for handle in handles:
-        handle.remove()
-    used = {id(w) for w, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    blocks = {block: stack for stack in stacks for block in stack.modules}
-    # A few tokens do not reach all experts of a mixture, so blocks in full use are kept whole.
-    whole = {block for stack in stacks for block in stack.modules[: stack.n_whole]}
-    _put_stand_ins(cut.model, used, blocks, whole)
-
-
-def _count_outputs(counts: list[int], block: nn.Module, args: tuple, output: Any) -> None:
-    if not isinstance(output, Tensor):
-        counts[:] = [len(output)]
-
-
-def _put_stand_ins(
-    part: nn.Module, used: set[int], blocks: dict[nn.Module, _Blocks], whole: set[nn.Module]
-) -> None:
-    for name, child in part.named_children():
-        weights = list(child.parameters())
-        if any(id(weight) in used for weight in weights):
-            if child not in whole:
-                _put_stand_ins(child, used, blocks, whole)
-        elif child in blocks and not isinstance(child, _StandIn):
-            setattr(part, name, _StandIn(child, blocks[child].n_outputs))
-        elif weights and (shape := linear_shape(child)):
-            setattr(part, name, _Nothing(shape[1]))
-        elif weights and is_norm(child):
-            setattr(part, name, _StandIn(child))
-        else:
-            _put_stand_ins(child, used, blocks, whole)

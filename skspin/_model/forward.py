@@ -1,18 +1,27 @@
-"""One batch through the model: read by hooks, stopped at the deepest layer asked for."""
+"""One batch through the model, stopped at the deepest layer; the model stays as it was."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import suppress
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from operator import is_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skspin._layout import Segment
 from skspin._model.anatomy import Anatomy, bare_model, is_encoder_decoder
-from skspin._model.hooks import PassEnds, Reader, unchanged
+from skspin._model.hooks import PassEnds, Reader
+from skspin._system import after_fork
+
+# A pass may write to tables of at most so many elements, such as the frequencies of rotary
+# positions; larger tables are only read.
+_LARGEST = 2**14
 
 
 def pooled_forward(
@@ -21,13 +30,10 @@ def pooled_forward(
     """Read the pooled activations (n_texts, n_columns) of a batch, float32 on the inputs' device.
 
     ``inputs`` are "input_ids", "attention_mask", whatever else the model takes by token, and
-    "pooled" (bool) if not all tokens are pooled. All are of shape (n_texts, n_tokens) and padded on
-    the right, because models count positions from the left edge, and causal ones never look to the
-    right. Each text has at least one token that is pooled.
-
-    The pass ends when everything has been read, so later layers and the head cost nothing. The
-    model is left as it was, even if the pass fails. Threads may share a model; a pass that the
-    user's code runs meanwhile is neither read nor stopped.
+    "pooled" (bool, true somewhere in each text) if not all tokens are pooled. All are of shape
+    (n_texts, n_tokens) and padded on the right, because models count positions from the left edge,
+    and causal ones never look to the right. Threads may share a model; a pass that the user's code
+    runs meanwhile is neither read nor stopped.
     """
     if inputs["attention_mask"].shape[1] <= anatomy.mixes_beyond:
         return torch.cat(_read(model, anatomy, inputs, segments), dim=1)
@@ -76,11 +82,12 @@ def _read(
     if cache is not None:
         del inputs["attention_mask"]  # it would have to cover all tokens so far, and masks none
     reader = Reader(anatomy, segments, mask, None if by_token else pooled)
-    with unchanged(model), reader.hooks(), suppress(PassEnds):
+    with _unchanged(model), reader.hooks(), suppress(PassEnds):
         model(**arguments_of(model, inputs, cache))
-    if reader.unread:
+    unread = {segments[p].key for positions in reader.unread.values() for p in positions}
+    if unread:
         raise RuntimeError(
-            f"{type(model).__name__} ended its forward pass without these layers: {reader.unread}."
+            f"{type(model).__name__} ended its forward pass without these layers: {sorted(unread)}."
             " Were its modules replaced after loading?"
         )
     return reader.values
@@ -113,11 +120,8 @@ def arguments_of(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> di
 
 
 def shift_right(ids: Tensor, config: Any) -> Tensor:
-    """Give a decoder the text that its encoder reads, as in training (teacher forcing).
-
-    A decoder is trained on the text that it is to produce, moved right by one token: at each
-    position it sees what comes before. The length stays the same, so the mask still fits.
-    """
+    """Give a decoder the text that its encoder reads, as in training (teacher forcing)."""
+    # At each position a decoder sees what comes before. The length stays, so the mask still fits.
     # generate looks for the first token in this order; T5, which has no other, starts with padding.
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
     start = next((t for n in names if (t := getattr(config, n, None)) is not None), None)
@@ -127,3 +131,87 @@ def shift_right(ids: Tensor, config: Any) -> Tensor:
             " config.decoder_start_token_id."
         )
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
+class _Use:
+    """The state that the passes of one model share."""
+
+    def __init__(self) -> None:
+        self.n_passes = 0  # at the moment
+        self.turn = threading.Lock()
+        self.changes_itself = False
+        self.restoring = ExitStack()
+
+
+_uses: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@after_fork
+def _recover_from_fork() -> None:
+    """Forget the passes of the parent's threads, which do not exist in the child."""
+    global _lock
+    _lock = threading.Lock()
+    _uses.clear()
+
+
+@contextmanager
+def _unchanged(model: Any) -> Iterator[None]:
+    """Put a model in evaluation mode, and restore its state after its last pass.
+
+    Some models change in a pass: BigBird switches its attention for good when a text is short, and
+    positions that are scaled by length stay as the longest text had them. Without this, a row would
+    depend on texts read before. Threads may share the model, but take turns if it changes itself.
+    """
+    with _lock:
+        use = _uses.setdefault(model, _Use())
+    with use.turn if use.changes_itself else nullcontext():
+        with _lock:
+            if not use.n_passes:
+                use.restoring.enter_context(_restored(model, use))
+            use.n_passes += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                use.n_passes -= 1
+                if not use.n_passes:
+                    use.restoring.close()
+
+
+@contextmanager
+def _restored(model: Any, use: _Use) -> Iterator[None]:
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    if training:
+        model.eval()
+    # A model that changes itself logs so in the first pass, and then not again.
+    logger = logging.getLogger(type(model).__module__)
+    was_silent = logger.disabled
+    logger.disabled |= use.changes_itself
+    # PyTorch's own modules never change themselves.
+    modules = [m for m in modules if not type(m).__module__.startswith("torch.nn.")]
+    changeable = [vars(model.config)]
+    for module in modules:
+        changeable += [vars(module), module._modules, module._buffers]
+    found = [(values, values.copy()) for values in changeable]
+    tables = [
+        (table, table._version, table.clone())
+        for module in modules
+        for table in module._buffers.values()
+        if table is not None and table.numel() <= _LARGEST and not table.is_inference()
+    ]
+    yield
+    for values, before in found:
+        if len(values) != len(before) or not all(map(is_, values.values(), before.values())):
+            use.changes_itself = True
+            values.clear()
+            values.update(before)
+    for table, version, before in tables:
+        if table._version != version:
+            use.changes_itself = True
+            with torch.no_grad():
+                table.copy_(before)
+    logger.disabled = was_silent
+    for module in training:
+        module.training = True

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from skspin._layout import Layout, Segment
+from skspin._model.anatomy import most_tokens
 from skspin._model.forward import token_forward
-from skspin._model.positions import most_tokens
 from skspin._model.prompts import replace_surrogates
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
@@ -55,7 +55,7 @@ class GrowingText:
         if all(segment.layer == 0 for segment in self._segments):
             # The cache counts tokens in the first block's attention, so the pass has to get there.
             name = self._segments[0].stack
-            width = backbone.anatomy.stacks[name].width(1, "hidden")
+            width = backbone.anatomy.stacks[name].tap(1, "hidden").width
             self._segments.append(Segment(name, 1, "hidden", "none", width, (0,)))
         self._check_cache()
 
@@ -146,7 +146,7 @@ class GrowingText:
             new = ids[n_read : n_read + self._room - self._n_in_window]
             before, is_pooled = self._waiting
             pooled = np.concatenate([is_pooled, np.ones(len(new), bool)])
-            activations.append(self._run(np.concatenate([before, new]))[pooled])
+            activations.append(self._run(np.concatenate([before, new]), self._cache)[pooled])
             is_own.append((np.arange(len(pooled)) >= len(before))[pooled])
             self._waiting = before[:0], is_pooled[:0]
             self._ids += new.tolist()
@@ -176,43 +176,39 @@ class GrowingText:
         self._n_in_window = overlap
         return True
 
-    def _run(self, ids: np.ndarray) -> np.ndarray:
-        """Read activations (n_tokens, n_columns) at the next tokens of the window."""
-        parts = [
-            self._pass(ids[start : start + _STRETCH], self._cache)
-            for start in range(0, len(ids), _STRETCH)
-        ]
-        return np.concatenate(parts)[:, : self._n_columns]
-
-    def _pass(self, ids: np.ndarray, cache: Any) -> np.ndarray:
-        tensor = torch.as_tensor(ids, device=self._backbone.device).long()[None]
-        inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
-        if self._encoder.has_types:
-            inputs["token_type_ids"] = torch.zeros_like(tensor)  # of one text all are 0
-        backbone = self._backbone
-        values = token_forward(backbone.model, backbone.anatomy, inputs, self._segments, cache)
-        return values[0].cpu().numpy()
+    def _run(self, ids: np.ndarray, cache: Any) -> np.ndarray:
+        """Read activations (n_tokens, n_columns) at tokens that come after those in a cache."""
+        backbone, parts = self._backbone, []
+        for start in range(0, len(ids), _STRETCH):
+            tensor = torch.as_tensor(ids[start : start + _STRETCH], device=backbone.device)
+            tensor = tensor.long()[None]  # (1, n_tokens)
+            inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
+            if self._encoder.has_types:
+                inputs["token_type_ids"] = torch.zeros_like(tensor)  # of one text all are 0
+            values = token_forward(backbone.model, backbone.anatomy, inputs, self._segments, cache)
+            parts.append(values[0, :, : self._n_columns].cpu().numpy())
+        return np.concatenate(parts)
 
     def _check_cache(self) -> None:
         """Test that reading on from the cache gives the same as reading all tokens at once."""
         ids = np.arange(1, 1 + most_tokens(self._backbone.model, _TRIAL))
-        size = len(ids) // 2
+        cause = None
         try:
             cache = roomy_cache(self._backbone.model.config)
-            stretches = [self._pass(ids[:size], cache), self._pass(ids[size:], cache)]
+            in_two = np.concatenate([self._run(half, cache) for half in np.array_split(ids, 2)])
         except Exception as error:  # A model may raise anything at a cache that it can't use.
-            raise self._no_cache(repr(error)) from error
-        whole, in_two = self._pass(ids, None), np.concatenate(stretches)  # (n_tokens, n_columns)
-        tolerance = 5e-2 if getattr(torch, self._backbone.dtype).itemsize < 4 else 5e-3
-        distance = np.linalg.norm(whole - in_two, axis=1)
-        if (distance > tolerance * np.linalg.norm(whole, axis=1)).any():
-            raise self._no_cache("its activations change with it")
-
-    def _no_cache(self, reason: str) -> ValueError:
-        return ValueError(
+            cause, reason = error, repr(error)
+        else:
+            whole = self._run(ids, None)  # (n_tokens, n_columns)
+            tolerance = 5e-2 if getattr(torch, self._backbone.dtype).itemsize < 4 else 5e-3
+            distance = np.linalg.norm(whole - in_two, axis=1)
+            if not (distance > tolerance * np.linalg.norm(whole, axis=1)).any():
+                return
+            reason = "its activations change with it"
+        raise ValueError(
             f"model={self._recipe.model_name!r} can't read a text in pieces with a key-value cache "
             f"({reason}). Use score_prefixes on the text so far."
-        )
+        ) from cause
 
 
 class Speller:
@@ -240,18 +236,18 @@ class _RoomyLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._all_keys = self._all_values = torch.empty(0)
+        self._rooms = [torch.empty(0), torch.empty(0)]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values (1, n_heads, n_tokens, n_neurons); give all of them."""
         start = self.get_seq_length()
-        self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
-        self._all_keys = _write(self._all_keys, key_states, start)
-        self._all_values = _write(self._all_values, value_states, start)
         end = start + key_states.shape[-2]
-        self.keys, self.values = self._all_keys[..., :end, :], self._all_values[..., :end, :]
+        self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
+        for i, new in enumerate((key_states, value_states)):
+            self._rooms[i] = _write(self._rooms[i], new, start)
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
         return self.keys, self.values
 
 

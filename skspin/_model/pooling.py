@@ -37,17 +37,21 @@ def masked_max(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def first_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """Take the first real token of each text."""
-    if mask is None:
-        return hidden[:, 0].float()
-    return _at(hidden, mask.int().argmax(1))
+    return hidden[:, 0].float() if mask is None else _at(hidden, _first(mask))
 
 
 def last_token(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """Take the last real token of each text."""
-    if mask is None:
-        return hidden[:, -1].float()
+    return hidden[:, -1].float() if mask is None else _at(hidden, _last(mask))
+
+
+def _first(mask: Tensor) -> Tensor:
+    return mask.int().argmax(1)  # (n_texts,)
+
+
+def _last(mask: Tensor) -> Tensor:
     # Left padding moves the end, so it is looked for in the mask, not counted from the start.
-    return _at(hidden, mask.shape[1] - 1 - mask.flip(1).int().argmax(1))
+    return mask.shape[1] - 1 - _first(mask.flip(1))  # (n_texts,)
 
 
 def _at(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -71,27 +75,21 @@ class TextGroup:
 
 
 def group_texts(mask: Tensor) -> list[TextGroup]:
-    """Split a batch into groups that are fast to pool; ``mask`` (n_texts, n_tokens) is as above.
-
-    On a CPU, pooling is bound by memory, and overwriting the padding would read and write all
-    activations once more. So texts that are pooled over the same stretch of tokens form a group and
-    other tokens are not read. They are neighbours in a batch that is sorted by length. On other
-    devices, starting several kernels takes longer than reading the padding.
-    """
-    everything = slice(None)
-    if mask.device.type != "cpu":
-        return [TextGroup(everything, everything, mask)]
-    first = mask.int().argmax(1)  # (n_texts,)
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (n_texts,)
-    if ((last - first + 1) != mask.sum(1)).any():  # not stretches
-        return [TextGroup(everything, everything, mask)]
-    groups = []
-    start = 0
-    for (begin, end), run in groupby(zip(first.tolist(), last.tolist(), strict=True)):
-        stop = start + len(list(run))
-        groups.append(TextGroup(slice(start, stop), slice(begin, end + 1), None))
-        start = stop
-    return groups
+    """Split a batch into groups that are fast to pool; ``mask`` (n_texts, n_tokens) is as above."""
+    # On a CPU, pooling is bound by memory, and overwriting the padding would read and write all
+    # activations once more. So texts that are pooled over the same stretch of tokens form a group;
+    # they are neighbours in a batch that is sorted by length. On other devices, starting several
+    # kernels takes longer than reading the padding.
+    if mask.device.type == "cpu":
+        first, last = _first(mask), _last(mask)
+        if ((last - first + 1) == mask.sum(1)).all():  # stretches, without gaps
+            groups, start = [], 0
+            for (begin, end), run in groupby(zip(first.tolist(), last.tolist(), strict=True)):
+                stop = start + len(list(run))
+                groups.append(TextGroup(slice(start, stop), slice(begin, end + 1), None))
+                start = stop
+            return groups
+    return [TextGroup(slice(None), slice(None), mask)]
 
 
 def pool(hidden: Tensor, groups: list[TextGroup], pooling: str) -> Tensor:

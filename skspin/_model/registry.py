@@ -21,7 +21,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from skspin._model.anatomy import Anatomy, find_anatomy
+from skspin._model.anatomy import Anatomy, find_anatomy, most_tokens
 from skspin._model.device import resolve_device, resolve_dtype, usable_device
 from skspin._model.files import (
     CONFIGURATION,
@@ -33,7 +33,6 @@ from skspin._model.files import (
     silence,
 )
 from skspin._model.fingerprint import fingerprint
-from skspin._model.positions import most_tokens
 from skspin._model.trial import try_anatomy
 from skspin._system import after_fork
 

@@ -41,14 +41,12 @@ def token_activations(
         for start in range(0, len(alike), size):
             batch = alike[start : start + size]
             windows = [found[text][0][number] for text, number in batch]
-            for (text, number), window, values in zip(
-                batch, windows, _read(backbone, windows, layout), strict=True
-            ):
+            activations = _read(backbone, windows, layout)
+            for (text, number), window, values in zip(batch, windows, activations, strict=True):
                 read[text][number] = values if window.pooled is None else values[window.pooled]
                 if len(read[text]) == len(found[text][0]):
-                    parts = read.pop(text)
-                    activations = [parts[n] for n in range(len(parts))]
-                    yield text, found[text][1], np.concatenate(activations)
+                    parts = [part for _, part in sorted(read.pop(text).items())]
+                    yield text, found[text][1], np.concatenate(parts)
 
 
 def prefix_activations(

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from skspin._layout import Segment
-from skspin._model.anatomy import Anatomy, Stack, bare_model, find_anatomy
+from skspin._model.anatomy import (
+    Anatomy,
+    Stack,
+    bare_model,
+    find_anatomy,
+    longest_unscaled,
+    most_tokens,
+)
 from skspin._model.forward import token_forward
-from skspin._model.positions import longest_unscaled, most_tokens
 
 # Relative differences that are more than rounding, in float32 and in shorter formats. Batches of
 # the same shape round alike; batches of another shape round differently (by 0.8% in thirty blocks

@@ -133,7 +133,7 @@ def test_weights_may_be_in_several_files_and_widths_are_read_without_them(folder
     anatomy = read_anatomy(Source(folder))
     stack = anatomy.stacks[None]
     assert anatomy.n_layers == 2
-    assert stack.width(2, "hidden") == 8 and stack.width(1, "mlp") == 12
+    assert stack.tap(2, "hidden").width == 8 and stack.tap(1, "mlp").width == 12
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 import transformers
-from forward_pass import BY_HAND, CLOSE, alone, columns, read, segments_of
+from forward_pass import BY_HAND, CLOSE, alone, assert_pooled, columns, read, segments_of
 from tiny_models import ALL, TINY, tiny_batch
 
 from skspin._layout import Segment
@@ -23,6 +25,10 @@ def states_of(output, stack):
         states[-1] = output[last][0]
     torch.testing.assert_close(states[-1], output[last][0])
     return states
+
+
+def place_of(segment):
+    return segment.stack, segment.layer, segment.site
 
 
 @contextmanager
@@ -55,81 +61,68 @@ def test_hidden_states_equal_those_that_the_model_returns(name):
         states = {stack: states_of(output, stack) for stack in stacks}
         for stack in states:
             assert len(states[stack]) == len(stacks[stack].blocks) + 1
-        for segment, where in columns(segments):
-            expected = BY_HAND[segment.pooling](states[segment.stack][segment.layer])
-            torch.testing.assert_close(X[row, where], expected, **CLOSE)
+        assert_pooled(X[row], segments, lambda s, states=states: states[s.stack][s.layer])
 
 
-@pytest.mark.parametrize(
-    ("name", "site"),
-    [(name, site) for name in ALL for site in ("mlp", "attention") if getattr(ALL[name], site)],
-)
-def test_neurons_are_what_goes_into_the_named_linear_module(name, site):
+@pytest.mark.parametrize("name", [name for name in ALL if ALL[name].mlp or ALL[name].attention])
+def test_neurons_are_what_goes_into_the_named_linear_module(name):
     model = ALL[name].build()
     batch = tiny_batch()
-    segments = segments_of(model, [site], BY_HAND)
-    n_layers = find_anatomy(model).n_layers
-    assert {segment.layer for segment in segments} == set(range(1, n_layers + 1))
+    sites = [site for site in ("mlp", "attention") if getattr(ALL[name], site)]
+    segments = segments_of(model, sites, BY_HAND)
+    layers = range(1, find_anatomy(model).n_layers + 1)
+    assert {(s.layer, s.site) for s in segments} == set(product(layers, sites))
     X = read(model, segments, batch)
-    paths = {(s.stack, s.layer): ALL[name].path(s.stack, site, s.layer) for s in segments}
+    paths = {place_of(s): ALL[name].path(s.stack, s.site, s.layer) for s in segments}
     for row, real in enumerate(batch["attention_mask"].sum(1)):
         with inputs_of(model, paths) as kept:
             alone(model, batch, row)
-        for segment, where in columns(segments):
-            tokens = kept[segment.stack, segment.layer][:real]  # Longformer's has more
-            assert tokens.shape[1] == segment.width
-            torch.testing.assert_close(X[row, where], BY_HAND[segment.pooling](tokens), **CLOSE)
+        # Longformer's has more tokens.
+        assert_pooled(X[row], segments, lambda s, kept=kept, real=real: kept[place_of(s)][:real])
 
 
-def test_attention_of_xlnet_is_what_its_parameter_is_multiplied_with(monkeypatch):
-    model = TINY["xlnet"].build()
-    batch = tiny_batch()
-    segments = segments_of(model, ["attention"], ["mean", "last"])
-    X = read(model, segments, batch)
-    heads = []
+def xlnets_heads(model, vectors):
     for block in model.layer:
         core = block.rel_attn.rel_attn_core
 
         def record(*args, core=core, **kwargs):
-            vectors = core(*args, **kwargs)  # (n_tokens, 1, n_heads, head_width)
-            heads.append(vectors[:, 0].flatten(1))
-            return vectors
+            given = core(*args, **kwargs)  # (n_tokens, 1, n_heads, head_width)
+            vectors.append(given[:, 0].flatten(1))
+            return given
 
-        monkeypatch.setattr(block.rel_attn, "rel_attn_core", record)
-    for row in range(len(X)):
-        heads.clear()
-        alone(model, batch, row)
-        for segment, where in columns(segments):
-            expected = BY_HAND[segment.pooling](heads[segment.layer - 1])
-            torch.testing.assert_close(X[row, where], expected, **CLOSE)
+        block.rel_attn.rel_attn_core = record
 
 
-@pytest.mark.parametrize("site", ["mlp", "attention"])
-def test_a_shared_block_has_neurons_at_each_of_its_turns(site):
-    model = TINY["albert"].build()
-    batch = tiny_batch()
-    segments = segments_of(model, [site], ["max"])
-    assert [segment.layer for segment in segments] == [1, 2, 3, 4]
-    X = read(model, segments, batch)
-    calls = []
-    for group in model.encoder.albert_layer_groups:
-        block = group.albert_layers[0]
-        module = block.ffn_output if site == "mlp" else block.attention.dense
-        module.register_forward_pre_hook(lambda _, args: calls.append(args[0][0]))
-    for row in range(len(X)):
-        calls.clear()
-        alone(model, batch, row)
-        torch.testing.assert_close(X[row], torch.cat([t.amax(0) for t in calls]), **CLOSE)
+def alberts(path):
+    def record(model, vectors):
+        for group in model.encoder.albert_layer_groups:
+            module = group.albert_layers[0].get_submodule(path)
+            module.register_forward_pre_hook(lambda _, args: vectors.append(args[0][0]))
+
+    return record
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
-def test_the_order_of_texts_and_their_company_change_nothing(name):
+@pytest.mark.parametrize(
+    ("name", "site", "record"),
+    [
+        # What a parameter is multiplied with, and blocks that have two turns each.
+        ("xlnet", "attention", xlnets_heads),
+        ("albert", "mlp", alberts("ffn_output")),
+        ("albert", "attention", alberts("attention.dense")),
+    ],
+)
+def test_neurons_that_no_one_linear_module_takes(name, site, record):
     model = TINY[name].build()
-    segments = segments_of(model, poolings=BY_HAND)
-    X = read(model, segments)
-    for rows in ([4, 2, 0, 3, 1], [1, 2]):
-        batch = {key: values[rows] for key, values in tiny_batch().items()}
-        torch.testing.assert_close(read(model, segments, batch), X[rows])
+    batch = tiny_batch()
+    segments = segments_of(model, [site], ["max", "last"])
+    X = read(model, segments, batch)
+    vectors = []  # by block
+    record(model, vectors)
+    for row in range(len(X)):
+        vectors.clear()
+        alone(model, batch, row)
+        assert len(vectors) == find_anatomy(model).n_layers == len(segments) / 2
+        assert_pooled(X[row], segments, lambda segment: vectors[segment.layer - 1])
 
 
 @pytest.mark.parametrize("name", ["bert", "xlnet", "gpt2", "distilbert"])
@@ -143,27 +136,18 @@ def test_whatever_else_the_model_takes_by_token_is_passed_on(name):
     assert takes_types != torch.allclose(X, read(model, segments, batch), atol=1e-3)
     for row in range(len(X)):
         output = alone(model, {**batch, "token_type_ids": types} if takes_types else batch, row)
-        for segment, where in columns(segments):
-            expected = BY_HAND[segment.pooling](output.hidden_states[segment.layer][0])
-            torch.testing.assert_close(X[row, where], expected, **CLOSE)
+        states = output.hidden_states
+        assert_pooled(X[row], segments, lambda segment, states=states: states[segment.layer][0])
 
 
-@pytest.mark.parametrize("pooling", BY_HAND)
-@pytest.mark.parametrize("site", ["hidden", "mlp", "attention"])
-def test_chosen_neurons_equal_those_columns_of_all_to_the_bit(site, pooling):
+def test_chosen_neurons_in_any_order_equal_those_columns_of_all_to_the_bit():
     model = TINY["llama"].build()
-    (whole,) = segments_of(model, [site], [pooling], [2])
-    chosen = (0, 7, whole.width - 1)
-    some = Segment(None, 2, site, pooling, whole.width, chosen)
-    assert torch.equal(read(model, [some]), read(model, [whole])[:, list(chosen)])
-
-
-def test_columns_come_in_the_order_asked_for():
-    model = TINY["bert"].build()
-    segments = segments_of(model, ("hidden", "mlp"), ("mean", "max"))
+    segments = segments_of(model, poolings=BY_HAND)
     X = read(model, segments)
-    parts = [X[:, where] for _, where in columns(segments)]
-    torch.testing.assert_close(read(model, segments[::-1]), torch.cat(parts[::-1], dim=1))
+    chosen = {s: (0, 7, s.width - 1) for s in segments}
+    some = [replace(segment, neurons=chosen[segment]) for segment in segments[::-1]]
+    expected = [X[:, where][:, chosen[segment]] for segment, where in columns(segments)]
+    assert torch.equal(read(model, some), torch.cat(expected[::-1], dim=1))
 
 
 def test_two_models_in_one_encoder_decoder():
@@ -178,27 +162,15 @@ def test_two_models_in_one_encoder_decoder():
     segments = segments_of(model, ["hidden"])
     X = read(model, segments, batch)
     output = alone(model, batch, 1)
-    for segment, where in columns(segments):
-        expected = output[f"{segment.stack}_hidden_states"][segment.layer][0].mean(0)
-        torch.testing.assert_close(X[1, where], expected, **CLOSE)
-
-
-def test_a_bfloat16_model_is_pooled_in_float32():
-    model = TINY["llama"].build()
-    segments = segments_of(model, poolings=BY_HAND)
-    X = read(model, segments)
-    half = read(model.bfloat16(), segments)
-    assert half.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(X, half).min() > 0.999
+    assert_pooled(X[1], segments, lambda s: output[f"{s.stack}_hidden_states"][s.layer][0])
 
 
 # PEFT asks transformers for what transformers is about to rename.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
-@pytest.mark.parametrize("site", ["hidden", "mlp"])
-def test_an_adapter_is_in_effect(site):
+def test_an_adapter_is_in_effect():
     peft = pytest.importorskip("peft")
     plain = TINY["gpt2"].build("LMHeadModel")
-    segments = segments_of(plain, [site])
+    segments = segments_of(plain, ("hidden", "mlp"))
     X = read(plain, segments)
     config = peft.LoraConfig(
         target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, init_lora_weights=False

@@ -2,17 +2,12 @@
 
 import numpy as np
 import pytest
+from growing_texts import POOL, POOLINGS
 from tiny_models import TINY, tiny_tokenizer
 
 from skspin import LLMActivationTransformer
 from skspin._texts import open_texts
 
-POOLED = {
-    "mean": lambda values: values.mean(axis=0),
-    "max": lambda values: values.max(axis=0),
-    "first": lambda values: values[0],
-    "last": lambda values: values[-1],
-}
 # Absolute, learnt, rotary and relative positions, mixing without attention, one stack and two.
 NAMES = ["bert", "roberta", "deberta-v2", "gpt2", "llama", "gemma2", "xlnet", "fnet", "t5", "bart"]
 TEXTS = [
@@ -28,21 +23,13 @@ TEXTS = [
 
 def fitted(name, prompt, padding_side):
     tiny = TINY[name]
-    both = tiny.build().config.is_encoder_decoder
+    model = tiny.build()
     transformer = LLMActivationTransformer(
-        tiny.build(),
+        model,
         tokenizer=tiny_tokenizer(padding_side),
-        site=tuple(
-            site
-            for site, there in {
-                "hidden": True,
-                "mlp": tiny.mlp,
-                "attention": tiny.attention,
-            }.items()
-            if there
-        ),
-        pooling=tuple(POOLED),
-        stack=("encoder", "decoder") if both else "encoder",
+        site=("hidden", *(site for site in ("mlp", "attention") if getattr(tiny, site))),
+        pooling=POOLINGS,
+        stack=("encoder", "decoder") if model.config.is_encoder_decoder else "encoder",
         prompt=prompt,
         max_length=12,
         dtype="float32",
@@ -66,7 +53,7 @@ def test_tokens_pool_to_the_transformers_output(name, prompt, padding_side):
         assert len(tokens.tokens) == len(activations) <= 12
         layout = transformer.layout_
         for segment, columns in zip(layout.segments, layout.slices, strict=True):
-            by_hand = POOLED[segment.pooling](activations[:, columns].astype(np.float64))
+            by_hand = POOL[segment.pooling](activations[:, columns].astype(np.float64))
             size = 1 + np.abs(activations[:, columns]).max()
             np.testing.assert_allclose(
                 row[columns], by_hand, atol=2e-5 * size, err_msg=str(segment)
