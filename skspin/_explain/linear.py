@@ -81,7 +81,7 @@ class LinearForm:
         *steps, head = flatten(classifier)
         if isinstance(head, _HEADS_OF_MEMBERS):
             form = cls._of_members(head)
-        elif _is_linear(head):
+        elif _decides_as(head, LinearClassifierMixin, LinearDiscriminantAnalysis, SVC):
             weights = weights_of(head).astype(np.float64)
             intercept = np.broadcast_to(head.intercept_, len(weights))
             form = cls(weights, np.zeros_like(weights), intercept)
@@ -172,15 +172,12 @@ _MIXINGS: dict[type, Callable[[Any], tuple[Any, Any]]] = {
 
 
 def _decides_as(classifier: Any, *kinds: Any) -> bool:
+    """Whether a classifier decides by a weighted sum of columns, as one of some kinds does."""
+    if isinstance(classifier, SVC | NuSVC) and len(classifier.classes_) > 2:
+        return False  # it counts votes of pairs of classes
     # Not every classifier with a coef_ is linear in its input, and a subclass may decide otherwise.
     decide = getattr(type(classifier), "decision_function", None)
     return hasattr(classifier, "coef_") and decide in [kind.decision_function for kind in kinds]
-
-
-def _is_linear(classifier: Any) -> bool:
-    if isinstance(classifier, SVC | NuSVC) and len(classifier.classes_) > 2:
-        return False  # it counts votes of pairs of classes
-    return _decides_as(classifier, LinearClassifierMixin, LinearDiscriminantAnalysis, SVC)
 
 
 def _why_not(head: Any) -> str:

@@ -138,7 +138,14 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     check_is_fitted(estimator)
     transformer = only_step(estimator, LLMActivationTransformer)
     names = [neurons] if isinstance(neurons, str) else list(neurons)
-    narrowed = transformer._restrict_to(_find_columns(transformer, names))
+    columns = transformer.get_feature_names_out()
+    unknown = set(names).difference(columns)
+    if unknown or not names:
+        raise ValueError(
+            f"neurons={sorted(unknown)} are not among the transformer's {len(columns)} columns, "
+            f"{columns[0]} to {columns[-1]}. See get_feature_names_out()."
+        )
+    narrowed = transformer._restrict_to(np.isin(columns.astype(str), names))
     columns = narrowed.get_feature_names_out()
     heaps: list[list[tuple]] = [[] for _ in columns]  # (activation, -text, token, start, end)
     texts = read_texts(estimator, texts)
@@ -166,14 +173,3 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     }
     shown = [written[text] for text in texts.to_list()]
     return NeuronExplanation({name: hits[name] for name in names}, shown)
-
-
-def _find_columns(transformer: LLMActivationTransformer, names: list[str]) -> np.ndarray:
-    columns = transformer.get_feature_names_out()
-    unknown = set(names).difference(columns)
-    if unknown or not names:
-        raise ValueError(
-            f"neurons={sorted(unknown)} are not among the transformer's {len(columns)} columns, "
-            f"{columns[0]} to {columns[-1]}. See get_feature_names_out()."
-        )
-    return np.isin(columns.astype(str), names)
