@@ -10,7 +10,7 @@ from sklearn.base import _fit_context
 from sklearn.linear_model._base import LinearClassifierMixin
 from sklearn.multiclass import _ConstantPredictor
 from sklearn.utils import _safe_indexing
-from sklearn.utils._array_api import get_namespace, get_namespace_and_device
+from sklearn.utils._array_api import get_namespace
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils._repr_html.estimator import _VisualBlock
 from sklearn.utils._set_output import _wrap_data_with_container
@@ -37,7 +37,6 @@ __all__ = [
     "_wrap_data_with_container",
     "diagram_block",
     "get_namespace",
-    "get_namespace_and_device",
 ]
 
 
