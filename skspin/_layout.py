@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
@@ -65,17 +66,19 @@ class Layout:
     """The columns of an activation matrix, in order."""
 
     segments: tuple[Segment, ...]
+    # The model's fingerprint, by which columns of two models are told apart; "" if it is not known.
+    model: str = field(default="", compare=False, repr=False)
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
         """The columns of each segment."""
-        ends = np.cumsum([0, *(segment.n_columns for segment in self.segments)]).tolist()
-        return tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
+        return tuple(_side_by_side([segment.n_columns for segment in self.segments]))
 
     def segment_of(self, column: int) -> Segment:
         """Find the segment that a column is in."""
-        ends = [columns.stop for columns in self.slices]
-        return self.segments[int(np.searchsorted(ends, column, side="right"))]
+        return next(
+            s for s, own in zip(self.segments, self.slices, strict=True) if column < own.stop
+        )
 
     @property
     def n_columns(self) -> int:
@@ -117,7 +120,7 @@ class Layout:
             if chosen:
                 everything = chosen == tuple(range(segment.width))
                 kept.append(replace(segment, neurons=None if everything else chosen))
-        return Layout(tuple(kept))
+        return replace(self, segments=tuple(kept))
 
 
 def find_layers(
@@ -152,46 +155,45 @@ def find_layers(
 
 def layers_from_sizes(sizes: Sequence[int]) -> list[LayerColumns]:
     """List the layers of a plain matrix, ``sizes`` columns wide, one after another."""
-    ends = np.cumsum([0, *sizes]).tolist()
-    edges = enumerate(zip(ends, ends[1:], strict=False))
-    return [_layer(("", "", i, "input"), np.arange(a, b)) for i, (a, b) in edges]
+    return [
+        _layer(("", "", number, "input"), np.arange(columns.start, columns.stop))
+        for number, columns in enumerate(_side_by_side(sizes))
+    ]
 
 
 def layers_from_names(names: Sequence[str]) -> list[LayerColumns] | None:
     """Find layers by their columns' names; None if any of them is not an activation's name."""
-    members: dict[str, list[tuple[int, int]]] = {}  # by name without the neuron
-    for column, name in enumerate(names):
-        head, _, neuron = name.rpartition("_") if isinstance(name, str) else ("", "", "")
-        if not neuron.isdecimal():
-            return None
-        members.setdefault(head, []).append((int(neuron), column))
-    matches = [(head, _NAME.fullmatch(head)) for head in members]
-    keys = {head: match.groups(default="") for head, match in matches if match is not None}
-    if not members or len(keys) < len(members):
+    parts = [name.rpartition("_") if isinstance(name, str) else ("", "", "") for name in names]
+    heads = {head: _NAME.fullmatch(head) for head in {head for head, _, _ in parts}}
+    known = {head: match.groups(default="") for head, match in heads.items() if match is not None}
+    if not known or len(known) < len(heads) or not all(n.isdecimal() for _, _, n in parts):
         return None
-    together = _are_one_model([(keys[head], members[head]) for head in members])
-    layers: dict[tuple, list[tuple[int, int, int]]] = {}
-    for head, (prefix, stack, layer, site, pooling) in keys.items():
-        rank = _rank(POOLINGS, pooling)
+    found = [(*known[head], neuron) for head, _, neuron in parts]
+    together = _are_one_model(found)
+    members: dict[tuple, list[tuple[int, int, int]]] = {}
+    for column, (prefix, stack, layer, site, pooling, neuron) in enumerate(found):
         key = "" if together else prefix, stack, int(layer), site
-        layers.setdefault(key, []).extend((rank, *member) for member in members[head])
-    return [_layer(key, np.array(sorted(found))[:, -1]) for key, found in layers.items()]
+        members.setdefault(key, []).append((_rank(POOLINGS, pooling), int(neuron), column))
+    return [_layer(key, np.array(sorted(own))[:, -1]) for key, own in members.items()]
 
 
-def _are_one_model(found: list[tuple[tuple[str, ...], list[tuple[int, int]]]]) -> bool:
+def _are_one_model(names: Sequence[tuple[str, ...]]) -> bool:
     """Whether columns with different prefixes, such as ``mean__``, come from the same model."""
     # Names do not say which model they are from. Two models that are read in the same way give each
     # name twice. If each is read with another pooling, their layers seldom have the same width.
-    if len({key[0] for key, _ in found}) == 1:
+    if len({prefix for prefix, *_ in names}) == 1:
         return True
-    neurons: dict[tuple[str, ...], list[int]] = {}
-    for (_, *key), members in found:
-        neurons.setdefault(tuple(key), []).extend(neuron for neuron, _ in members)
-    widths: dict[tuple[str, ...], set[int]] = {}
-    for (*layer, _), own in neurons.items():
-        widths.setdefault(tuple(layer), set()).add(max(own))
+    neurons: dict[tuple[str, ...], list[int]] = {}  # by stack, layer, site and pooling
+    for _, *segment, neuron in names:
+        neurons.setdefault(tuple(segment), []).append(int(neuron))
+    widths = {(segment[:-1], max(own)) for segment, own in neurons.items()}
     distinct = all(len(set(own)) == len(own) for own in neurons.values())
-    return distinct and all(len(width) == 1 for width in widths.values())
+    return distinct and len(widths) == len({layer for layer, _ in widths})
+
+
+def _side_by_side(widths: Sequence[int]) -> list[slice]:
+    ends = np.cumsum([0, *widths]).tolist()
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def _layer(key: tuple[str, str, int, str], columns: np.ndarray) -> LayerColumns:
@@ -240,6 +242,16 @@ def as_slice(columns: np.ndarray) -> slice | np.ndarray:
     if len(columns) and (np.diff(columns) == 1).all():
         return slice(int(columns[0]), int(columns[-1]) + 1)
     return columns
+
+
+def _forgetting_layout(name: str) -> Any:
+    """Make an array's method that changes it in place, so that columns are not what they were."""
+
+    def method(self: ActivationArray, *args: Any, **kwargs: Any) -> None:
+        getattr(np.ndarray, name)(self, *args, **kwargs)
+        self.layout = None
+
+    return method
 
 
 class ActivationArray(np.ndarray):
@@ -307,20 +319,7 @@ class ActivationArray(np.ndarray):
         """Copy values and layout."""
         return ActivationArray(np.asarray(self).copy(order), self.layout)
 
-    def sort(self, *args: Any, **kwargs: Any) -> None:
-        """Sort in place; columns are then no longer what they were."""
-        super().sort(*args, **kwargs)
-        self.layout = None
-
-    def partition(self, *args: Any, **kwargs: Any) -> None:
-        """Partition in place; columns are then no longer what they were."""
-        super().partition(*args, **kwargs)
-        self.layout = None
-
-    def put(self, *args: Any, **kwargs: Any) -> None:
-        """Write values by their positions in the flat array, and forget the layout."""
-        super().put(*args, **kwargs)
-        self.layout = None
+    sort, partition, put = map(_forgetting_layout, ("sort", "partition", "put"))
 
     def __copy__(self) -> ActivationArray:
         """Copy values and layout."""
@@ -349,14 +348,15 @@ def _plain(array: Any) -> Any:
 
 
 def _join(layouts: Sequence[Layout | None]) -> Layout | None:
-    """Join layouts side by side; None if they may be several models', as in `_are_one_model`."""
+    """Join layouts side by side; None if they are several models', or of several widths."""
+    models = {None if layout is None else layout.model for layout in layouts}
     segments = [s for layout in layouts if layout is not None for s in layout.segments]
     poolings = {(s.stack, s.layer, s.site, s.pooling) for s in segments}
     widths = {(s.stack, s.layer, s.site, s.width) for s in segments}
     one_width = len(widths) == len({width[:-1] for width in widths})
-    if None in layouts or len(poolings) < len(segments) or not one_width:
+    if None in layouts or len(models) > 1 or len(poolings) < len(segments) or not one_width:
         return None
-    return Layout(tuple(segments))
+    return Layout(tuple(segments), models.pop() or "")
 
 
 def layout_of(X: Any) -> Layout | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import takewhile
 from typing import Any, TypeVar
 
 from sklearn.base import BaseEstimator, clone
@@ -126,13 +125,10 @@ def acts_in_fit_only(step: Any) -> bool:
 
 def flatten(estimator: Any) -> Iterator[Any]:
     """List the steps that act at prediction, in order, with pipelines and wrappers unpacked."""
-    if isinstance(estimator, Pipeline):
-        for _, step in estimator.steps:
-            yield from flatten(step)
-    elif isinstance(estimator, FrozenEstimator):
-        yield from flatten(estimator.estimator)
-    elif isinstance(estimator, PrunedStep) and estimator.support_ is None:
-        yield from flatten(estimator.left_)
+    is_whole = isinstance(estimator, PrunedStep) and estimator.support_ is None
+    if is_whole or isinstance(estimator, Pipeline | FrozenEstimator):
+        for member in _members(estimator):
+            yield from flatten(member)
     elif hasattr(estimator, "best_estimator_"):
         yield from flatten(estimator.best_estimator_)
     elif estimator not in (None, "passthrough") and not acts_in_fit_only(estimator):
@@ -171,12 +167,12 @@ def only_step(estimator: Any, kind: type[_Step]) -> _Step:
     return found[0]
 
 
-def read_texts(estimator: Any, transformer: LLMActivationTransformer, texts: Any) -> TextChunks:
+def read_texts(estimator: Any, texts: Any) -> TextChunks:
     """Apply the steps of a pipeline that come before its activation transformer to texts."""
     steps = list(flatten(estimator))
-    if any(step is transformer for step in steps):
-        for step in takewhile(lambda step: step is not transformer, steps):
-            texts = step.transform(texts)
+    is_reader = [isinstance(step, LLMActivationTransformer) for step in steps]
+    for step in steps[: is_reader.index(True) if any(is_reader) else 0]:
+        texts = step.transform(texts)
     return open_texts(texts)
 
 

@@ -80,12 +80,10 @@ def prune(pipeline):
 
     Raises
     ------
-    TypeError
-        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
+    TypeError, NotFittedError
+        If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If it has no activation transformer, or needs all columns of one.
-    NotFittedError
-        If it is not fitted.
 
     See Also
     --------
@@ -141,31 +139,24 @@ def _(step: LLMActivationTransformer, need: Need) -> tuple[Any, Need]:
 
 
 @_narrow.register
-def _narrow_selection(step: SelectorMixin, need: Need) -> tuple[Any, Need]:
+def _(step: SelectorMixin, need: Need) -> tuple[Any, Need]:
+    pruned = isinstance(step, PrunedStep)
+    if pruned and step.left_ is not None and step.support_ is None:
+        left, needed = _narrow(step.left_, need)
+        return PrunedStep.of(step.step, left, None), needed
     support = step.get_support().copy()  # (n_columns,)
     if need.columns is not None:
         support[support] = need.columns
+    if pruned and step.left_ is not None:
+        return PrunedStep.of(step.step, step.left_, support), Need(None, type(step.left_).__name__)
     needed = Need(support, type(step).__name__)
     if isinstance(step, SalientNeuronSelector):
         return step._restrict_to(support), needed
-    before = step.step if isinstance(step, PrunedStep) else step
+    before = step.step if pruned else step
     narrowed = PrunedStep.of(before, None, np.ones(support.sum(), dtype=bool))
     if hasattr(step, "feature_names_in_"):
         narrowed.feature_names_in_ = step.feature_names_in_[support]
     return narrowed, needed
-
-
-@_narrow.register
-def _(step: PrunedStep, need: Need) -> tuple[Any, Need]:
-    if step.left_ is None:
-        return _narrow_selection(step, need)
-    if step.support_ is None:
-        left, needed = _narrow(step.left_, need)
-        return PrunedStep.of(step.step, left, None), needed
-    support = step.support_.copy()
-    if need.columns is not None:
-        support[support] = need.columns
-    return PrunedStep.of(step.step, step.left_, support), Need(None, type(step.left_).__name__)
 
 
 @_narrow.register
@@ -187,53 +178,49 @@ def _(step: Any, need: Need) -> tuple[Any, Need]:
     if not members or need.columns is not None:  # LinearDiscriminantAnalysis also transforms
         return _keep_whole(step, need)
     used = np.any([weights_of(member).any(axis=0) for member in members], axis=0)  # (n_columns,)
-    if not used.any():
-        used[0] = True  # scikit-learn's estimators refuse an input without columns
+    used[0] |= not used.any()  # scikit-learn's estimators refuse an input without columns
     if used.all():
         return _keep_whole(step, need)
     narrowed = [_take_columns(member, used, ("coef_",)) for member in members]
-    if members[0] is step:
-        return narrowed[0], Need(used, type(step).__name__)
-    head = _take_columns(step, used, ())
-    head.estimators_ = narrowed
+    head = narrowed[0]
+    if members[0] is not step:
+        head = _take_columns(step, used)
+        head.estimators_ = narrowed
     return head, Need(used, type(step).__name__)
 
 
 @_narrow.register
 def _(step: Pipeline, need: Need) -> tuple[Any, Need]:
-    members = []
+    narrowed = _copy(step)
+    narrowed.steps = []
     for name, member in reversed(step.steps):
         member, need = _narrow(member, need)
-        members.append((name, member))
-    narrowed = _copy(step)
-    narrowed.steps = members[::-1]
+        narrowed.steps.insert(0, (name, member))
     return narrowed, need
 
 
 @_narrow.register
 def _(step: ColumnTransformer, need: Need) -> tuple[Any, Need]:
-    members, outputs, start = [], dict.fromkeys(step.output_indices_, slice(0, 0)), 0
-    for name, member, columns in step.transformers_:
-        given = step.output_indices_[name]
-        member, n_given = _narrow_branch(member, need, given)
-        members.append((name, member, columns))
-        outputs[name] = slice(start, start := start + n_given)
     narrowed = _copy(step)
-    narrowed.transformers_ = members
-    narrowed.output_indices_ = outputs
+    narrowed.transformers_, start = [], 0
+    narrowed.output_indices_ = dict.fromkeys(step.output_indices_, slice(0, 0))
+    for name, member, columns in step.transformers_:
+        member, n_given = _narrow_branch(member, need, step.output_indices_[name])
+        narrowed.transformers_.append((name, member, columns))
+        narrowed.output_indices_[name] = slice(start, start := start + n_given)
     return narrowed, Need(None, type(step).__name__)
 
 
 @_narrow.register
 def _(step: FeatureUnion, need: Need) -> tuple[Any, Need]:
-    members, end = [], 0
+    narrowed = _copy(step)
+    narrowed.transformer_list, end = [], 0
     for name, member in step.transformer_list:
         start = end
         if need.columns is not None and member != "drop":
             end += len(member.get_feature_names_out())
-        members.append((name, _narrow_branch(member, need, slice(start, end))[0]))
-    narrowed = _copy(step)
-    narrowed.transformer_list = members
+        member, _ = _narrow_branch(member, need, slice(start, end))
+        narrowed.transformer_list.append((name, member))
     return narrowed, Need(None, type(step).__name__)
 
 
@@ -256,7 +243,7 @@ def _keep_whole(step: Any, need: Need) -> tuple[Any, Need]:
     return PrunedStep.of(step, left, need.columns), needed
 
 
-def _take_columns(step: Any, columns: np.ndarray, attributes: tuple[str, ...]) -> Any:
+def _take_columns(step: Any, columns: np.ndarray, attributes: tuple[str, ...] = ()) -> Any:
     """Copy a fitted step as if it had been fitted to some of its input columns only."""
     narrowed = _copy(step)
     for name in (*attributes, "feature_names_in_"):

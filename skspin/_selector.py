@@ -24,6 +24,7 @@ from skspin._probes import (
     encode_targets,
     fit_layers,
     is_tensor,
+    most_salient,
     to_host,
     validation_rows,
 )
@@ -34,7 +35,6 @@ from skspin._sklearn import (
     _fit_context,
     diagram_block,
     get_namespace,
-    get_namespace_and_device,
 )
 from skspin._system import warn
 
@@ -253,15 +253,14 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         """
         layout = layout_of(X)
         xp, _ = get_namespace(X)  # NumPy, unless scikit-learn dispatches by the array API
-        dtypes = [xp.float32, xp.float64]
+        checks = {"dtype": [xp.float32, xp.float64], "multi_output": True, "ensure_min_samples": 2}
         with np.errstate(invalid="ignore"):  # scikit-learn sums all values, infinite ones too
-            X, y = validate_data(self, X, y, dtype=dtypes, multi_output=True, ensure_min_samples=2)
+            X, y = validate_data(self, X, y, **checks)
         y, sample_weight = to_host(y), to_host(sample_weight)
         names = getattr(self, "feature_names_in_", None)
         layers = find_layers(self.layer_sizes, layout, names, X.shape[1], self.max_layer)
         if sample_weight is not None:
-            rows = np.empty((X.shape[0], 0)) if is_tensor(X) else X
-            sample_weight = _check_sample_weight(sample_weight, rows, ensure_non_negative=True)
+            sample_weight = _check_sample_weight(sample_weight, y, ensure_non_negative=True)
             if not sample_weight.any():  # scikit-learn says so itself from 1.8 on
                 raise ValueError(
                     "sample_weight is 0 for every text, but must hold at least one non-zero number."
@@ -282,8 +281,10 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
             float(xp.finfo(X.dtype).eps),
         )
         columns = (as_slice(layer.columns) for layer in self._follow(layers, X, y))
-        use_cache = self.cache is not None
-        probes = list(fit_layers(X, columns, targets, validation, settings, use_cache=use_cache))
+        fitted = fit_layers(
+            X, columns, targets, validation, settings, use_cache=self.cache is not None
+        )
+        probes = list(fitted)
 
         self.layout_ = layout
         self.classes_ = targets.classes
@@ -351,7 +352,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
             )
 
     def _select(self) -> None:
-        self.salience_ = SALIENCES[self.salience](self.coef_)
+        self.salience_ = SALIENCES[self.salience](self.coef_).sum(axis=0)
         self.support_ = self._support_at(self.sparsity)
         if not self.support_.any():
             warn(
@@ -364,10 +365,9 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
 
     def _support_at(self, sparsity: float) -> np.ndarray:
         """Select at another sparsity from the same probes; nothing is fitted again."""
-        keep = CRITERIA[self.criterion]
         support = np.zeros(self.salience_.shape, dtype=bool)
         for columns in self.layer_columns_:
-            support[columns] = keep(self.salience_[columns], sparsity)
+            support[columns] = most_salient(self.salience_[columns], sparsity, self.criterion)
         return support
 
     def _restrict_to(self, columns: np.ndarray) -> SalientNeuronSelector:
@@ -409,23 +409,18 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         return super().transform(X)
 
     def _refuse_other_columns(self, X: Any) -> None:
-        # Two frames are compared by scikit-learn.
-        given = layout_of(X)
-        if given is not None:
-            known = self.layout_
-            if known == given or (known is None and not hasattr(self, "feature_names_in_")):
-                return
-            names = given.feature_names()
-            expected = self.feature_names_in_ if known is None else known.feature_names()
-        elif self.layout_ is not None and hasattr(X, "columns"):
-            names, expected = np.asarray(X.columns), self.layout_.feature_names()
-            if layers_from_names(list(names)) is None:
-                return  # scikit-learn warns of names where there were none in fit
-        else:
-            return
+        given, known = layout_of(X), self.layout_
+        if given == known:
+            return  # if both are None, scikit-learn compares the names of frames
+        names = getattr(X, "columns", ()) if given is None else given.feature_names()
+        if given is None and layers_from_names(list(names)) is None:
+            return  # scikit-learn warns of names where there were none in fit
+        expected = getattr(self, "feature_names_in_", ())
+        if known is not None:
+            expected = known.feature_names()
         if len(names) != len(expected):
-            return  # scikit-learn says so
-        for column in np.flatnonzero(names != expected)[:1]:
+            return  # nothing to compare, or scikit-learn says so
+        for column in np.flatnonzero(np.asarray(names) != expected)[:1]:
             raise ValueError(
                 f"X has other columns than in fit: column {column} is {names[column]!r}, but was "
                 f"{expected[column]!r}. Pass the output of the transformer that this selector was "
@@ -441,17 +436,14 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         columns = self.get_support(indices=True)
         if isinstance(X, np.ndarray):
             return X.take(columns, axis=1)
-        xp, is_dispatched, device = get_namespace_and_device(X)
-        if is_dispatched:
-            return xp.take(X, xp.asarray(columns, device=device), axis=1)
-        return super()._transform(X)
+        return X[:, columns] if hasattr(X, "is_cuda") else super()._transform(X)
 
     def __getstate__(self):
         """Write only weights that are not zero, and neighbouring columns as a slice."""
         state = super().__getstate__()
         state |= {name: pack_sparse(state[name]) for name in _MOSTLY_ZERO if name in state}
         if "layer_columns_" in state:
-            state["layer_columns_"] = [as_slice(own) for own in state["layer_columns_"]]
+            state["layer_columns_"] = list(map(as_slice, state["layer_columns_"]))
         return state
 
     def __setstate__(self, state):

@@ -7,9 +7,10 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # Frames of these packages stand between a user's line and the code that warns.
 _IN_BETWEEN = {"skspin", "sklearn", "joblib", "contextlib"}
@@ -29,14 +30,15 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-@contextmanager
-def held_warnings() -> Iterator[list[str]]:
-    """Collect this thread's warnings, for the thread that runs the user's line to issue."""
-    _held.messages = []
+def hold_warnings(function: Callable[..., object], *args: Any) -> list[str]:
+    """Call a function, and return its warnings, for the thread of the user's line to issue."""
+    messages: list[str] = []
+    _held.messages = messages
     try:
-        yield _held.messages
+        function(*args)
     finally:
         del _held.messages
+    return messages
 
 
 def _package(module: dict) -> str:

@@ -64,7 +64,22 @@ class TextChunks:
 
     def __iter__(self) -> Iterator[list[str]]:
         """Read the texts from the first on."""
-        return iter([self.texts]) if self.texts is not None else _read(self)
+        if self.texts is not None:
+            yield self.texts
+            return
+        start = end = 0
+        for part in _read(self.container, self.n_texts):
+            end = start + len(part)
+            if end > self.n_texts:
+                break
+            yield _check(part, start, self.conversations)
+            start = end
+        if end != self.n_texts:
+            raise ValueError(
+                f"X says that it holds {self.n_texts} texts, but gives {end}"
+                f"{' or more' * (end > self.n_texts)}. Its __len__ must count what its __iter__ "
+                "gives."
+            )
 
     def distinct(self) -> TextChunks:
         """Read all texts into memory, without repetitions."""
@@ -116,39 +131,20 @@ def _to_json(conversation: Any, at: str) -> str:
         raise ValueError(f"{at} holds what can't be written as JSON: {error}.") from error
 
 
-def _read(chunks: TextChunks) -> Iterator[list[str]]:
-    X, n_texts = chunks.container, chunks.n_texts
-    parts = _slices(X, n_texts) if _can_slice(X) else _runs(X)
-    start = 0
-    for part in parts:
-        end = start + len(part)
-        if end > n_texts:
-            break
-        yield _check(part, start, chunks.conversations)
-        start = end
-    else:
-        end = start
-    if end != n_texts:
-        raise ValueError(
-            f"X says that it holds {n_texts} texts, but gives {end}{' or more' * (end > n_texts)}. "
-            "Its __len__ must count what its __iter__ gives."
-        )
-
-
-def _slices(X: Any, n_texts: int) -> Iterator[list[Any]]:
-    for start in range(0, n_texts, _CHUNK):
-        part = X[start : start + _CHUNK]
-        yield part.to_pylist() if hasattr(part, "to_pylist") else list(part)
-
-
-def _runs(X: Any) -> Iterator[list[Any]]:
-    texts = iter(X)
-    while part := list(islice(texts, _CHUNK)):
+def _read(X: Any, n_texts: int) -> Iterator[list[Any]]:
+    """Read a container's items in chunks: by slices if it has them, which is quicker."""
+    if _can_slice(X):
+        for start in range(0, n_texts, _CHUNK):
+            part = X[start : start + _CHUNK]
+            yield part.to_pylist() if hasattr(part, "to_pylist") else list(part)
+        return
+    items = iter(X)
+    while part := list(islice(items, _CHUNK)):
         yield part
 
 
 def _can_slice(X: Any) -> bool:
-    """Whether slices give several texts at once, which is quicker than one by one."""
+    """Whether slices give several texts at once."""
     try:
         part = X[:0]
     except Exception:  # A user's container may raise anything.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -26,7 +28,7 @@ from skspin._model import (
 )
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
 from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context, diagram_block
-from skspin._store import DTYPES, Output, Store, open_output, open_store
+from skspin._store import DTYPES, fill_output, open_store
 from skspin._system import warn
 from skspin._texts import TextChunks, TextTokens, open_texts
 
@@ -268,14 +270,13 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             If ``X`` is no container of texts, the model can't be found, or it does not have a layer
             or site asked for.
         """
-        texts = open_texts(X)
-        store = open_store(self.cache)
         text_params = {name: getattr(self, name) for name in _TEXT_PARAMS}
-        recipe = self._recipe(store, texts, text_params)
-        shape = model_shape(recipe.source, recipe.fingerprint, store)
-        self.layout_ = shape.layout(
+        recipe = self._recipe(open_texts(X), text_params)
+        shape = model_shape(recipe.source, recipe.fingerprint, open_store(self.cache))
+        layout = shape.layout(
             stack=self.stack, site=self.site, layers=self.layers, pooling=self.pooling
         )
+        self.layout_ = replace(layout, model=recipe.fingerprint)
         self.n_layers_ = shape.n_layers
         self.model_fingerprint_ = recipe.fingerprint
         self.revision_ = recipe.source.commit
@@ -316,14 +317,11 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         """
         check_is_fitted(self, "layout_")
         texts = open_texts(X)
-        store = open_store(self.cache)
-        recipe = self._recipe(store, texts, self.text_params_)
-        recipe.check_fingerprint(self.model_fingerprint_)
+        recipe = self._fitted_recipe(texts)
         shape = (len(texts), self.layout_.n_columns)
         key = f"{recipe.key}{self.layout_}{self.store_dtype}"
-        with open_output(self.output_folder, shape, key) as output:
-            self._fill(output, texts, recipe, store)
-        return ActivationArray(output.matrix, self.layout_)
+        fill = partial(self._fill, texts, recipe)
+        return ActivationArray(fill_output(self.output_folder, shape, key, fill), self.layout_)
 
     def get_feature_names_out(self, input_features=None):
         """Name the columns, e.g. ``layer3_hidden_mean_412``.
@@ -341,14 +339,14 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         check_is_fitted(self, "layout_")
         return self.layout_.feature_names()
 
-    def _recipe(self, store: Store, texts: TextChunks, text_params: dict[str, Any]) -> Recipe:
+    def _recipe(self, texts: TextChunks, text_params: dict[str, Any]) -> Recipe:
         """Gather what decides the numbers, and how they are computed."""
         pool_over = _check_text_params(texts, **text_params)
         source = self._source()
         max_length = min(text_params["max_length"], source.longest or text_params["max_length"])
         return Recipe(
             source,
-            fingerprint(source, store),
+            fingerprint(source, open_store(self.cache)),
             **text_params | {"max_length": max_length, "pool_over": pool_over},
             conversations=texts.conversations,
             device=self.device,
@@ -373,12 +371,11 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             model_kwargs=self.model_kwargs,
         )
 
-    def _fill(self, output: Output, texts: TextChunks, recipe: Recipe, store: Store) -> None:
-        """Take rows from the store, and compute and store those that it lacks."""
-        start = n_computed = n_truncated = 0
+    def _fill(self, texts: TextChunks, recipe: Recipe, out: np.ndarray) -> Iterator[list[str]]:
+        """Take rows from the store, and compute and store those that it lacks, chunk by chunk."""
+        store, start, n_computed, n_truncated = open_store(self.cache), 0, 0, 0
         for chunk in texts:
-            output.note(chunk)
-            rows = output.matrix[start : start + len(chunk)]
+            rows = out[start : start + len(chunk)]
             start += len(chunk)
             named = {"model": recipe.model_name, "dtype": self.store_dtype}
             for missing in store.look_up(recipe.key, chunk, self.layout_, rows, **named):
@@ -386,6 +383,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
                 for found in extract(recipe, missing.texts, missing.layout):
                     missing.add(found.positions, found.values)
                     n_truncated += found.n_truncated
+            yield chunk
         if n_truncated:
             warn(
                 f"{n_truncated} of {n_computed} texts are longer than max_length="
@@ -415,7 +413,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         return open_growing_text(recipe, self.layout_)
 
     def _fitted_recipe(self, texts: TextChunks) -> Recipe:
-        recipe = self._recipe(open_store(self.cache), texts, self.text_params_)
+        recipe = self._recipe(texts, self.text_params_)
         recipe.check_fingerprint(self.model_fingerprint_)
         return recipe
 

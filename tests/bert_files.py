@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CONFIG = {
+SIZES = {
     "vocab_size": 30522,
     "hidden_size": 8,
     "num_hidden_layers": 2,
@@ -15,9 +15,9 @@ CONFIG = {
 }
 
 
-def tiny_bert(seed=0):
+def tiny(seed=0, **settings):
     torch.manual_seed(seed)
-    return BertModel(BertConfig(**CONFIG))
+    return BertModel(BertConfig(**SIZES | settings)).eval()
 
 
 def save(folder, *parts):

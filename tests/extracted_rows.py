@@ -4,24 +4,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertModel
 
 from skspin._layout import Layout, Segment
 from skspin._model import Recipe, Source, extract, fingerprint
 
-SIZES = {
-    "vocab_size": 30522,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-}
 TEXTS = ["a fine film", "", "two hours of my life", "so it goes", "no " * 30, "well, well"]
-
-
-def tiny(**settings):
-    torch.manual_seed(0)
-    return BertModel(BertConfig(**{**SIZES, **settings})).eval()
 
 
 def recipe_of(model, tokenizer, **options):

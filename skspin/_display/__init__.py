@@ -1,9 +1,7 @@
 """Displays in scikit-learn's style; matplotlib is imported when one is drawn."""
 
-from skspin._display.layers import LayerSalienceDisplay
-from skspin._display.prefixes import PrefixScoresDisplay
-from skspin._display.sparsity import SparsityPathDisplay
-from skspin._display.tokens import TokenContributionDisplay
+from skspin._display.scores import LayerSalienceDisplay, SparsityPathDisplay
+from skspin._display.texts import PrefixScoresDisplay, TokenContributionDisplay
 
 __all__ = [
     "LayerSalienceDisplay",

@@ -4,6 +4,7 @@ from skspin._explain.linear import (
     LinearForm,
     classes_of,
     linear_members,
+    place_of,
     to_linear_form,
     weights_of,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "explain_neurons",
     "explain_tokens",
     "linear_members",
+    "place_of",
     "to_linear_form",
     "weights_of",
 ]

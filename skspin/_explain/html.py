@@ -15,7 +15,8 @@ _FOR, _AGAINST = "86,180,233", "213,94,0"
 _DEEPEST = 0.65
 _AROUND = 60  # characters before and after a single token
 _LINE = "line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere"
-_OUTSIDE = "font-size:75%;border:1px dotted rgba(128,128,128,0.8);padding:0 3px;margin:0 2px"
+_OUTSIDE = ";font-size:75%;border:1px dotted rgba(128,128,128,0.8);padding:0 3px;margin:0 2px"
+_NOTE = '<div style="font-size:85%;opacity:0.75">'
 
 
 def text_to_html(tokens: TextTokens, values: np.ndarray) -> str:
@@ -27,10 +28,8 @@ def text_to_html(tokens: TextTokens, values: np.ndarray) -> str:
         if end > start:
             parts.append(escape(tokens.text[done:start]))
             done = end
-        style = f"border-radius:3px;background:{_color(value / unit)}"
-        if end == start:
-            style = f"{style};{_OUTSIDE}"
-        parts.append(f'<span style="{style}" title="{value:+.3g}">{escape(label)}</span>')
+        style = "" if end > start else _OUTSIDE
+        parts.append(swatch(value / unit, escape(label), style, f"{value:+.3g}"))
     parts.append(escape(tokens.text[done:]))
     return f'<div style="{_LINE};margin:0.3em 0 0.8em 0">{"".join(parts)}</div>'
 
@@ -47,17 +46,19 @@ def token_to_html(text: str, start: int, end: int, value: float, *, unit: float)
 
 def page_to_html(legend: str, entries: Sequence[tuple[str, str]], n_left_out: int = 0) -> str:
     """Put entries, each a heading and its HTML, under one another."""
-    parts = [f'<div style="font-size:85%;opacity:0.75">{legend}</div>']
+    parts = [f"{_NOTE}{legend}</div>"]
     for heading, body in entries:
         parts.append(f'<div style="font-size:85%;margin-top:0.6em">{heading}</div>{body}')
     if n_left_out:
-        parts.append(f'<div style="font-size:85%;opacity:0.75">… and {n_left_out} more</div>')
+        parts.append(f"{_NOTE}… and {n_left_out} more</div>")
     return f'<div style="max-width:60em">{"".join(parts)}</div>'
 
 
-def swatch(share: float, label: str) -> str:
+def swatch(share: float, label: str, style: str = "", title: str = "") -> str:
     """Put the colour of a value between -1 and 1 behind some HTML."""
-    return f'<span style="border-radius:3px;background:{_color(share)}">{label}</span>'
+    color = f"rgba({_FOR if share > 0 else _AGAINST},{min(abs(share), 1.0) * _DEEPEST:.2f})"
+    style = f"border-radius:3px;background:{color}{style}"
+    return f'<span style="{style}" title="{title}">{label}</span>'
 
 
 def _pieces(tokens: TextTokens, values: np.ndarray) -> Iterator[tuple[int, int, str, float]]:
@@ -72,8 +73,3 @@ def _pieces(tokens: TextTokens, values: np.ndarray) -> Iterator[tuple[int, int, 
             label = tokens.text[start:end]
             i += 1
         yield start, end, label, value
-
-
-def _color(share: float) -> str:
-    depth = min(abs(share), 1.0) * _DEEPEST
-    return f"rgba({_FOR if share > 0 else _AGAINST},{depth:.2f})"

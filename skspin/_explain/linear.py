@@ -28,8 +28,7 @@ _HEADS_OF_MEMBERS = (OneVsRestClassifier, MultiOutputClassifier)
 def linear_members(head: Any) -> list[Any]:
     """List a head's classifiers, if all decide by a weighted sum of columns; else nothing."""
     members = head.estimators_ if isinstance(head, _HEADS_OF_MEMBERS) else [head]
-    decide = LinearClassifierMixin.decision_function
-    return members if all(_decides_by(part, decide) for part in members) else []
+    return members if all(_decides_as(member, LinearClassifierMixin) for member in members) else []
 
 
 def weights_of(classifier: Any) -> np.ndarray:
@@ -52,6 +51,16 @@ def classes_of(head: Any) -> np.ndarray:
     names = np.empty(len(pairs), dtype=object)
     names[:] = pairs
     return names
+
+
+def place_of(label: Any, classes: np.ndarray, n_values: int) -> tuple[int, int]:
+    """Find a class's column among decision values, and its sign there (-1: against the class)."""
+    labels = classes.tolist()
+    if label not in labels:
+        raise ValueError(f"label={label!r} must be one of the classes {labels}.")
+    number = labels.index(label)
+    # Two classes may share one value, in favour of the second.
+    return (0, 2 * number - 1) if (n_values, len(labels)) == (1, 2) else (number, 1)
 
 
 @dataclass(frozen=True)
@@ -84,33 +93,31 @@ class LinearForm:
 
     @classmethod
     def _of_members(cls, head: Any) -> LinearForm:
-        forms = {
-            number: cls.of(member)
-            for number, member in enumerate(head.estimators_)
-            if not isinstance(member, _ConstantPredictor)
-        }
-        if not forms:
+        constant = [isinstance(member, _ConstantPredictor) for member in head.estimators_]
+        if all(constant):
             raise ValueError(_why_not(head))
-        nothing = np.zeros((1, next(iter(forms.values())).weights.shape[1]))
-        every = [
-            forms[number] if number in forms else cls(nothing, nothing, np.ravel(member.y_))
-            for number, member in enumerate(head.estimators_)
+        linear = cls.of(head.estimators_[constant.index(False)])
+        nothing = np.zeros((1, linear.weights.shape[1]))
+        forms = [
+            cls(nothing, nothing, np.ravel(member.y_)) if is_constant else cls.of(member)
+            for member, is_constant in zip(head.estimators_, constant, strict=True)
         ]
         return cls(
-            np.vstack([form.weights for form in every]),
-            np.vstack([form.offsets for form in every]),
-            np.concatenate([form.intercept for form in every]),
+            np.vstack([form.weights for form in forms]),
+            np.vstack([form.offsets for form in forms]),
+            np.concatenate([form.intercept for form in forms]),
         )
 
     def before(self, step: Any) -> LinearForm:
         """Express the same decision values in the columns that a fitted step is given."""
-        if isinstance(step, PrunedStep):
-            form = self if step.support_ is None else self._before_selection(step.support_)
-            for inner in reversed(list(flatten(step.left_))):
+        if isinstance(step, SelectorMixin):
+            support = step.get_support()
+            weights, offsets = np.zeros((2, len(self.intercept), len(support)))
+            weights[:, support], offsets[:, support] = self.weights, self.offsets
+            form = replace(self, weights=weights, offsets=offsets)
+            for inner in reversed([*flatten(step.left_)] if isinstance(step, PrunedStep) else []):
                 form = form.before(inner)
             return form
-        if isinstance(step, SelectorMixin):
-            return self._before_selection(step.get_support())
         if type(step) in _MIXINGS:
             center, matrix = _MIXINGS[type(step)](step)
             weights = self.weights @ matrix
@@ -126,19 +133,17 @@ class LinearForm:
             "TruncatedSVD may be between activations and classifier."
         )
 
-    def _before_selection(self, support: np.ndarray) -> LinearForm:
-        weights, offsets = np.zeros((2, len(self.intercept), len(support)))
-        weights[:, support], offsets[:, support] = self.weights, self.offsets
-        return replace(self, weights=weights, offsets=offsets)
 
-
-def to_linear_form(pipeline: Any) -> tuple[LLMActivationTransformer, LinearForm, np.ndarray]:
-    """Express a pipeline's decision values in the columns of its activation transformer."""
+def to_linear_form(pipeline: Any) -> tuple[LLMActivationTransformer, LinearForm]:
+    """Split a pipeline into the activations in use, and its decision values as sums over them."""
     *steps, head = flatten(pipeline)
     form = LinearForm.of(head)
     for step in reversed(steps):
         if isinstance(step, LLMActivationTransformer):
-            return step, form, classes_of(head)
+            used = np.any(form.weights, axis=0)  # (n_columns,)
+            used[0] |= not used.any()  # without a column, no tokens would be read
+            weights, offsets = form.weights[:, used], form.offsets[:, used]
+            return step._restrict_to(used), LinearForm(weights, offsets, form.intercept)
         form = form.before(step)
     raise ValueError("No step of the pipeline is an LLMActivationTransformer.")
 
@@ -166,19 +171,16 @@ _MIXINGS: dict[type, Callable[[Any], tuple[Any, Any]]] = {
 }
 
 
-def _decides_by(classifier: Any, decide: Callable) -> bool:
+def _decides_as(classifier: Any, *kinds: Any) -> bool:
     # Not every classifier with a coef_ is linear in its input, and a subclass may decide otherwise.
-    method = getattr(type(classifier), "decision_function", None)
-    return method is decide and hasattr(classifier, "coef_")
+    decide = getattr(type(classifier), "decision_function", None)
+    return hasattr(classifier, "coef_") and decide in [kind.decision_function for kind in kinds]
 
 
 def _is_linear(classifier: Any) -> bool:
     if isinstance(classifier, SVC | NuSVC) and len(classifier.classes_) > 2:
         return False  # it counts votes of pairs of classes
-    return any(
-        _decides_by(classifier, kind.decision_function)
-        for kind in (LinearClassifierMixin, LinearDiscriminantAnalysis, SVC)
-    )
+    return _decides_as(classifier, LinearClassifierMixin, LinearDiscriminantAnalysis, SVC)
 
 
 def _why_not(head: Any) -> str:

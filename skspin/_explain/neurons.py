@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heappush, heapreplace
+from heapq import heappush, heappushpop
 from html import escape
 
 import numpy as np
@@ -140,8 +140,8 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     names = [neurons] if isinstance(neurons, str) else list(neurons)
     narrowed = transformer._restrict_to(_find_columns(transformer, names))
     columns = narrowed.get_feature_names_out()
-    best: list[list[tuple[float, int, NeuronHit]]] = [[] for _ in columns]
-    texts = read_texts(estimator, transformer, texts)
+    heaps: list[list[tuple]] = [[] for _ in columns]  # (activation, -text, token, start, end)
+    texts = read_texts(estimator, texts)
     number_of = {text: number for number, text in reversed(list(enumerate(texts.to_list())))}
     written: dict[str, str] = {}  # a conversation as its chat template has it
     for text, tokens, activations in narrowed._read_tokens(texts):
@@ -149,18 +149,20 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
         inside = np.flatnonzero(tokens.in_text)
         if not len(inside):
             continue
-        number, surfaces = number_of[text], tokens.surfaces()
-        for heap, values in zip(best, activations[inside].T, strict=True):
-            value, place = float(values.max()), inside[values.argmax()]
-            if len(heap) == n_top and (value, -number) < heap[0][:2]:
-                continue
-            start, end = int(tokens.starts[place]), int(tokens.ends[place])
-            hit = NeuronHit(number, surfaces[place], start, end, value)
-            push = heapreplace if len(heap) == n_top else heappush
-            push(heap, (value, -number, hit))  # of equal values the earlier text
+        places = inside[activations[inside].argmax(axis=0)]  # (n_columns,)
+        most = activations[places, np.arange(len(columns))]
+        rows = list(
+            zip(tokens.surfaces(), tokens.starts.tolist(), tokens.ends.tolist(), strict=True)
+        )
+        for heap, value, place in zip(heaps, most.tolist(), places.tolist(), strict=True):
+            push = heappush if len(heap) < n_top else heappushpop
+            push(heap, (value, -number_of[text], *rows[place]))  # of equal values the earlier text
     hits = {
-        name: [hit for *_, hit in sorted(heap, key=lambda row: row[:2], reverse=True)]
-        for name, heap in zip(columns, best, strict=True)
+        name: [
+            NeuronHit(-minus_number, token, start, end, value)
+            for value, minus_number, token, start, end in sorted(heap, reverse=True)
+        ]
+        for name, heap in zip(columns, heaps, strict=True)
     }
     shown = [written[text] for text in texts.to_list()]
     return NeuronExplanation({name: hits[name] for name in names}, shown)

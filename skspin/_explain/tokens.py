@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from skspin._explain.html import page_to_html, swatch, text_to_html
-from skspin._explain.linear import to_linear_form
+from skspin._explain.linear import LinearForm, classes_of, place_of, to_linear_form
 from skspin._layout import Layout
-from skspin._pipeline import fitted_pipeline, read_texts
+from skspin._pipeline import fitted_pipeline, flatten, read_texts
 from skspin._texts import TextTokens, tabulate
 
 _MOST_SHOWN = 20  # texts in a notebook
@@ -44,10 +44,6 @@ class TokenExplanation:
         The classifier's classes. Two classes share one decision value, which is in favour of the
         second. For a :class:`~sklearn.multioutput.MultiOutputClassifier` the numbers of its outputs
         or, where one has more than two classes, pairs of output and class.
-
-    Examples
-    --------
-    See :func:`explain_tokens`.
     """
 
     tokens: list[TextTokens]
@@ -112,25 +108,17 @@ class TokenExplanation:
         list of ndarray of shape (n_tokens,)
             One array per text.
         """
-        column, sign = self._column(label)
+        column, sign = place_of(label, self.classes, len(self.intercept))
         return [sign * part[:, column] for part in self.contributions]
 
     def intercept_for_class(self, label) -> float:
         """Look up the intercept in favour of one class."""
-        column, sign = self._column(label)
+        column, sign = place_of(label, self.classes, len(self.intercept))
         return float(sign * self.intercept[column])
 
     @property
     def _two_sided(self) -> bool:
         return len(self.intercept) == 1 and len(self.classes) == 2
-
-    def _column(self, label) -> tuple[int, int]:
-        """Find the column of a class's decision values, and their sign (-1: against the class)."""
-        classes = self.classes.tolist()
-        if label not in classes:
-            raise ValueError(f"{label!r} is not among the classes {classes}.")
-        column = classes.index(label)
-        return (0, 1 if column == 1 else -1) if self._two_sided else (column, 1)
 
     def top_tokens(self, label, n: int = 10) -> list[TopToken]:
         """List the tokens that add most to one class over all texts.
@@ -222,13 +210,11 @@ def explain_tokens(pipeline, texts):
 
     Raises
     ------
-    TypeError
-        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
+    TypeError, NotFittedError
+        If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If the classifier or a step is not linear, or the tokenizer does not tell where in the text
         its tokens are.
-    NotFittedError
-        If the pipeline is not fitted.
 
     See Also
     --------
@@ -257,26 +243,22 @@ def explain_tokens(pipeline, texts):
     True
     """
     pipeline = fitted_pipeline(pipeline, "explain_tokens")
-    transformer, form, classes = to_linear_form(pipeline)
-    texts = read_texts(pipeline, transformer, texts)
-    used = np.any(form.weights, axis=0)  # (n_columns,)
-    used[0] |= not used.any()  # without a column, no tokens would be read
-    narrowed = transformer._restrict_to(used)
-    weights, offsets = form.weights[:, used].T, form.offsets[:, used].T
+    transformer, form = to_linear_form(pipeline)
+    texts = read_texts(pipeline, texts)
     distinct = texts.distinct()
-    rows = np.asarray(narrowed.transform(distinct))
+    rows = np.asarray(transformer.transform(distinct))
     pooled = dict(zip(distinct.to_list(), rows, strict=True))
     found: dict[str, tuple[TextTokens, np.ndarray]] = {}
-    for text, tokens, activations in narrowed._read_tokens(distinct):
+    for text, tokens, activations in transformer._read_tokens(distinct):
         # Two passes through the model differ by rounding, which a scaler may magnify. So the pooled
         # pass, which the classifier sees, gives the values, and this one only each token's share.
-        split = _split(narrowed.layout_, activations, pooled[text], weights, offsets)
-        found[text] = tokens, split
+        found[text] = tokens, _split(transformer.layout_, activations, pooled[text], form)
+    *_, head = flatten(pipeline)
     return TokenExplanation(
         tokens=[found[text][0] for text in texts.to_list()],
         contributions=[found[text][1] for text in texts.to_list()],
         intercept=form.intercept,
-        classes=classes,
+        classes=classes_of(head),
     )
 
 
@@ -284,11 +266,10 @@ def _split(
     layout: Layout,
     activations: np.ndarray,  # (n_tokens, n_columns)
     pooled: np.ndarray,  # (n_columns,)
-    weights: np.ndarray,  # (n_columns, n_decision_values)
-    offsets: np.ndarray,  # (n_columns, n_decision_values)
+    form: LinearForm,
 ) -> np.ndarray:  # (n_tokens, n_decision_values)
     """Divide every column's part in one text's decision values among the text's tokens."""
-    total = np.zeros((len(activations), weights.shape[1]))
+    total = np.zeros((len(activations), len(form.intercept)))
     for segment, columns in zip(layout.segments, layout.slices, strict=True):
         values = activations[:, columns].astype(np.float64)  # (n_tokens, n_neurons)
         if segment.pooling == "mean":
@@ -298,7 +279,7 @@ def _split(
             shares = np.zeros_like(values)
             shares[_TAKES_ALL[segment.pooling](values), np.arange(values.shape[1])] = 1
             parts = shares * pooled[columns]
-        total += parts @ weights[columns] + shares @ offsets[columns]
+        total += parts @ form.weights[:, columns].T + shares @ form.offsets[:, columns].T
     return total
 
 

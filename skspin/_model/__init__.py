@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from skspin._layout import POOLINGS, SITES, STACKS, Layout, Segment
-from skspin._model.device import as_devices, resolve_device, resolve_dtype, usable_device
+from skspin._model.device import resolve_device, resolve_dtype, usable_device
 from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
 from skspin._model.recipe import ModelMismatchError, Recipe, Rows
@@ -88,15 +88,15 @@ def cut_model(recipe: Recipe, layout: Layout) -> Any:
 
 def text_encoder(recipe: Recipe) -> Any:
     """Make the encoder that turns texts into the model's inputs."""
-    from skspin._model import batches
+    from skspin._model import tokens
 
-    return batches.encoder_of(_load(recipe), recipe)
+    return tokens.TextEncoder(_load(recipe), recipe)
 
 
 def _load(recipe: Recipe) -> Any:
     from skspin._model import registry
 
-    device = as_devices(recipe.device)[0]
+    device = recipe.devices[0]
     return registry.load_backbone(recipe.source, device, recipe.number_format, recipe.fingerprint)
 
 
@@ -184,11 +184,18 @@ class ModelShape:
             if name is not None and name not in stacks:
                 continue  # a model with one stack, named None, ignores `stack`
             for layer in _choose_layers(layers, len(widths["hidden"]) - 1):
-                for offered in _sites_at(layer, sites, layers):
-                    width = widths[offered][layer]
+                # The embeddings, layer 0, have hidden states only.
+                offered = [site for site in sites if layer > 0 or site == "hidden"]
+                if not offered and layers is not None:
+                    raise ValueError(
+                        f"layers={layers!r} asks for layer 0, the embeddings, which have hidden "
+                        f"states only, but site={sites!r}. Leave out layer 0 or add 'hidden'."
+                    )
+                for at in offered:
+                    width = widths[at][layer]
                     if isinstance(width, str):
                         raise ValueError(width)
-                    segments += [Segment(name, layer, offered, how, width) for how in poolings]
+                    segments += [Segment(name, layer, at, how, width) for how in poolings]
         return Layout(tuple(segments))
 
 
@@ -214,14 +221,3 @@ def _choose_layers(layers: Any, n_layers: int) -> list[int]:
                 f"(embeddings) to {n_layers}, or counted from the end -1 to {-n_layers - 1}."
             )
     return sorted({int(layer) % (n_layers + 1) for layer in chosen})
-
-
-def _sites_at(layer: int, sites: tuple[str, ...], layers: Any) -> list[str]:
-    """List the sites to read of a layer; the embeddings, layer 0, have hidden states only."""
-    offered = [site for site in sites if layer > 0 or site == "hidden"]
-    if not offered and layers is not None:  # None just leaves out what layer 0 does not have
-        raise ValueError(
-            f"layers={layers!r} asks for layer 0, the embeddings, which have hidden states "
-            f"only, but site={sites!r}. Leave out layer 0 or add 'hidden'."
-        )
-    return offered

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from skspin._layout import Layout
-from skspin._model.anatomy import most_tokens
 from skspin._model.cores import runner, usable_cores
 from skspin._model.forward import pooled_forward
 from skspin._model.pooling import WindowMerge
@@ -40,20 +39,16 @@ _CHUNK_CHARACTERS = 1 << 21
 # that one frees does not fit the next: without this, 25,000 texts of SST-2 take 770 MB beyond their
 # array instead of 470.
 _TRIM_BATCHES = 8
-# Two ways to use a CPU's cores are tried if there are at least this many batches.
-_TRIAL_BATCHES = 8
-# The fewest tokens in a core's own batch, so that it is worth its start.
-_LEAST_SHARE = 512
-# Batches that are queued on a GPU after the one whose results are fetched.
-_AHEAD = 2
+_TRIAL_BATCHES = 8  # the fewest batches with which two ways to use a CPU's cores are tried
+_LEAST_SHARE = 512  # the fewest tokens in a core's own batch, so that it is worth its start
+_AHEAD = 2  # batches that are queued on a GPU after the one whose results are fetched
 
 # Bytes of a batch's widest activation. On a CPU this keeps it in a shared cache, and below the size
 # from which glibc asks the kernel for fresh pages at each allocation (32 MiB): speed is flat from
 # an eighth of this on, and falls beyond it. A GPU only has to be kept busy.
 _WIDEST_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 _OTHER_DEVICE_BYTES = 64 << 20
-# Starting a batch costs about as much as this share of a full one.
-_START_SHARE = 1 / 128
+_START_SHARE = 1 / 128  # of a full batch's time: what starting one costs
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -62,37 +57,12 @@ def extract(
 ) -> Iterator[Rows]:
     """Run texts through a loaded model and read their pooled activations."""
     budget = TokenBudget(backbone, recipe.batch_tokens)
-    for group in _ahead(_groups(texts, encoder_of(backbone, recipe), budget)):
-        merges: dict[int, WindowMerge] = {}  # of long texts, by their number in the group
-        for batch, values in _run(backbone, group.windows, layout, budget):
+    chunks = list(_chunks(texts))
+    groups = _groups(chunks, TextEncoder(backbone, recipe), budget)
+    for group in _ahead(groups) if len(chunks) > 1 else groups:
+        for batch, values in _run(backbone, group, layout, budget):
             _check_finite(values, layout, backbone.dtype)
-            n_tokens = sum(len(group.windows[i]) for i in batch)
-            owners = group.owners[batch]
-            whole = group.n_windows[owners] == 1  # (n_windows,)
-            if whole.all():
-                n_truncated = int(group.truncated[owners].sum())
-                yield Rows(group.start + owners, values, n_tokens, n_truncated)
-                continue
-            rows, ready = [values[whole]], [owners[whole]]
-            for place in np.flatnonzero(~whole):
-                text = int(owners[place])
-                if text not in merges:
-                    merges[text] = WindowMerge(group.tokens_of(text), layout)
-                row = merges[text].add(int(group.numbers[batch[place]]), values[place])
-                if row is not None:
-                    rows.append(row[None])
-                    ready.append([text])
-                    del merges[text]
-            done = np.concatenate(ready).astype(np.intp)
-            n_truncated = int(group.truncated[done].sum())
-            yield Rows(group.start + done, np.concatenate(rows), n_tokens, n_truncated)
-
-
-def encoder_of(backbone: Backbone, recipe: Recipe) -> TextEncoder:
-    """Make the encoder that a recipe asks for, within the positions that a model has."""
-    max_length = most_tokens(backbone.model, recipe.max_length)
-    is_causal = backbone.anatomy.is_causal
-    return TextEncoder(backbone.tokenizer, backbone.bare_tokenizer, recipe, max_length, is_causal)
+            yield group.rows(batch, values, layout)
 
 
 class TokenBudget:
@@ -104,11 +74,17 @@ class TokenBudget:
 
     def __init__(self, backbone: Backbone, batch_tokens: int | str = "auto"):
         self._backbone = backbone
-        auto = isinstance(batch_tokens, str)
-        self._wanted = _good_size(backbone) if auto else int(batch_tokens)
-        self._least = _LEAST_SHARE if auto else 0
+        anatomy = backbone.anatomy
+        if isinstance(batch_tokens, str):
+            widest = max(tap.width for s in anatomy.stacks.values() for tap in s.taps.values())
+            n_bytes = _WIDEST_BYTES.get(backbone.device.type, _OTHER_DEVICE_BYTES)
+            batch_tokens = n_bytes // (widest * getattr(torch, backbone.dtype).itemsize)
+            self._least = _LEAST_SHARE
+        else:
+            self._least = 1
+        self._wanted = int(batch_tokens)
         # Where padding leaks into real tokens, a pass takes texts of one length only.
-        self._start_share = 0.0 if backbone.anatomy.mixes_padding else _START_SHARE
+        self._start_share = 0.0 if anatomy.mixes_padding else _START_SHARE
 
     @property
     def tokens(self) -> int:
@@ -119,7 +95,7 @@ class TokenBudget:
         """Tokens in each of several batches that run at once, so that they end about together."""
         if n_at_once == 1:
             return self.tokens
-        each = min(max(self._wanted // n_at_once, self._least, 1), self.tokens)
+        each = min(max(self._wanted // n_at_once, self._least), self.tokens)
         n_rounds = ceil(n_left / (n_at_once * each))
         return ceil(n_left / (n_at_once * max(1, n_rounds)))
 
@@ -138,43 +114,78 @@ class TokenBudget:
         self._backbone.lower_token_limit(min(self.tokens, n_tokens // 2))
 
 
-def _good_size(backbone: Backbone) -> int:
-    taps = [tap for stack in backbone.anatomy.stacks.values() for tap in stack.taps.values()]
-    n_bytes = max(tap.width for tap in taps) * getattr(torch, backbone.dtype).itemsize
-    return _WIDEST_BYTES.get(backbone.device.type, _OTHER_DEVICE_BYTES) // n_bytes
-
-
 class _Group:
-    """The windows of some texts, which are sorted by length together."""
+    """Texts whose windows are sorted by length together, and which of them are still to be run."""
 
     def __init__(self, start: int, encoded: list[Encoded]):
         self.start = start  # the position of the first of them among all texts
+        self.encoded = encoded
         self.truncated = np.array([text.is_truncated for text in encoded], bool)  # (n_texts,)
         self.n_windows = np.array([len(text.windows) for text in encoded])  # (n_texts,)
         self.windows = [window for text in encoded for window in text.windows]
+        self.lengths = np.array([len(window) for window in self.windows])  # (n_windows,)
         self.owners = np.repeat(np.arange(len(encoded)), self.n_windows)  # (n_windows,)
-        firsts = np.cumsum(self.n_windows) - self.n_windows  # (n_texts,)
-        self.numbers = np.arange(len(self.windows)) - firsts[self.owners]  # (n_windows,)
-        self._firsts = firsts
+        # Numbers of the windows, each within its text.
+        self.numbers = [i for text in encoded for i in range(len(text.windows))]
+        self.merges: dict[int, WindowMerge] = {}  # of long texts that are not complete
+        self.left = np.empty(0, dtype=np.intp)  # the longest first
+        self.put_back(np.arange(len(self.windows)))
 
-    def tokens_of(self, text: int) -> list[int]:
-        """Count the pooled tokens of each window of a text."""
-        first = self._firsts[text]
-        return [window.n_pooled for window in self.windows[first : first + self.n_windows[text]]]
+    @property
+    def n_tokens_left(self) -> int:
+        """Number of tokens that are still to be run."""
+        return int(self.lengths[self.left].sum())
+
+    def take(self, budget: TokenBudget, n_tokens: int) -> np.ndarray:
+        """Choose the windows of the next batch, by their numbers."""
+        n_windows = budget.n_texts(self.lengths[self.left], n_tokens)
+        batch, self.left = np.split(self.left, [n_windows])
+        return batch
+
+    def put_back(self, batch: np.ndarray) -> None:
+        """Add the windows of a batch that failed."""
+        left = np.concatenate([batch, self.left])
+        self.left = left[np.argsort(-self.lengths[left], kind="stable")]
+
+    def rows(self, batch: np.ndarray, values: np.ndarray, layout: Layout) -> Rows:
+        """Give the rows of the texts that are complete with a batch of windows."""
+        done, rows = self.owners[batch], values
+        if (self.n_windows[done] > 1).any():
+            merged = [self._merge(*window, layout) for window in zip(batch, values, strict=True)]
+            is_complete = [row is not None for row in merged]
+            done = done[is_complete]
+            rows = np.array([row for row in merged if row is not None], np.float32)
+            rows = rows.reshape(-1, layout.n_columns)
+        n_truncated = int(self.truncated[done].sum())
+        return Rows(self.start + done, rows, int(self.lengths[batch].sum()), n_truncated)
+
+    def _merge(self, window: int, row: np.ndarray, layout: Layout) -> np.ndarray | None:
+        """Give the row of a window's text if it is the text's last or only one."""
+        text = int(self.owners[window])
+        if self.n_windows[text] == 1:
+            return row
+        if text not in self.merges:
+            n_pooled = [window.n_pooled for window in self.encoded[text].windows]
+            self.merges[text] = WindowMerge(n_pooled, layout)
+        merged = self.merges[text].add(self.numbers[window], row)
+        if merged is not None:
+            del self.merges[text]
+        return merged
 
 
-def _groups(texts: Sequence[str], encoder: TextEncoder, budget: TokenBudget) -> Iterator[_Group]:
+def _groups(
+    chunks: list[Sequence[str]], encoder: TextEncoder, budget: TokenBudget
+) -> Iterator[_Group]:
     """Tokenize texts chunk by chunk, and gather them until there are enough to sort."""
-    start = end = n_tokens = 0
+    start = n_tokens = 0
     encoded: list[Encoded] = []
-    for chunk in _chunks(texts):
+    for number, chunk in enumerate(chunks, start=1):
         found = encoder.encode(chunk)
         encoded += found
-        end += len(chunk)
         n_tokens += sum(len(window) for text in found for window in text.windows)
-        if n_tokens >= _GROUP_BATCHES * budget.tokens or end == len(texts):
+        if n_tokens >= _GROUP_BATCHES * budget.tokens or number == len(chunks):
             yield _Group(start, encoded)
-            start, n_tokens, encoded = end, 0, []
+            start, n_tokens, encoded = start + len(encoded), 0, []
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -197,78 +208,47 @@ def _ahead(groups: Iterator[_Group]) -> Iterator[_Group]:
 
 
 def _run(
-    backbone: Backbone, windows: list[Window], layout: Layout, budget: TokenBudget
+    backbone: Backbone, group: _Group, layout: Layout, budget: TokenBudget
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Run the windows of one group; yield each batch's window numbers and activations."""
-    waiting = _Waiting(windows)
-    n_at_once = n_cores = min(usable_cores(backbone.device), len(windows))
-    if n_cores > 1 and waiting.n_tokens >= _TRIAL_BATCHES * budget.tokens:
+    """Run the windows of a group; yield each batch's window numbers and activations."""
+    run = partial(_run_batches, backbone, group, layout, budget)
+    n_at_once = n_cores = min(usable_cores(backbone.device), len(group.windows))
+    if n_cores > 1 and group.n_tokens_left >= _TRIAL_BATCHES * budget.tokens:
         seconds = {n_cores: inf, 1: inf}  # per token, at best
         for n_tried in (n_cores, 1, n_cores, 1):
-            n_tokens, started = waiting.n_tokens, time.perf_counter()
-            found = list(_run_batches(backbone, windows, layout, budget, waiting, n_tried, n_tried))
+            n_tokens, started = group.n_tokens_left, time.perf_counter()
+            found = list(run(n_tried, n_tried))
             took = time.perf_counter() - started
-            seconds[n_tried] = min(seconds[n_tried], took / max(1, n_tokens - waiting.n_tokens))
+            seconds[n_tried] = min(seconds[n_tried], took / max(1, n_tokens - group.n_tokens_left))
             yield from found
         n_at_once = min(seconds, key=seconds.__getitem__)
-    while waiting:
-        yield from _run_batches(backbone, windows, layout, budget, waiting, n_at_once)
+    while len(group.left):
+        yield from run(n_at_once)
         n_at_once = 1  # several batches at once, of one text each, did not fit into memory
-
-
-class _Waiting:
-    """The windows of a group that are still to be run, the longest first."""
-
-    def __init__(self, windows: list[Window]):
-        self._lengths = np.array([len(window) for window in windows])
-        self._left = np.empty(0, dtype=np.intp)
-        self.put_back(np.arange(len(windows)))
-
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(len(self._left))
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens in all."""
-        return int(self._lengths[self._left].sum())
-
-    def take(self, budget: TokenBudget, n_tokens: int) -> np.ndarray:
-        """Choose the windows of the next batch, by their numbers."""
-        n_windows = budget.n_texts(self._lengths[self._left], n_tokens)
-        batch, self._left = np.split(self._left, [n_windows])
-        return batch
-
-    def put_back(self, batch: np.ndarray) -> None:
-        """Add the windows of a batch that failed."""
-        left = np.concatenate([batch, self._left])
-        self._left = left[np.argsort(-self._lengths[left], kind="stable")]
 
 
 def _run_batches(
     backbone: Backbone,
-    windows: list[Window],
+    group: _Group,
     layout: Layout,
     budget: TokenBudget,
-    waiting: _Waiting,
     n_at_once: int,
     n_batches: float = inf,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Run some batches, or all; put those that are too large back."""
-    n_tokens = budget.share(n_at_once, waiting.n_tokens)
+    n_tokens = budget.share(n_at_once, group.n_tokens_left)
     # Side by side, each thread has its next batch before its last result is taken.
     ahead = _AHEAD if backbone.device.type == "cuda" else 2 * (n_at_once - 1)
     running: deque[tuple[np.ndarray, Callable[[], Callable[[], np.ndarray] | None]]] = deque()
     n_done = 0
     with runner(n_at_once) as run:
         while True:
-            while waiting and n_batches and len(running) <= ahead:
-                batch = waiting.take(budget, min(n_tokens, budget.tokens))
-                chosen = [windows[i] for i in batch]
+            while len(group.left) and n_batches and len(running) <= ahead:
+                batch = group.take(budget, min(n_tokens, budget.tokens))
+                windows = [group.windows[i] for i in batch]
                 is_alone = n_at_once == 1 and len(batch) == 1
-                running.append(
-                    (batch, run(partial(_try_batch, backbone, chosen, layout, is_alone)))
-                )
+                job = partial(_try_batch, backbone, windows, layout, is_alone)
+                running.append((batch, run(job)))
                 n_batches -= 1
             if not running:
                 return
@@ -276,8 +256,8 @@ def _run_batches(
             result = wait()
             if result is None:
                 _release_memory(backbone.device)
-                budget.halve(len(batch) * len(windows[batch[0]]))
-                waiting.put_back(batch)
+                budget.halve(len(batch) * int(group.lengths[batch[0]]))
+                group.put_back(batch)
                 if len(batch) == 1:
                     n_batches = 0
                 continue
@@ -295,7 +275,8 @@ def _try_batch(
         padded = _pad(windows, backbone.device)
         return _to_host(pooled_forward(backbone.model, backbone.anatomy, padded, layout.segments))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        # Torch says it in words on all devices, and by a class of its own on some.
+        if isinstance(error, RuntimeError) and not any(s in str(error) for s in _OUT_OF_MEMORY):
             raise
         if is_alone:
             raise MemoryError(
@@ -303,14 +284,6 @@ def _try_batch(
                 f"{backbone.device}. Use a smaller max_length, another dtype or another device."
             ) from error
         return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory was short, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # On a CPU and on Apple's GPUs, torch has no class for it.
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _OUT_OF_MEMORY)
 
 
 def _release_memory(device: torch.device) -> None:
@@ -335,14 +308,10 @@ def _pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
         for row, window in zip(padded["pooled"], windows, strict=True):
             if window.pooled is not None:
                 row[: len(window)] = window.pooled
-    return {name: _to_device(values, device) for name, values in padded.items()}
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
+    tensors = {name: torch.from_numpy(values) for name, values in padded.items()}
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def _to_host(pooled: Tensor) -> Callable[[], np.ndarray]:

@@ -1,8 +1,7 @@
 """Batches on a CPU: one on each core side by side, or one after another on all of them.
 
-Threads that share a batch wait for each other after every product, and on a busy machine they wait
-long. Threads with a batch each never wait. But each of them reads all weights once more, so with a
-large model it may be faster to share. `runner` offers both; its caller tries which is faster.
+Threads that share a batch wait for each other after every product, long on a busy machine. Threads
+with a batch each do not, but each reads all weights, so with a large model sharing may be faster.
 """
 
 from __future__ import annotations
@@ -38,39 +37,30 @@ def usable_cores(device: torch.device) -> int:
 @contextmanager
 def runner(n_at_once: int) -> Iterator[Runner]:
     """Run jobs at once in the caller's thread, or several side by side on one core each."""
+    global _n_pools, _n_threads
     if n_at_once == 1:
         yield _run_now
         return
-    with _one_thread_each():
-        pool = ThreadPoolExecutor(n_at_once, "skspin-core", torch.set_num_threads, (1,))
-        try:
-            yield lambda job: pool.submit(job).result
-        finally:
-            # No job starts after an error or an interrupt.
-            pool.shutdown(cancel_futures=True)
+    with _lock:
+        if not _n_pools:
+            _n_threads = torch.get_num_threads()
+        _n_pools += 1
+    pool = ThreadPoolExecutor(n_at_once, "skspin-core", torch.set_num_threads, (1,))
+    try:
+        yield lambda job: pool.submit(job).result
+    finally:
+        pool.shutdown(cancel_futures=True)  # no job starts after an error or an interrupt
+        # Part of the setting is per thread and part (MKL's) per process, so only the last pool can
+        # restore it.
+        with _lock:
+            _n_pools -= 1
+            if not _n_pools:
+                torch.set_num_threads(_n_threads)
 
 
 def _run_now(job: Callable[[], Result]) -> Callable[[], Result]:
     result = job()
     return lambda: result
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Restore torch's number of threads when the last pool is done."""
-    # Part of the setting is per thread and part (MKL's) per process, so no single pool restores it.
-    global _n_pools, _n_threads
-    with _lock:
-        if not _n_pools:
-            _n_threads = torch.get_num_threads()
-        _n_pools += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _n_pools -= 1
-            if not _n_pools:
-                torch.set_num_threads(_n_threads)
 
 
 @after_fork

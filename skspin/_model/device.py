@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def as_devices(device: Any = None) -> list[Any]:
-    """List the devices that a ``device`` parameter names: one, which may be None, or several."""
-    if not isinstance(device, list | tuple):
-        return [device]
-    if not device or any(one is None for one in device):
-        raise ValueError(
-            f"device={device!r} must name at least one device, and each by its name, e.g. "
-            "['cuda:0', 'cuda:1']. Leave device=None to have one chosen."
-        )
-    return list(device)
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def resolve_device(device: Any = None) -> str:
@@ -73,29 +62,24 @@ def resolve_dtype(dtype: Any, device: str) -> str:
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         return "bfloat16" if multiplies_bfloat16(device) else "float32"
-    if name not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known. Use 'auto' or one of {list(DTYPES)}.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known. Use 'auto' or one of {list(_DTYPES)}.")
     return name
 
 
 @cache
 def _has_cuda() -> bool:
     """Whether torch sees a CUDA device; without importing torch where no driver is installed."""
-    if "torch" not in sys.modules and not _has_cuda_driver():
-        return False
+    if "torch" not in sys.modules:
+        try:
+            ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        except OSError:
+            # ROCm builds of torch use CUDA's names without CUDA's driver.
+            if not Path("/dev/kfd").exists():
+                return False
     import torch
 
     return torch.cuda.is_available()
-
-
-def _has_cuda_driver() -> bool:
-    driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        ctypes.CDLL(driver)
-    except OSError:
-        # ROCm builds of torch use CUDA's names without CUDA's driver.
-        return Path("/dev/kfd").exists()
-    return True
 
 
 @cache
@@ -112,15 +96,11 @@ def multiplies_bfloat16(device: str) -> bool:
 
 def _has_amx() -> bool:
     # avx512_bf16 alone does not count: what it gains differs from CPU to CPU, down to nothing.
-    if "torch" in sys.modules:
-        import torch
+    if "torch" not in sys.modules:
+        with suppress(OSError):
+            return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
+    import torch
 
-        if hasattr(torch.cpu, "get_capabilities"):
-            return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-        return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        import torch  # noqa: F401
-
-        return _has_amx()
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())

@@ -8,14 +8,15 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from hashlib import file_digest
+from itertools import chain, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from skspin._model.files import NEUTRAL_OPTIONS, SETTINGS, Source
-from skspin._model.hub import Files
+from skspin._model.files import NEUTRAL_OPTIONS, SETTINGS, Files, Source
 from skspin._store import Store
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _SAFE_WEIGHTS = {".safetensors"}
 _PICKLED_WEIGHTS = {".bin", ".pt", ".pth"}
-_CHUNK_BYTES = 1 << 24
 _YOUNG_NS = 2_000_000_000
 _GLANCES = 16
 # Settings that say how or where a model runs, or who saved it, but change no number.
@@ -61,17 +61,20 @@ def fingerprint(source: Source, store: Store | None = None) -> str:
     return f"{model}+{_digest([json.dumps(extras, sort_keys=True)])}" if extras else model
 
 
-def _neutral(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in _NEUTRAL_SETTINGS}
-
-
 def _files_fingerprint(files: Files, pickled: bool, store: Store | None) -> str:
     if os.path.isfile(files.name):
         return f"gguf:{_digest_file(Path(files.name), store)}"
     if files.is_local:
-        return f"folder:{_digest_folder(Path(files.name, files.subfolder), pickled, store)}"
+        suffixes = SETTINGS | (_PICKLED_WEIGHTS if pickled else _SAFE_WEIGHTS)
+        folder = Path(files.name, files.subfolder)
+        paths = sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
+        return f"folder:{_digest(f'{p.name}:{_digest_file(p, store)}' for p in paths)}"
     name = "/".join(filter(None, (files.name, files.subfolder, files.gguf_file)))
     return f"hub:{name}@{files.commit}"
+
+
+def _neutral(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _NEUTRAL_SETTINGS}
 
 
 def _as_json(value: Any) -> Any:
@@ -81,36 +84,23 @@ def _as_json(value: Any) -> Any:
     return value if isinstance(value, str) else repr(value)
 
 
-def _digest_folder(folder: Path, pickled: bool, store: Store | None) -> str:
-    """Digest the configuration, tokenizer and weight files of a folder."""
-    suffixes = SETTINGS | (_PICKLED_WEIGHTS if pickled else _SAFE_WEIGHTS)
-    files = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
-    return _digest(f"{path.name}:{_digest_file(path, store)}" for path in files)
-
-
 def _digest_file(path: Path, store: Store | None) -> str:
     """Digest a file's content, or look its digest up if the file did not change since."""
-    real = os.path.realpath(path)
-    stat = os.stat(real)
+    stat = os.stat(path)
     # ctime, unlike mtime, can't be set back.
     times = (stat.st_mtime_ns, stat.st_ctime_ns)
-    key = json.dumps(["file", real, stat.st_ino, stat.st_size, *times])
+    key = json.dumps(["file", os.path.abspath(path), stat.st_ino, stat.st_size, *times])
     stored = None if store is None else store.get_metadata(key)
-    digest = stored or _known_files.get(key) or _read_digest(real)
+    digest = stored or _known_files.get(key)
+    if digest is None:
+        with open(path, "rb") as file:
+            digest = file_digest(file, xxhash.xxh3_128).hexdigest()
     # A second write to so young a file could leave the same times, so its digest is not kept.
     if time.time_ns() - max(times) > _YOUNG_NS:
         _known_files[key] = digest
         if store is not None and stored is None:
             store.put_metadata(key, digest)
     return digest
-
-
-def _read_digest(path: str) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _digest_tokenizer(tokenizer: Any) -> str:
@@ -150,7 +140,8 @@ def _digest_model(model: Any) -> str:
     # The digest is kept as long as the model lives, and computed again if a tensor was replaced or
     # written to: its address, its version counter or one of 16 of its values then differ. A few
     # values written through `.data`, which the counter does not see, can go unnoticed.
-    tensors = dict(_tensors(model))
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = dict(chain.from_iterable(starmap(_plain_tensors, named)))
     seen = (_settings(model), [_glance(tensor) for tensor in tensors.values()])
     known = _known_models.get(model)
     if known is None or known[0] != seen:
@@ -162,11 +153,6 @@ def _digest_model(model: Any) -> str:
     return known[1]
 
 
-def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        yield from _plain_tensors(name, tensor)
-
-
 def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if tensor.is_meta:
         raise ValueError(
@@ -174,12 +160,11 @@ def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
             "model can't be told from others. Pass its hub id or folder instead, with "
             "model_kwargs={'device_map': ...}."
         )
-    if hasattr(tensor, "__tensor_flatten__"):
-        # A quantised tensor is several plain ones.
-        for part in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
-    else:
+    if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor.detach()
+        return
+    for part in tensor.__tensor_flatten__()[0]:  # a quantised tensor is several plain ones
+        yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 def _glance(tensor: Tensor) -> tuple[int, int | None, bytes]:

@@ -17,12 +17,12 @@ from transformers.cache_utils import DynamicLayer
 
 from skspin._layout import Layout, Segment
 from skspin._model.anatomy import most_tokens
-from skspin._model.batches import encoder_of
 from skspin._model.forward import token_forward
+from skspin._model.prompts import replace_surrogates
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
 from skspin._model.token_level import check_cut, check_end, check_prefixes
-from skspin._model.tokens import OpenTokens, replace_surrogates
+from skspin._model.tokens import OpenTokens, TextEncoder
 from skspin._texts import TextTokens
 
 _STRETCH = 512  # tokens in a pass
@@ -47,7 +47,7 @@ class GrowingText:
 
     def __init__(self, backbone: Backbone, recipe: Recipe, layout: Layout):
         self._backbone, self._recipe, self._n_columns = backbone, recipe, layout.n_columns
-        self._encoder = encoder_of(backbone, recipe)
+        self._encoder = TextEncoder(backbone, recipe)
         self._encoder.need_offsets("A growing text")
         self.tokenizer = self._encoder.tokenizer
         self._segments = list(layout.segments)

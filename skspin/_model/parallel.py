@@ -20,7 +20,6 @@ from joblib.parallel import get_active_backend
 
 from skspin._layout import Layout
 from skspin._model import batches
-from skspin._model.device import as_devices
 from skspin._model.recipe import Recipe, Rows
 from skspin._model.registry import load_backbone
 
@@ -34,33 +33,32 @@ _TOKEN_BYTES = 8  # few tokens are longer, so what is beyond max_length of these
 
 def n_workers(recipe: Recipe) -> int:
     """Count the workers that a recipe asks for: one for each device, or joblib's."""
-    devices = as_devices(recipe.device)
-    if len(devices) == 1:
+    if len(recipe.devices) == 1:
         return effective_n_jobs(recipe.n_jobs)
     if recipe.n_jobs not in (None, 1):
         raise ValueError(
             f"device={recipe.device!r} and n_jobs={recipe.n_jobs} both say how many workers there "
             "are. Leave n_jobs=None to have one for each device, or name one device."
         )
-    return len(devices)
+    return len(recipe.devices)
 
 
 def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Rows]:
     """Run texts through a model, shard by shard, in whatever order the workers are done."""
-    devices = as_devices(recipe.device)
-    _check_shareable(recipe, devices)
-    # A worker may be on another machine, where a branch may be another commit by now, and "auto"
-    # another format.
     source = recipe.source
-    if not source.in_memory:
+    if source.in_memory:
+        _check_shareable(recipe)
+    else:
+        # A worker may be on another machine, where a branch may be another commit by now.
         source = replace(source, revision=source.commit)
+    # "auto" may be another format there, too.
     recipe = replace(recipe, source=source, dtype=recipe.number_format)
     free: SimpleQueue[str | None] | None = None
     options: dict[str, Any] = {"n_jobs": recipe.n_jobs}
-    if len(devices) > 1:
-        options = {"n_jobs": len(devices), "backend": "threading"}
+    if len(recipe.devices) > 1:
+        options = {"n_jobs": len(recipe.devices), "backend": "threading"}
         free = SimpleQueue()
-        for device in devices:
+        for device in recipe.devices:
             free.put(device)
     shards = cut_into_shards(
         [len(text.encode("utf-8", "surrogatepass")) for text in texts],
@@ -68,16 +66,16 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
         most_bytes=_TOKEN_BYTES * recipe.max_length,
         row_bytes=4 * layout.n_columns,
     )
-    todo = set(range(len(shards)))
+    todo = {int(shard[0]): shard for shard in shards}  # by their first texts
     for last_try in (False, True):
         jobs = (
-            delayed(_compute_shard)(recipe, layout, free, n, [texts[i] for i in shards[n]])
-            for n in sorted(todo)
+            delayed(_compute_shard)(recipe, layout, free, shard, [texts[i] for i in shard])
+            for shard in list(todo.values())
         )
         try:
-            for number, rows in _as_they_come(jobs, **options):
-                todo.discard(number)
-                yield rows._replace(positions=shards[number])
+            for rows in _as_they_come(jobs, **options):
+                del todo[int(rows.positions[0])]
+                yield rows
             return
         except Exception as error:
             # A worker that died by accident is not likely to die again.
@@ -85,13 +83,11 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
                 raise
 
 
-def _check_shareable(recipe: Recipe, devices: list[Any]) -> None:
-    if not recipe.source.in_memory:
-        return
-    if len(devices) > 1:
+def _check_shareable(recipe: Recipe) -> None:
+    if len(recipe.devices) > 1:
         raise ValueError(
-            f"device={devices!r}, but a model that is passed in memory stays where it is. Pass its "
-            "folder or hub id as `model`, or leave device=None."
+            f"device={recipe.device!r}, but a model that is passed in memory stays where it is. "
+            "Pass its folder or hub id as `model`, or leave device=None."
         )
     if not getattr(get_active_backend()[0], "supports_sharedmem", False):
         raise ValueError(
@@ -106,11 +102,11 @@ def _compute_shard(
     recipe: Recipe,
     layout: Layout,
     free: SimpleQueue[str | None] | None,
-    number: int,
+    positions: np.ndarray,
     texts: list[str],
-) -> tuple[int, Rows]:
+) -> Rows:
     """Compute the rows of one shard, in a worker, on a free one of several devices."""
-    device = as_devices(recipe.device)[0] if free is None else free.get()
+    device = recipe.devices[0] if free is None else free.get()
     try:
         backbone = load_backbone(recipe.source, device, recipe.dtype)
         if backbone.fingerprint != recipe.fingerprint:
@@ -125,13 +121,13 @@ def _compute_shard(
             values[rows.positions] = rows.values
             n_tokens += rows.n_tokens
             n_truncated += rows.n_truncated
-        return number, Rows(np.arange(len(texts)), values, n_tokens, n_truncated)
+        return Rows(positions, values, n_tokens, n_truncated)
     finally:
         if free is not None:
             free.put(device)
 
 
-def _as_they_come(jobs: Iterator[Any], **options: Any) -> Iterator[tuple[int, Rows]]:
+def _as_they_come(jobs: Iterator[Any], **options: Any) -> Iterator[Rows]:
     """Yield results as soon as joblib's backend returns them."""
     if get_active_backend()[0].supports_return_generator:
         yield from Parallel(batch_size=1, return_as="generator_unordered", **options)(jobs)

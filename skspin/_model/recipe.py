@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from skspin._model.device import as_devices, resolve_device, resolve_dtype
+from skspin._model.device import resolve_device, resolve_dtype
 from skspin._model.files import Source
 
 
@@ -65,14 +65,24 @@ class Recipe:
     n_jobs: int | None = None
     verbose: int = 0
 
+    @property
+    def devices(self) -> list[Any]:
+        """The devices that ``device`` names: one, which may be None, or several."""
+        if not isinstance(self.device, list | tuple):
+            return [self.device]
+        if not self.device or None in self.device:
+            raise ValueError(
+                f"device={self.device!r} must name at least one device, and each by its name, e.g. "
+                "['cuda:0', 'cuda:1']. Leave device=None to have one chosen."
+            )
+        return list(self.device)
+
     @cached_property
     def number_format(self) -> str:
         """The format that ``dtype`` means on the device; several devices must agree on it."""
         if self.source.in_memory and self.dtype == "auto":
             return str(self.source.model.dtype).removeprefix("torch.")
-        formats = {
-            resolve_dtype(self.dtype, resolve_device(device)) for device in as_devices(self.device)
-        }
+        formats = {resolve_dtype(self.dtype, resolve_device(device)) for device in self.devices}
         if len(formats) != 1:
             raise ValueError(
                 f"device={self.device!r} must name devices with one dtype in common, but "

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from skspin._layout import Layout
-from skspin._model.batches import TokenBudget, encoder_of
+from skspin._model.batches import TokenBudget
 from skspin._model.forward import token_forward
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
-from skspin._model.tokens import Window
+from skspin._model.tokens import TextEncoder, Window
 from skspin._texts import TextTokens
 
 _MOST_VALUES = 2**24  # in a batch: 64 MiB of float32
@@ -27,7 +27,7 @@ def token_activations(
     In the decoder of an encoder-decoder model, which gets the text shifted right, a token's
     activations are those at the position that predicts it.
     """
-    encoder = encoder_of(backbone, recipe)
+    encoder = TextEncoder(backbone, recipe)
     found = {text: encoder.locate(text) for text in texts}
     # Windows of one length go together: there is no padding to take out again.
     by_length: dict[int, list[tuple[str, int]]] = defaultdict(list)

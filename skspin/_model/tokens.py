@@ -1,4 +1,4 @@
-"""Texts to token ids: prompt or chat template, windows of a long text, which tokens are pooled.
+"""Texts to token ids: windows of a long text, and which tokens are pooled.
 
 Offsets tell the tokens of a user's text from those of the prompt or the template, so it is decided
 token by token what is cut, what is read in windows and what is pooled.
@@ -6,18 +6,19 @@ token by token what is cut, what is read in windows and what is pooled.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
+from skspin._model.prompts import Filled, Span, fill_in, replace_surrogates
 from skspin._model.recipe import Recipe
+from skspin._model.registry import Backbone
 from skspin._texts import TextTokens
 
 # A text without tokens is read as the first of these tokens that the tokenizer has.
@@ -25,8 +26,6 @@ _STANDS_FOR_NOTHING = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_toke
 # A text of more characters per token than this is surely too long, so it is tokenized with offsets,
 # which cutting needs and which cost time. A shorter text gets them only if it proves too long.
 _SURELY_LONG = 8
-_MARK = "\ue000{}\ue001"  # stands for a message while the template's own characters are looked for
-_STRIPS = (str, str.strip, str.rstrip, str.lstrip)  # what templates do to a message
 
 
 @dataclass(frozen=True)
@@ -65,87 +64,72 @@ class OpenTokens(NamedTuple):
     pools_after: bool  # whether any of those is pooled
 
 
-class _Span(NamedTuple):
-    """The user's characters in the string that is tokenized."""
-
-    start: int
-    end: int
-    role: str | None = None
-
-
-class _Filled(NamedTuple):
-    """What is tokenized: a text in its prompt, or a conversation in its template."""
-
-    string: str
-    spans: list[_Span]
-
-
 class TextEncoder:
-    """Turns texts into windows, by a tokenizer (or its `bare_copy`, if it has one) and a recipe.
+    """Turns texts into windows, by a model's tokenizer and a recipe.
 
     ``max_length`` is the recipe's, or less if the model has fewer positions. A text that has more
     tokens loses its last ones (its first, if the tokenizer's ``truncation_side`` is "left"), or is
-    read in windows; special tokens and the prompt stay whole. ``is_causal`` says that a token's
-    context is what comes before it. The tokenizer is left as it is.
+    read in windows; special tokens and the prompt stay whole. The tokenizer is left as it is.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        bare: Tokenizer | None,
-        recipe: Recipe,
-        max_length: int,
-        is_causal: bool,
-    ):
-        self.tokenizer, self.recipe, self.max_length = tokenizer, recipe, max_length
-        self.is_causal, self._fast = is_causal, bare
-        self.has_types = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
+    def __init__(self, backbone: Backbone, recipe: Recipe):
+        self.tokenizer, self._fast = backbone.tokenizer, backbone.bare_tokenizer
+        self.recipe, self.max_length = recipe, min(backbone.n_positions, recipe.max_length)
+        self.is_causal = backbone.anatomy.is_causal  # a token's context is what comes before it
+        self.has_types = "token_type_ids" in getattr(self.tokenizer, "model_input_names", ())
         # A template writes special tokens itself.
         self._options = {"add_special_tokens": not recipe.conversations}
         if recipe.pool_over != "all":
             self.need_offsets(f"pool_over={recipe.pool_over!r}")
 
+    def need_offsets(self, what: str) -> None:
+        """Refuse a tokenizer that does not tell where tokens are, because ``what`` needs that."""
+        if self._fast is None:
+            raise ValueError(
+                f"{what} needs a fast tokenizer, one with a tokenizer.json: "
+                f"{type(self.tokenizer).__name__} does not tell where in the text its tokens are."
+            )
+
+    def to_json(self) -> str:
+        """Write the tokenizer as a tokenizer.json, without truncation and padding."""
+        if self._fast is None:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} can't be written as tokenizer.json, because it "
+                "is written in Python. Use the model's fast tokenizer."
+            )
+        return self._fast.to_str(pretty=True)
+
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenize texts. Lone surrogates, which no tokenizer reads, count as U+FFFD."""
-        filled = [self._fill(text) for text in replace_surrogates(texts)]
+        filled = [fill_in(text, self.recipe, self.tokenizer) for text in replace_surrogates(texts)]
         if self._fast is None:
             return [self._encode_slow(item) for item in filled]
-        n_characters = _SURELY_LONG * self.max_length
-        over_all = self.recipe.pool_over == "all"
         rows: dict[int, Encoded] = {}
-        for i, found in self._encode_batch(
-            {i: f for i, f in enumerate(filled) if over_all and len(f.string) <= n_characters},
-            with_offsets=False,
-        ):
-            if len(found.ids) <= self.max_length:
-                types = found.type_ids if self.has_types else ()
-                rows[i] = Encoded([self._window(found.ids, types)], False)
-        located = {i: f for i, f in enumerate(filled) if i not in rows}
-        for i, found in self._encode_batch(located, with_offsets=True):
-            rows[i] = self._split(found, filled[i])[0]
+        most = _SURELY_LONG * self.max_length if self.recipe.pool_over == "all" else -1
+        maybe_short = {i: f.string for i, f in enumerate(filled) if len(f.string) <= most}
+        if maybe_short:
+            encodings = self._fast.encode_batch_fast(list(maybe_short.values()), **self._options)
+            for i, found in zip(maybe_short, encodings, strict=True):
+                if len(found.ids) <= self.max_length:
+                    types = found.type_ids if self.has_types else ()
+                    rows[i] = Encoded([self._window(found.ids, types)], False)
+        others = {i: f.string for i, f in enumerate(filled) if i not in rows}
+        if others:
+            encodings = self._fast.encode_batch(list(others.values()), **self._options)
+            for i, found in zip(others, encodings, strict=True):
+                rows[i] = self._split(found, filled[i])[0]
         return [rows[i] for i in range(len(filled))]
-
-    def _encode_batch(
-        self, filled: dict[int, _Filled], with_offsets: bool
-    ) -> Iterator[tuple[int, Encoding]]:
-        """Tokenize strings, if there are any; with offsets it takes longer."""
-        if not filled:
-            return iter(())
-        encode = self._fast.encode_batch if with_offsets else self._fast.encode_batch_fast  # type: ignore[union-attr]
-        return zip(
-            filled, encode([f.string for f in filled.values()], **self._options), strict=True
-        )
 
     def locate(self, text: str) -> tuple[list[Window], TextTokens]:
         """Tokenize one text as `encode` does, and say where in it the pooled tokens are."""
         self.need_offsets("Reading token by token")
-        filled = self._fill(*replace_surrogates([text]))
-        encoding = self._fast.encode(filled.string, **self._options)  # type: ignore[union-attr]
+        filled, encoding = self._encode_one(text)
         encoded, places = self._split(encoding, filled)
-        # If the prompt repeats the text, the first occurrence counts as the text.
-        is_text = not self.recipe.conversations
-        spans = filled.spans[:1] if is_text else filled.spans
-        begin, end = spans[0][:2] if is_text else (0, len(filled.string))
+        if self.recipe.conversations:
+            spans, begin, end = filled.spans, 0, len(filled.string)
+        else:  # If the prompt repeats the text, the first occurrence counts as the text.
+            spans = filled.spans[:1]
+            begin, end, _ = spans[0]
         string = filled.string[begin:end]
         if not len(places):
             token = int(encoded.windows[0].inputs["input_ids"][0])
@@ -161,116 +145,46 @@ class TextEncoder:
 
     def tokenize_open(self, text: str) -> OpenTokens:
         """Tokenize a text, or a conversation's last message, that may go on where it ends."""
-        filled = self._fill(*replace_surrogates([text]))
-        encoding = self._encode_open(filled)
+        filled, encoding = self._encode_open(text)
         span = _spans_of(encoding, filled.spans)  # (n_tokens,)
         own = span == len(filled.spans) - 1
         wanted = self._chosen(span, filled.spans)
-        end = len(own) - int(np.argmax(own[::-1])) if own.any() else 0
+        end = 1 + max(np.flatnonzero(own).tolist(), default=-1)
         places = np.array(encoding.offsets, int).reshape(-1, 2)[:end] - filled.spans[-1].start
         starts, ends = places.clip(0).T
-        return OpenTokens(
-            np.array(encoding.ids, int)[:end],
-            wanted[:end],
-            own[:end],
-            starts,
-            ends,
-            len(own) - end,
-            bool(wanted[end:].any()),
-        )
+        ids, n_after = np.array(encoding.ids, int)[:end], len(own) - end
+        pools_after = bool(wanted[end:].any())
+        return OpenTokens(ids, wanted[:end], own[:end], starts, ends, n_after, pools_after)
 
     def tokenize_head(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize what comes before a text, or a conversation's last message, by itself.
 
         Gives ids (n_tokens,), and which of them are pooled.
         """
-        filled = self._fill(*replace_surrogates([text]))
-        whole = self._encode_open(filled)
+        filled, whole = self._encode_open(text)
         n_special = whole.special_tokens_mask.index(0)  # before all others
-        head = _Filled(filled.string[: filled.spans[-1].start], filled.spans[:-1])
-        encoding = self._fast.encode(head.string, add_special_tokens=False)  # type: ignore[union-attr]
-        span = np.append(np.full(n_special, -1), _spans_of(encoding, head.spans))
+        *spans, last = filled.spans
+        encoding = self._fast.encode(filled.string[: last.start], add_special_tokens=False)
+        span = np.append(np.full(n_special, -1), _spans_of(encoding, spans))
         ids = np.array([*whole.ids[:n_special], *encoding.ids], int)
-        return ids, self._chosen(span, head.spans)
+        return ids, self._chosen(span, spans)
 
-    def _encode_open(self, filled: _Filled) -> Encoding:
-        if self.recipe.conversations and filled.spans == [_Span(0, len(filled.string))]:
+    def _encode_open(self, text: str) -> tuple[Filled, Encoding]:
+        filled, encoding = self._encode_one(text)
+        if self.recipe.conversations and filled.spans == [Span(0, len(filled.string))]:
             raise ValueError(
                 "The tokenizer's chat template changes the messages of a conversation, so it can't "
                 "be told where one that grows ends. Push texts instead."
             )
-        return self._fast.encode(filled.string, **self._options)  # type: ignore[union-attr]
+        return filled, encoding
 
-    def to_json(self) -> str:
-        """Write the tokenizer as a tokenizer.json, without truncation and padding."""
-        if self._fast is None:
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} can't be written as tokenizer.json, because it "
-                "is written in Python. Use the model's fast tokenizer."
-            )
-        return self._fast.to_str(pretty=True)
-
-    # What is tokenized
-
-    def _fill(self, text: str) -> _Filled:
-        if self.recipe.conversations:
-            return self._render(json.loads(text))
-        if self.recipe.prompt is None:
-            return _Filled(text, [_Span(0, len(text))])
-        head, *parts = self.recipe.prompt.split("{text}")
-        string, spans = head, []
-        for part in parts:
-            spans.append(_Span(len(string), len(string) + len(text)))
-            string += text + part
-        return _Filled(string, spans)
-
-    def _render(self, conversation: list[dict[str, Any]]) -> _Filled:
-        """Write a conversation with the chat template, and find its messages in it."""
-        rendered = self._apply_template(conversation)
-        # Rendered once more with marks for messages: what is not a mark is the template's.
-        marks = [_MARK.format(number) for number in range(len(conversation))]
-        marked = self._apply_template(
-            [{**said, "content": mark} for said, mark in zip(conversation, marks, strict=True)]
-        )
-        spans, at = [], 0
-        for said, mark in zip(conversation, marks, strict=True):
-            before, found, marked = marked.partition(mark)
-            start = at + len(before)
-            shapes = (strip(said["content"]) for strip in _STRIPS)
-            content = next((shape for shape in shapes if rendered.startswith(shape, start)), None)
-            if content is None or not (found and rendered.startswith(before, at)):
-                return self._unmarked(rendered)
-            at = start + len(content)
-            spans.append(_Span(start, at, said["role"]))
-        return _Filled(rendered, spans) if rendered[at:] == marked else self._unmarked(rendered)
-
-    def _unmarked(self, rendered: str) -> _Filled:
-        """Count a whole conversation as the user's, because its template changes the messages."""
-        if self.recipe.pool_over != "all":
-            raise ValueError(
-                f"pool_over={self.recipe.pool_over!r} needs to know which characters are whose, "
-                "but the tokenizer's chat template changes the messages of a conversation (such as "
-                f"{rendered[:80]!r}). Use pool_over='all'."
-            )
-        return _Filled(rendered, [_Span(0, len(rendered))])
-
-    def _apply_template(self, conversation: list[dict[str, Any]]) -> str:
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                f"X holds conversations, but {type(self.tokenizer).__name__} of this model has no "
-                "chat template. Use an instruct model, set tokenizer.chat_template, or pass texts."
-            )
-        try:
-            return self.tokenizer.apply_chat_template(conversation, tokenize=False)
-        except Exception as error:  # A template is a program, and may raise whatever it likes.
-            roles = [message["role"] for message in conversation]
-            raise ValueError(
-                f"The model's chat template refuses a conversation with the roles {roles}: {error}"
-            ) from error
+    def _encode_one(self, text: str) -> tuple[Filled, Encoding]:
+        filled = fill_in(replace_surrogates([text])[0], self.recipe, self.tokenizer)
+        return filled, self._fast.encode(filled.string, **self._options)
 
     # Tokens to windows
 
-    def _split(self, encoding: Encoding, filled: _Filled) -> tuple[Encoded, np.ndarray]:
+    def _split(self, encoding: Encoding, filled: Filled) -> tuple[Encoded, np.ndarray]:
         """Cut a text's tokens into windows; also return the positions of the pooled tokens."""
         ids, types = np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids)
         if not len(ids):
@@ -293,7 +207,7 @@ class TextEncoder:
         is_truncated = self.recipe.long_texts == "truncate" and len(ids) > self.max_length
         return Encoded(windows, is_truncated), np.concatenate(places)
 
-    def _wanted(self, span: np.ndarray, spans: list[_Span]) -> np.ndarray:
+    def _wanted(self, span: np.ndarray, spans: list[Span]) -> np.ndarray:
         """Say which tokens are pooled, (n_tokens,) bool."""
         wanted = self._chosen(span, spans)
         if wanted.any():
@@ -306,7 +220,7 @@ class TextEncoder:
             f"{[said.role for said in spans]}. Leave it out, or pool over other roles."
         )
 
-    def _chosen(self, span: np.ndarray, spans: list[_Span]) -> np.ndarray:
+    def _chosen(self, span: np.ndarray, spans: list[Span]) -> np.ndarray:
         over = self.recipe.pool_over
         if over == "all":
             return np.ones(len(span), dtype=bool)
@@ -318,36 +232,32 @@ class TextEncoder:
     def _stretches(self, of_text: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the positions of each window's tokens, and which of them count there."""
         places = np.arange(len(of_text))
-        excess = len(places) - self.max_length
-        if excess <= 0:
+        if len(places) <= self.max_length:
             yield places, np.ones(len(places), dtype=bool)
             return
         own, around = places[of_text], places[~of_text]
         room = self.max_length - len(around)  # for the text's own tokens
-        overlap = self.recipe.overlap if self.recipe.long_texts == "windows" else 0
+        truncates = self.recipe.long_texts == "truncate"
+        overlap = 0 if truncates else self.recipe.overlap
         if room <= overlap:
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for text: prompt and special tokens "
                 f"take {len(around)}{f', and overlap={overlap}' * bool(overlap)}. Use a larger "
                 "max_length or a shorter prompt."
             )
-        if self.recipe.long_texts == "truncate":
-            left = self.tokenizer.truncation_side == "left"
-            kept = np.delete(places, own[:excess] if left else own[-excess:])
-            yield kept, np.ones(len(kept), dtype=bool)
-            return
+        starts: Sequence[int] = range(0, len(own) - overlap, room - overlap)
+        if truncates:
+            starts = [len(own) - room if self.tokenizer.truncation_side == "left" else 0]
         # A token that two windows share counts where it has the longer context; a causal model's
         # context is what comes before.
         earlier = overlap if self.is_causal else (overlap + 1) // 2  # count in the earlier window
-        for start in range(0, len(own) - overlap, room - overlap):
+        for start in starts:
             stretch = own[start : start + room]
-            counts = np.ones(len(stretch), dtype=bool)
-            if start:
-                counts[:earlier] = False
-            if start + room < len(own):
-                counts[len(counts) - (overlap - earlier) :] = False
+            n_before = earlier if start else 0
+            n_after = overlap - earlier if start + room < len(own) else 0
+            elsewhere = np.append(stretch[:n_before], stretch[len(stretch) - n_after :])
             chosen = np.union1d(around, stretch)
-            yield chosen, ~np.isin(chosen, stretch[~counts])
+            yield chosen, ~np.isin(chosen, elsewhere)
 
     def _window(self, ids: ArrayLike, types: ArrayLike, pooled: np.ndarray | None = None) -> Window:
         """Put the model's inputs for some tokens into arrays."""
@@ -371,39 +281,33 @@ class TextEncoder:
 
     # Tokenizers written in Python, which do not tell where tokens are
 
-    def need_offsets(self, what: str) -> None:
-        """Refuse a tokenizer that does not tell where tokens are, because ``what`` needs that."""
-        if self._fast is None:
-            raise ValueError(
-                f"{what} needs a fast tokenizer, one with a tokenizer.json: "
-                f"{type(self.tokenizer).__name__} does not tell where in the text its tokens are."
-            )
+    def _encode_slow(self, filled: Filled) -> Encoded:
+        found, is_cut = [self._tokenize(filled.string)], False
+        if len(found[0]["input_ids"]) > self.max_length:
+            is_cut = self.recipe.long_texts == "truncate"
+            if is_cut and self.recipe.prompt is None and not self.recipe.conversations:
+                found = [self._tokenize(filled.string, truncation=True, max_length=self.max_length)]
+            else:
+                pieces = islice(self._pieces(filled), 1 if is_cut else None)
+                found = [self._tokenize(piece) for piece in pieces]
+        windows = [self._window(one["input_ids"], one.get("token_type_ids")) for one in found]
+        return Encoded(windows, is_cut)
 
-    def _encode_slow(self, filled: _Filled) -> Encoded:
-        found = self._tokenize(filled.string)
-        if len(found["input_ids"]) <= self.max_length:
-            return Encoded([self._slow_window(found)], False)
-        if self.recipe.long_texts == "windows":
-            if self.recipe.overlap:
-                self.need_offsets(f"overlap={self.recipe.overlap}")
-            pieces = self._pieces(filled)
-            return Encoded([self._slow_window(self._tokenize(piece)) for piece in pieces], False)
-        if self.recipe.prompt is None and not self.recipe.conversations:
-            found = self.tokenizer(filled.string, truncation=True, max_length=self.max_length)
-        else:
-            found = self._tokenize(next(self._pieces(filled)))
-        return Encoded([self._slow_window(found)], True)
-
-    def _pieces(self, filled: _Filled) -> Iterator[str]:
+    def _pieces(self, filled: Filled) -> Iterator[str]:
         """Cut a text into the longest stretches that fit, each with the prompt around it."""
+        if self.recipe.overlap:
+            self.need_offsets(f"overlap={self.recipe.overlap}")
         if len(filled.spans) != 1:
             self.need_offsets("A prompt with several texts, or a conversation, that is too long")
         start, end, _ = filled.spans[0]
         head, text, tail = filled.string[:start], filled.string[start:end], filled.string[end:]
-        while text:
+
+        def n_tokens(n_characters: int) -> int:
+            return len(self._tokenize(head + text[:n_characters] + tail)["input_ids"])
+
+        while True:
             # Only by trying is it known how many characters fit.
             lengths = range(min(len(text), 64 * self.max_length) + 1)
-            n_tokens = partial(self._count, head, text, tail)
             n_characters = bisect_right(lengths, self.max_length, key=n_tokens) - 1
             if n_characters < 1:
                 raise ValueError(
@@ -412,19 +316,14 @@ class TextEncoder:
                 )
             yield head + text[:n_characters] + tail
             text = text[n_characters:]
+            if not text:
+                return
 
-    def _count(self, head: str, text: str, tail: str, n_characters: int) -> int:
-        return len(self._tokenize(head + text[:n_characters] + tail)["input_ids"])
-
-    def _slow_window(self, found: Any) -> Window:
-        ids = found["input_ids"]
-        return self._window(ids, found.get("token_type_ids") or [0] * len(ids))
-
-    def _tokenize(self, text: str) -> Any:
-        return self.tokenizer(text, verbose=False, **self._options)
+    def _tokenize(self, text: str, **options: Any) -> Any:
+        return self.tokenizer(text, verbose=False, **self._options, **options)
 
 
-def _spans_of(encoding: Encoding, spans: list[_Span]) -> np.ndarray:
+def _spans_of(encoding: Encoding, spans: list[Span]) -> np.ndarray:
     """Give the number of the span that each token has a character of, (n_tokens,) int; else -1."""
     if not encoding.ids:
         return np.empty(0, dtype=int)
@@ -434,28 +333,3 @@ def _spans_of(encoding: Encoding, spans: list[_Span]) -> np.ndarray:
         found[(ends > span.start) & (starts < span.end)] = number
     special = np.array(encoding.special_tokens_mask, dtype=bool)
     return np.where(special, -1, found)
-
-
-def bare_copy(tokenizer: Any) -> Tokenizer | None:
-    """Copy the Rust part of a tokenizer, without truncation and padding; None if it has none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None else _parse(backend.to_str())
-
-
-@lru_cache(maxsize=4)  # a tokenizer in memory is copied in every call, and may have changed
-def _parse(definition: str) -> Tokenizer:
-    copy = Tokenizer.from_str(definition)
-    # Both are settings of the original object, left by its last call, and another thread may change
-    # them there at any time.
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
-
-
-def replace_surrogates(texts: Sequence[str]) -> list[str]:
-    """Replace lone surrogates by U+FFFD, and two that make a pair by their character."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        return [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
-    return list(texts)

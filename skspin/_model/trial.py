@@ -69,56 +69,45 @@ def _try(model: Any, anatomy: Anatomy, stack: Stack, device: torch.device) -> _T
     n_real = n_tokens // 2
     if not n_real:
         return _Trial(mixes_padding=False)
-    batch = _longer_text(model, n_tokens, device).repeat(3, 1)  # (3, n_tokens)
+    # Ids from the middle of the vocabulary, where no special tokens are.
+    embeddings = bare_model(model).get_input_embeddings()
+    n_words = getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
+    longer = (n_words // 2 + torch.arange(n_tokens, device=device)) % n_words
+    batch = longer.repeat(3, 1)  # (3, n_tokens)
     batch[0, n_real:] = 0  # as batches are padded; the second is padded with the longer text's end
     mask = torch.ones_like(batch)
     mask[:2, n_real:] = 0
-    text, ones = batch[:1, :n_real], mask[2:, :n_real]
+    hidden = [(layer, tap) for (layer, site), tap in stack.taps.items() if site == "hidden"]
+    segments = [Segment(stack.name, layer, "hidden", "none", tap.width) for layer, tap in hidden]
+
+    def states(ids: Tensor, mask: Tensor) -> list[list[Tensor]]:
+        """Read each text's hidden states (n_real, n_neurons) by layer."""
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        values = token_forward(model, anatomy, inputs, segments)[:, :n_real]
+        return [list(text.split([segment.width for segment in segments], 1)) for text in values]
+
     try:
-        alone = _states(model, anatomy, stack, text, ones)
-        padded = _states(model, anatomy, stack, batch, mask)
-        again = _states(model, anatomy, stack, text, ones)
+        (alone,) = states(batch[:1, :n_real], mask[2:, :n_real])
+        padded, other_padding, longer_text = states(batch, mask)
+        (again,) = states(batch[:1, :n_real], mask[2:, :n_real])
     except Exception:
         # A model that fails here, e.g. on padding, may still read texts of one length.
         return _Trial()
     shorter = model.dtype.itemsize < 4
-    if _differ(again[0], alone[0], _OTHER_SHAPE[shorter]):
+    if _differ(again, alone, _OTHER_SHAPE[shorter]):
         raise ValueError(
             f"{type(model).__name__} gives a text other activations when it reads the text again,"
             " so none can be relied on. It draws random numbers in evaluation mode, or remembers"
             " what it has read. Switch that off in its configuration, or choose another model."
         )
-    looks_ahead = _differ(padded[2], padded[1], _SAME_SHAPE[shorter])
-    if _differ(padded[0], padded[1], _SAME_SHAPE[shorter]):
+    looks_ahead = _differ(longer_text, other_padding, _SAME_SHAPE[shorter])
+    if _differ(padded, other_padding, _SAME_SHAPE[shorter]):
         return _Trial(looks_ahead=looks_ahead)
     # In 8-bit products, rounding alone changes a token by a tenth. (Parameters of quantised models
     # have a class that is not PyTorch's.)
     quantised = any(type(parameter) is not nn.Parameter for parameter in model.parameters())
-    return _Trial(
-        not quantised and _differ(padded[0], alone[0], _OTHER_SHAPE[shorter]), looks_ahead
-    )
-
-
-def _longer_text(model: Any, n_tokens: int, device: torch.device) -> Tensor:
-    """Choose ids from the middle of the vocabulary, where no special tokens are."""
-    embeddings = bare_model(model).get_input_embeddings()
-    n_words = getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
-    return (n_words // 2 + torch.arange(n_tokens, device=device)) % n_words
-
-
-def _states(
-    model: Any, anatomy: Anatomy, stack: Stack, ids: Tensor, mask: Tensor
-) -> list[list[Tensor]]:
-    """Read each text's hidden states (n_tokens, n_neurons) by layer, at tokens that all have."""
-    segments = [
-        Segment(stack.name, layer, site, "none", tap.width)
-        for (layer, site), tap in stack.taps.items()
-        if site == "hidden"
-    ]
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    values = token_forward(model, anatomy, inputs, segments)  # (n_texts, n_tokens, n_columns)
-    widths = [segment.width for segment in segments]
-    return [list(text[: int(mask.sum(1).min())].split(widths, 1)) for text in values]
+    mixes_padding = not quantised and _differ(padded, alone, _OTHER_SHAPE[shorter])
+    return _Trial(mixes_padding, looks_ahead)
 
 
 def _differ(states: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:

@@ -1,26 +1,26 @@
 """Activations and labels in, salient neurons out.
 
 `encode_targets` turns labels into binary problems, `validation_rows` sets rows aside, and
-`fit_layers` fits a probe to each layer, or finds it in `probe_cache`. `SALIENCES` and `CRITERIA`
-lead from a probe's weights to the neurons worth keeping. `solve_probes`, which `fit_layers` calls,
-solves many sparse logistic regressions at once. Nothing here knows a language model.
+`fit_layers` fits a probe to each layer, or finds it in `probe_cache`. `SALIENCES` and
+`most_salient` lead from a probe's weights to the neurons worth keeping, by one of the `CRITERIA`.
+`solve_probes`, which `fit_layers` calls, solves many sparse logistic regressions at once. Nothing
+here knows a language model.
 """
 
-from skspin._probes.layer import LayerProbe, ProbeSettings, fit_layers, probe_cache
-from skspin._probes.salience import CRITERIA, SALIENCES
+from skspin._probes.columns import is_tensor, to_host
+from skspin._probes.layer import ProbeSettings, fit_layers, probe_cache
+from skspin._probes.salience import CRITERIA, SALIENCES, most_salient
 from skspin._probes.solver import solve_probes
-from skspin._probes.targets import Targets, encode_targets, validation_rows
-from skspin._probes.tensors import is_tensor, to_host
+from skspin._probes.targets import encode_targets, validation_rows
 
 __all__ = [
     "CRITERIA",
     "SALIENCES",
-    "LayerProbe",
     "ProbeSettings",
-    "Targets",
     "encode_targets",
     "fit_layers",
     "is_tensor",
+    "most_salient",
     "probe_cache",
     "solve_probes",
     "to_host",

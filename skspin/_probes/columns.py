@@ -1,8 +1,9 @@
-"""One layer's columns, standardised in passing, and the three products that probes need of them.
+"""One layer's columns, standardised in passing, and the products that probes need of them.
 
-Each product is split by rows among threads. These replace BLAS's own threads, which wait for one
-another at every small product: where other programs keep the cores busy, thousands of products wait
-for the scheduler.
+Activations may be an array, or a tensor, which stays on its device and is only read. Each product
+is split by rows among threads. These replace BLAS's own threads, which wait for one another at
+every small product: where other programs keep the cores busy, thousands of products wait for the
+scheduler.
 """
 
 from __future__ import annotations
@@ -11,55 +12,104 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+from sklearn.utils import gen_batches
 from threadpoolctl import ThreadpoolController
+
+# Values converted at a time, however wide rows are: such a copy stays in a core's cache.
+_CONVERTED_ON_HOST, _CONVERTED_ON_DEVICE = 2**17, 2**24
+# Rows of a Gram matrix's product at a time; on the host they stay in a core's cache, too.
+_GRAM_ROWS_ON_HOST, _GRAM_ROWS_ON_DEVICE = 1024, 65_536
+_WORKER = "skspin-probes"
+
+
+def is_tensor(array: Any) -> bool:
+    """Whether an array that was validated is a tensor, found out without importing torch."""
+    return not isinstance(array, np.ndarray)
+
+
+def to_host(array: Any) -> Any:
+    """Copy a tensor to NumPy; leave all else as it is."""
+    return array.detach().cpu().numpy() if hasattr(array, "cpu") else array
+
+
+def mean_and_deviation(X: Any, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Average and standard deviation of each column of a float32 array or tensor, in float64."""
+    # StandardScaler gives the same numbers, in more time than it takes to solve the probe: it looks
+    # for missing values and corrects for rounding that two passes do not have.
+    shares = row_weights / row_weights.sum()  # (n_texts,)
+    n_values = _CONVERTED_ON_DEVICE if is_tensor(X) else _CONVERTED_ON_HOST
+    batches = list(gen_batches(len(X), max(1, n_values // X.shape[1])))
+    if is_tensor(X):
+        shares = X[:0].double().new_tensor(shares)
+    mean = sum(shares[rows] @ _double(X[rows]) for rows in batches)
+    variance: Any = 0.0
+    for rows in batches:
+        away = _double(X[rows])  # (n_rows, n_columns)
+        away -= mean
+        away *= away
+        variance += shares[rows] @ away
+    return to_host(mean), np.sqrt(to_host(variance))
+
+
+def _double(block: Any) -> Any:
+    return block.double() if is_tensor(block) else block.astype(np.float64)
 
 
 class Columns:
     """Products with the matrix ``Z = (X - mean) / scale``, which is never computed.
 
     Mean and scale are folded into the products. Arguments and results are float64, except for the
-    Gram matrix. ``X`` is read without a copy, or converted to ``dtype`` in blocks of rows. A tensor
-    stays where it is, so ``device`` is then its own.
+    Gram matrix. ``X`` is read without a copy, or converted to ``dtype`` in blocks of rows.
     """
 
     def __init__(
         self,
-        X: Any,  # (n_texts, n_columns), float32; an array or a tensor
+        X: Any,  # (n_texts, n_columns), float32; an array, or a tensor on `device`
         mean: np.ndarray,  # (n_columns,), as is scale
         scale: np.ndarray,
         dtype: str,
-        device: str | None,
+        device: str | None,  # of torch; None for NumPy
         threads: Threads,
     ) -> None:
-        self._arrays: Any = _HostArrays(dtype) if device is None else _TorchArrays(dtype, device)
-        # A device divides its work by itself.
-        self._threads = threads if device is None else Threads()
-        self._X = self._arrays.hold(X)  # (n, d)
-        self._mean, self._scale = mean, scale  # (d,)
+        self._X, self._mean, self._scale = X, mean, scale
+        if device is None:
+            self._load: Callable = partial(np.asarray, dtype=dtype)
+            self._threads = threads
+            self._gram_rows, self._n_converted = _GRAM_ROWS_ON_HOST, _CONVERTED_ON_HOST
+        else:
+            import torch
+
+            options = {"dtype": getattr(torch, dtype), "device": device}
+            self._load = partial(torch.as_tensor, **options)
+            self._threads = Threads()  # a device divides its work by itself
+            self._gram_rows, self._n_converted = _GRAM_ROWS_ON_DEVICE, _CONVERTED_ON_DEVICE
+            if not is_tensor(X):
+                self._X = torch.tensor(X, **options)
+        self._converts = str(self._X.dtype).removeprefix("torch.") != dtype
 
     def scores(self, coef: np.ndarray) -> np.ndarray:
         """Compute ``coef @ Z.T``: (n_problems, n_columns) to (n_problems, n_texts)."""
         folded = coef / self._scale  # (P, d)
-        weights = self._arrays.load(folded)
+        weights = self._load(folded)
 
         def multiply(stretch: slice) -> np.ndarray:
-            products = [weights @ block.T for _, block in self._blocks(stretch)]
-            return np.concatenate([self._arrays.unload(product) for product in products], axis=1)
+            products = [_unload(weights @ block.T) for _, block in self._blocks(stretch)]
+            return np.concatenate(products, axis=1)
 
         shares = self._threads.map(multiply, self._stretches())
         return np.concatenate(shares, axis=1) - (folded @ self._mean)[:, None]
 
     def correlate(self, residuals: np.ndarray) -> np.ndarray:
         """Compute ``residuals @ Z``: (n_problems, n_texts) to (n_problems, n_columns)."""
-        loaded = self._arrays.load(residuals)  # (P, n)
+        loaded = self._load(residuals)  # (P, n)
 
         def multiply(stretch: slice) -> np.ndarray:
-            products = [loaded[:, rows] @ block for rows, block in self._blocks(stretch)]
-            return np.sum([self._arrays.unload(product) for product in products], axis=0)
+            products = [_unload(loaded[:, rows] @ block) for rows, block in self._blocks(stretch)]
+            return np.sum(products, axis=0)
 
         sums = np.sum(self._threads.map(multiply, self._stretches()), axis=0)  # (P, d)
         return (sums - residuals.sum(axis=1, keepdims=True) * self._mean) / self._scale
@@ -70,19 +120,17 @@ class Columns:
         Subtracting the means has the effect of an intercept without a penalty. The result has the
         dtype of the products, and is not finite where the dtype overflows.
         """
-        arrays = self._arrays
-        index = arrays.load_index(chosen)
-        mean, scale = arrays.load(self._mean[chosen]), arrays.load(self._scale[chosen])  # (k,)
+        mean, scale = self._load(self._mean[chosen]), self._load(self._scale[chosen])  # (k,)
 
         def multiply(stretch: slice) -> tuple[Any, Any]:
             products: Any = 0.0
             sums: Any = 0.0
-            for rows, block in self._blocks(stretch, arrays.gram_rows):
-                columns, roots = arrays.take(block, index), np.sqrt(weights[rows])  # (m, k), (m,)
+            for rows, block in self._blocks(stretch, self._gram_rows):
+                columns, roots = _take(block, chosen), np.sqrt(weights[rows])  # (m, k), (m,)
                 kept = np.flatnonzero(roots)
                 if len(kept) < 0.9 * len(roots):  # rows outside a fold
-                    columns, roots = columns[arrays.load_index(kept)], roots[kept]
-                roots = arrays.load(roots)
+                    columns, roots = columns[kept], roots[kept]
+                roots = self._load(roots)
                 # Centred before it is squared: float32 loses small differences of large numbers.
                 columns -= mean
                 columns *= roots[:, None]
@@ -97,129 +145,51 @@ class Columns:
             products -= sums[:, None] * (sums / float(weights.sum()))
         products /= scale
         products /= scale[:, None]
-        return arrays.unload(products, keep_dtype=True)
+        return to_host(products)
 
     def _stretches(self) -> list[slice]:
-        return self._threads.split(len(self._X), self._arrays.gram_rows)
+        return self._threads.split(len(self._X), self._gram_rows)
 
     def _blocks(self, stretch: slice, n_rows: int | None = None) -> Iterator[tuple[slice, Any]]:
-        n_rows = n_rows or self._arrays.rows or len(self._X)
-        if self._arrays.converts:
-            n_rows = min(n_rows, max(1, self._arrays.converted // self._X.shape[1]))
+        n_rows = n_rows or len(self._X)
+        if self._converts:
+            n_rows = min(n_rows, max(1, self._n_converted // self._X.shape[1]))
         for start in range(stretch.start, stretch.stop, n_rows):
             rows = slice(start, min(start + n_rows, stretch.stop))
-            yield rows, self._arrays.cast(self._X[rows])
+            yield rows, self._load(self._X[rows])
 
 
-class _HostArrays:
-    """The array operations of the products, in NumPy."""
-
-    # A block of this size stays in a core's cache between the few passes over it.
-    gram_rows = 1024
-    converted = 2**20  # values converted at a time, however wide rows are: 8 MiB of float64
-
-    def __init__(self, dtype: str) -> None:
-        self._dtype = np.dtype(dtype)
-        self.converts = dtype != "float32"
-        self.rows = self.gram_rows if self.converts else None
-
-    def hold(self, X: np.ndarray) -> np.ndarray:
-        return X
-
-    def load(self, array: np.ndarray) -> np.ndarray:
-        return array.astype(self._dtype)
-
-    def load_index(self, index: np.ndarray) -> np.ndarray:
-        return index
-
-    def cast(self, block: np.ndarray) -> np.ndarray:
-        return block.astype(self._dtype, copy=False)
-
-    def take(self, block: np.ndarray, index: np.ndarray) -> np.ndarray:
-        # "clip" does without the buffer that errors need, in a fraction of the time.
-        return block.take(index, axis=1, mode="clip")
-
-    def unload(self, array: np.ndarray, keep_dtype: bool = False) -> np.ndarray:
-        return array if keep_dtype else array.astype(np.float64, copy=False)
+def _take(block: Any, columns: np.ndarray) -> Any:
+    # "clip" does without the buffer that errors need, in a fraction of the time.
+    return block[:, columns] if is_tensor(block) else block.take(columns, axis=1, mode="clip")
 
 
-class _TorchArrays:
-    """The same operations in torch."""
-
-    rows = None
-    converts = False  # an array from the host is converted once, by `hold`
-    converted = 2**24
-    gram_rows = 65_536
-
-    def __init__(self, dtype: str, device: str) -> None:
-        import torch
-
-        self._torch, self._dtype, self._device = torch, getattr(torch, dtype), device
-
-    def hold(self, X: Any) -> Any:
-        if isinstance(X, np.ndarray):
-            return self.load(X)
-        self.converts = X.dtype != self._dtype
-        return X
-
-    def load(self, array: np.ndarray) -> Any:
-        return self._torch.tensor(array, dtype=self._dtype, device=self._device)
-
-    def load_index(self, index: np.ndarray) -> Any:
-        return self._torch.tensor(index, device=self._device)
-
-    def cast(self, block: Any) -> Any:
-        return block.to(self._dtype)
-
-    def take(self, block: Any, index: Any) -> Any:
-        return block.index_select(1, index)
-
-    def unload(self, array: Any, keep_dtype: bool = False) -> np.ndarray:
-        values = array.cpu().numpy()
-        return values if keep_dtype else values.astype(np.float64)
+def _unload(product: Any) -> np.ndarray:
+    return to_host(product).astype(np.float64, copy=False)
 
 
 class Threads:
     """Calls a function for several arguments in parallel, where that can pay."""
 
     def __init__(self, n_threads: int = 1, pool: Executor | None = None) -> None:
-        self.n_threads = n_threads
-        self._pool = pool
-        self._inside = threading.local()
+        self._n_threads, self._pool = n_threads, pool
 
     def map(self, function: Callable, *arguments: Iterable) -> list[Any]:
         """Call a function for each argument; return the results in the order of the arguments."""
-        calls = list(zip(*arguments, strict=True))
+        calls = list(zip(*arguments, strict=False))  # what is the same for all comes from `repeat`
         # With fewer arguments than threads, and inside another call, one thread does it all: work
         # is split by problems or by rows, and the other split then keeps all threads busy.
-        if self._pool is None or len(calls) < self.n_threads or hasattr(self._inside, "busy"):
+        inside = threading.current_thread().name.startswith(_WORKER)
+        if self._pool is None or len(calls) < self._n_threads or inside:
             return [function(*call) for call in calls]
-
-        def run(call: tuple) -> Any:
-            self._inside.busy = True
-            return function(*call)
-
-        return list(self._pool.map(run, calls))
+        return list(self._pool.map(lambda call: function(*call), calls))
 
     def split(self, n_rows: int, smallest: int) -> list[slice]:
         """Cut rows into one stretch per thread, none much smaller than ``smallest``."""
-        n_shares = max(1, min(self.n_threads, n_rows // smallest))
+        # scikit-learn's gen_even_slices takes longer for its checks than a small product.
+        n_shares = max(1, min(self._n_threads, n_rows // smallest))
         edges = [n_rows * share // n_shares for share in range(n_shares + 1)]
         return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-
-
-@contextmanager
-def threads_in_place_of_blas() -> Iterator[Threads]:
-    """Start as many threads as BLAS would use, and limit BLAS to one meanwhile.
-
-    Limits on BLAS that joblib, threadpoolctl or the environment set so apply to these threads.
-    """
-    with _BLAS.limited() as n_threads:
-        if n_threads == 1:
-            yield Threads()
-            return
-        with ThreadPoolExecutor(n_threads) as pool:
-            yield Threads(n_threads, pool)
 
 
 class _Blas:
@@ -228,21 +198,27 @@ class _Blas:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._n_users = 0
-        self._n_threads = 1
-        self._limit: Any = None
 
     @contextmanager
-    def limited(self) -> Iterator[int]:
+    def replaced(self) -> Iterator[Threads]:
+        """Start as many threads as BLAS would use, and limit BLAS to one meanwhile.
+
+        Limits on BLAS that joblib, threadpoolctl or the environment set so apply to these threads.
+        """
         blas = _libraries().select(user_api="blas")
         with self._lock:
             if self._n_users == 0:
-                self._n_threads = max(
-                    (library["num_threads"] for library in blas.info()), default=1
-                )
+                sizes = [library["num_threads"] for library in blas.info()]
+                self._n_threads = max(sizes, default=1)
                 self._limit = blas.limit(limits=1)
             self._n_users += 1
+            n_threads = self._n_threads
         try:
-            yield self._n_threads
+            if n_threads == 1:
+                yield Threads()
+            else:
+                with ThreadPoolExecutor(n_threads, thread_name_prefix=_WORKER) as pool:
+                    yield Threads(n_threads, pool)
         finally:
             with self._lock:
                 self._n_users -= 1
@@ -259,4 +235,4 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-_BLAS = _Blas()
+threads_in_place_of_blas = _Blas().replaced

@@ -17,13 +17,11 @@ import numpy as np
 import xxhash
 from sklearn.utils import gen_batches
 
-from skspin._probes.columns import Columns, Threads
+from skspin._probes.columns import is_tensor, mean_and_deviation
 from skspin._probes.solver import ProbeSolution, solve_probes
 from skspin._probes.targets import Targets
-from skspin._probes.tensors import is_tensor, mean_and_deviation
 from skspin._system import after_fork
 
-_BATCH_BYTES = 1 << 20  # of rows in float64 at a time; they stay in a core's cache
 _DIGEST_BYTES = 1 << 18  # gathered at a time; hashed while they are in a core's cache
 _LARGEST = 1e12  # of an activation; sums of squares stay far below what float32 holds
 _ENTRY_BYTES = 400  # that a cached probe takes beside its weights
@@ -81,9 +79,16 @@ def _fit_layer(
             block = block.float().contiguous()
         else:
             block = np.ascontiguousarray(block, dtype=np.float32)
-    _refuse_large(block)
+    largest = max(-float(block.min()), float(block.max()))
+    if not largest <= _LARGEST:
+        raise ValueError(
+            f"X holds values as large as {largest:.3g}, but probes compute in float32, where sums "
+            f"of squares of values above {_LARGEST:.0e} may overflow. Scale or drop the columns "
+            "that hold them."
+        )
     # Mean and scale of all rows, validation rows included: they do not depend on labels.
-    mean, scale = np.zeros(block.shape[1]), np.ones(block.shape[1])
+    mean: Any = 0.0
+    scale: Any = 1.0
     if settings.standardize:
         mean, scale = _mean_and_scale(block, targets.row_weights, settings.eps)
 
@@ -109,11 +114,9 @@ def _fit_layer(
     # both share the passes over the columns, and two threads have a problem each.
     known = [(C, targets.weights) for C in settings.C if len(settings.C) == 1]
     solved = solve(trials + known)
-    coef = np.vstack([probe.coef for probe in solved[: len(trials)]])
-    intercept = np.hstack([probe.intercept for probe in solved[: len(trials)]])
-    decisions = _decide(block, validation, mean, scale, coef) + intercept
     scores = [
-        targets.score(decision, validation) for decision in np.split(decisions, len(trials), axis=1)
+        targets.score(trial.decisions[:, validation].T, validation)
+        for trial in solved[: len(trials)]
     ]
     # C ascends, so the first of equal scores, and so the sparsest probe, is taken. Rounding may
     # change the last digit of equal scores.
@@ -128,39 +131,11 @@ def _fit_layer(
     )
 
 
-def _decide(
-    block: Any, rows: np.ndarray, mean: np.ndarray, scale: np.ndarray, coef: np.ndarray
-) -> np.ndarray:
-    """Compute the decision values of some rows for coef (n_problems, n_neurons), no intercepts."""
-    if is_tensor(block):
-        kept = block[rows]
-        columns = Columns(kept, mean, scale, "float64", str(kept.device), Threads())
-        return columns.scores(coef).T
-    # In batches, so that each copy in float64 is small.
-    return np.concatenate(
-        [(block[rows[batch]] - mean) / scale @ coef.T for batch in _row_batches(len(rows), block)]
-    )  # (n_rows, n_problems)
-
-
-def _row_batches(n_rows: int, block: np.ndarray) -> Iterator[slice]:
-    return gen_batches(n_rows, max(1, _BATCH_BYTES // (8 * block.shape[1])))
-
-
-def _refuse_large(block: Any) -> None:
-    largest = max(-float(block.min()), float(block.max()))
-    if not largest <= _LARGEST:
-        raise ValueError(
-            f"X holds values as large as {largest:.3g}, but probes compute in float32, where sums "
-            f"of squares of values above {_LARGEST:.0e} may overflow. Scale or drop the columns "
-            "that hold them."
-        )
-
-
 def _mean_and_scale(
     block: Any, row_weights: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure each column; a constant one gets an infinite scale, which makes it 0."""
-    mean, scale = _mean_and_deviation(block, row_weights)
+    mean, scale = mean_and_deviation(block, row_weights)
     # A column that differs only in the last float32 digits counts as constant: divided by so small
     # a scale, rounding would look like signal. So does the column of a dead neuron, whose squares
     # are too small for float32.
@@ -175,23 +150,6 @@ def _mean_and_scale(
     return mean, np.where(varies, scale, np.inf)
 
 
-def _mean_and_deviation(block: Any, row_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average and standard deviation of each column, in float64."""
-    # StandardScaler gives the same numbers, in more time than it takes to solve the probe: it looks
-    # for missing values and corrects for rounding that two passes do not have.
-    shares = row_weights / row_weights.sum()  # (n_texts,)
-    if is_tensor(block):
-        return mean_and_deviation(block, shares)
-    batches = list(_row_batches(len(block), block))
-    mean = sum(shares[rows] @ block[rows].astype(np.float64) for rows in batches)
-    variance = np.zeros(block.shape[1])
-    for rows in batches:
-        away = block[rows].astype(np.float64)  # (n_rows, n_neurons)
-        away -= mean
-        variance += shares[rows] @ np.square(away, out=away)
-    return mean, np.sqrt(variance)
-
-
 class _ProbeCache:
     """Solved probes by content, up to a number of bytes; those used longest ago are evicted."""
 
@@ -199,18 +157,25 @@ class _ProbeCache:
         self.limit = limit  # bytes
         self.n_solved = 0
         self._probes: OrderedDict[bytes, LayerProbe] = OrderedDict()
-        self.renew()
+        self.renew_lock()
 
-    def renew(self) -> None:
-        """Renew the lock and the count of bytes: another thread may have held them at a fork."""
+    def renew_lock(self) -> None:
+        """Start with a free lock: another thread may have held it at a fork."""
         self._lock = threading.Lock()
-        self.n_bytes = sum(_size(probe) for probe in self._probes.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """What the probes take."""
+        return sum(map(_size, self._probes.values()))
 
     def find_or_fit(
         self, block: np.ndarray, targets: Targets, validation: np.ndarray, settings: ProbeSettings
     ) -> LayerProbe:
         """Do what `_fit_layer` does, unless this process has solved the same probe before."""
-        key = _content_of(block, targets, validation, settings)
+        arrays = (block, targets.signs, targets.weights, targets.row_weights, validation)
+        # The same signs are scored in another way if classes exclude each other.
+        rest = repr((settings, targets.exclusive)).encode()
+        key = xxhash.xxh3_128_digest(b"".join([*map(_digest, arrays), rest]))
         with self._lock:
             if key in self._probes:
                 self._probes.move_to_end(key)
@@ -219,34 +184,24 @@ class _ProbeCache:
         probe.coef.flags.writeable = False  # several callers share it
         with self._lock:
             self.n_solved += 1
-            if key not in self._probes and _size(probe) <= self.limit:
+            if _size(probe) <= self.limit:
                 self._probes[key] = probe
-                self.n_bytes += _size(probe)
             while self.n_bytes > self.limit:
-                self.n_bytes -= _size(self._probes.popitem(last=False)[1])
+                self._probes.popitem(last=False)
         return probe
 
     def clear(self) -> None:
         """Release all probes."""
         with self._lock:
             self._probes.clear()
-            self.n_bytes = self.n_solved = 0
+            self.n_solved = 0
 
 
 def _size(probe: LayerProbe) -> int:
     return probe.coef.nbytes + _ENTRY_BYTES
 
 
-def _content_of(
-    block: np.ndarray, targets: Targets, validation: np.ndarray, settings: ProbeSettings
-) -> bytes:
-    arrays = (block, targets.signs, targets.weights, targets.row_weights, validation)
-    # The same signs are scored in another way if classes exclude each other.
-    rest = repr((settings, targets.exclusive)).encode()
-    return xxhash.xxh3_128_digest(b"".join([*map(_array_digest, arrays), rest]))
-
-
-def _array_digest(array: np.ndarray) -> bytes:
+def _digest(array: np.ndarray) -> bytes:
     """Digest shape, dtype and values of a numeric array without copying anything large."""
     digest = xxhash.xxh3_128(f"{array.dtype.str}{array.shape}".encode())
     if array.ndim > 1 and abs(array.strides[0]) < abs(array.strides[-1]):
@@ -261,4 +216,4 @@ def _array_digest(array: np.ndarray) -> bytes:
 # Solutions are small beside the activations they stand for: 6 layers of 1,536 neurons and 77
 # classes take 6 MB.
 probe_cache = _ProbeCache(256 * 2**20)
-after_fork(probe_cache.renew)
+after_fork(probe_cache.renew_lock)

@@ -17,10 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from skspin._probes.columns import Columns, Threads, threads_in_place_of_blas
-from skspin._probes.penalties import PENALTIES
-from skspin._probes.problem import Problem
-from skspin._probes.tensors import is_tensor
+from skspin._probes.columns import Columns, Threads, is_tensor, threads_in_place_of_blas
+from skspin._probes.penalties import PENALTIES, Penalty
+
+# Added to a Gram matrix's diagonal, as a share of it: more than rounding can take from the smallest
+# eigenvalue, and too little to change a Newton step.
+_RIDGE = {np.dtype("float32"): 1e-6, np.dtype("float64"): 1e-12}
+_TINY = 1e-300
+_IDLE_STEPS = 3
+_FARTHEST = 1e18  # no solution has such a coefficient; float32 could not hold much more
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,13 @@ class ProbeSolution:
 
     coef: np.ndarray  # (n_problems, n_columns), float64, in units of the standardised columns
     intercept: np.ndarray  # (n_problems,); infinite where all weight is on one side
+    decisions: np.ndarray  # (n_problems, n_texts): decision values of all rows
     n_iter: np.ndarray  # (n_problems,): Newton steps
     dual_gap: np.ndarray  # (n_problems,): (objective - its lower bound) / objective
 
     def split(self, n: int) -> list[ProbeSolution]:
         """Cut into pieces of equally many problems, in order."""
-        columns = (self.coef, self.intercept, self.n_iter, self.dual_gap)
-        pieces = zip(*(np.split(column, n) for column in columns), strict=True)
+        pieces = zip(*(np.split(values, n) for values in vars(self).values()), strict=True)
         return [ProbeSolution(*piece) for piece in pieces]
 
 
@@ -44,12 +49,12 @@ def solve_probes(
     targets: np.ndarray,  # (n_texts, n_problems): +1 or -1
     *,
     C: ArrayLike,  # one positive number, or (n_problems,)
-    sample_weight: np.ndarray | None = None,  # (n_texts,) or (n_texts, n_problems); folds too
+    sample_weight: ArrayLike = 1.0,  # (n_texts,) or (n_texts, n_problems), not negative; folds too
     penalty: str = "l1",
     tol: float = 1e-3,  # relative duality gap at which a problem is solved
-    max_iter: int = 100,  # Newton steps after which it is given up
-    mean: np.ndarray | None = None,  # (n_columns,): columns become (X - mean) / scale in passing
-    scale: np.ndarray | None = None,
+    max_iter: float = np.inf,  # Newton steps after which it is given up
+    mean: ArrayLike = 0.0,  # (n_columns,): columns become (X - mean) / scale in passing
+    scale: ArrayLike = 1.0,  # positive; infinity leaves a column out
     device: str | None = None,  # of torch, a tensor's own; gaps are measured in float64
 ) -> ProbeSolution:
     """Solve many independent logistic regressions, whose products are computed together.
@@ -58,60 +63,26 @@ def solve_probes(
     """
     if not is_tensor(X):
         X = np.ascontiguousarray(X, dtype=np.float32)
-    n, d = X.shape
-    mean = np.zeros(d) if mean is None else np.asarray(mean, np.float64)
-    scale = np.ones(d) if scale is None else np.asarray(scale, np.float64)
-    if mean.shape != (d,) or scale.shape != (d,) or not (scale > 0).all():
-        raise ValueError(
-            f"mean has shape {mean.shape} and scale {scale.shape}; both must have one value for "
-            f"each of the {d} columns, and scale only positive ones (inf leaves a column out)."
-        )
-    if penalty not in PENALTIES:
-        raise ValueError(f"penalty={penalty!r} must be one of {sorted(PENALTIES)}.")
-    signs, weights = _signs_and_weights(targets, C, sample_weight, n)
+    mean, scale = np.broadcast_to(mean, X.shape[1]), np.broadcast_to(scale, X.shape[1])
+    signs = np.asarray(targets, np.float64).T  # (P, n)
+    weights = np.broadcast_to(np.asarray(sample_weight).T * np.reshape(C, (-1, 1)), signs.shape)
     problems = [
-        Problem(t, s, PENALTIES[penalty], np.zeros(d)) for t, s in zip(signs, weights, strict=True)
+        Problem(t, s, PENALTIES[penalty], X.shape[1]) for t, s in zip(signs, weights, strict=True)
     ]
-    for problem in problems:
-        problem.solve_if_one_sided()
     # First in float32, which is fast, then in float64, which is accurate: problems that float32 has
     # solved are only measured again there; the others are continued.
     with threads_in_place_of_blas() as threads:
         for dtype, where in (("float32", device), ("float64", device if is_tensor(X) else None)):
-            unsolved = [problem for problem in problems if problem.objective > 0]
             columns = Columns(X, mean, scale, dtype, where, threads)
+            unsolved = [problem for problem in problems if problem.objective > 0]
             _descend(unsolved, columns, threads, tol, max_iter, final=dtype == "float64")
     return ProbeSolution(
         coef=np.stack([problem.coef for problem in problems]),
         intercept=np.array([problem.intercept for problem in problems]),
+        decisions=np.stack([problem.scores + problem.intercept for problem in problems]),
         n_iter=np.array([problem.n_iter for problem in problems]),
         dual_gap=np.array([problem.gap for problem in problems]),
     )
-
-
-def _signs_and_weights(
-    targets: np.ndarray, C: ArrayLike, sample_weight: np.ndarray | None, n_texts: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Check targets and weights; return both by problem, C included: (n_problems, n_texts)."""
-    signs = np.asarray(targets, np.float64).T
-    if signs.ndim != 2 or signs.shape[1] != n_texts or not (np.abs(signs) == 1).all():
-        raise ValueError(
-            f"targets has shape {np.shape(targets)}; it must hold +1 or -1 for each of the "
-            f"{n_texts} rows of X and each problem, in shape (n_texts, n_problems)."
-        )
-    costs = np.asarray(C, np.float64)
-    if costs.shape not in ((), (len(signs),)) or not (np.isfinite(costs) & (costs > 0)).all():
-        raise ValueError(
-            f"C={C!r} must be one positive number, or one for each of the {len(signs)} problems."
-        )
-    weights = np.ones(n_texts) if sample_weight is None else np.asarray(sample_weight, np.float64).T
-    allowed = ((n_texts,), signs.shape)
-    if weights.shape not in allowed or not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(
-            f"sample_weight has shape {weights.T.shape}; it must hold finite numbers that "
-            f"are not negative, in shape ({n_texts},) or ({n_texts}, {len(signs)})."
-        )
-    return signs, np.broadcast_to(weights, signs.shape) * np.atleast_1d(costs)[:, None]
 
 
 def _descend(
@@ -119,7 +90,7 @@ def _descend(
     columns: Columns,
     threads: Threads,
     tol: float,
-    max_iter: int,
+    max_iter: float,
     final: bool,
 ) -> None:
     """Take Newton steps in all problems together until each is solved or stalls."""
@@ -137,18 +108,126 @@ def _descend(
                 "X holds values that are not finite or too large for float32. Drop or scale the "
                 "columns that hold them."
             )
-        threads.map(Problem.measure, problems, gradients, repeat(final, len(problems)))
+        threads.map(Problem.measure, problems, gradients, repeat(final))
         unsolved = [
-            (problem, gradient)
-            for problem, gradient in zip(problems, gradients, strict=True)
-            if problem.gap > tol and problem.n_iter < max_iter and not problem.stalled
+            problem.gap > tol and problem.n_iter < max_iter and problem.idle < _IDLE_STEPS
+            for problem in problems
         ]
-        if not unsolved:
+        problems, slopes = list(compress(problems, unsolved)), gradients[unsolved]
+        if not problems:
             return
-        problems, slopes = (list(pair) for pair in zip(*unsolved, strict=True))
-        directions = threads.map(
-            Problem.direction, problems, repeat(columns, len(problems)), slopes
-        )
+        directions = threads.map(Problem.direction, problems, repeat(columns), slopes)
         changes = columns.scores(np.stack(directions))  # (P, n)
         advanced = threads.map(Problem.advance, problems, directions, changes, slopes)
         problems = list(compress(problems, advanced))
+
+
+class Problem:
+    """A logistic regression, the best solution known, and the steps towards its minimum."""
+
+    misfit: np.ndarray  # (n_texts,): the probability of the other sign
+
+    def __init__(
+        self,
+        signs: np.ndarray,  # (n_texts,): +1 or -1
+        weights: np.ndarray,  # (n_texts,): weights of the rows' losses, C included
+        penalty: Penalty,
+        n_columns: int,
+    ) -> None:
+        self.signs, self.weights, self.penalty = signs, weights, penalty
+        self.coef = np.zeros(n_columns)
+        self.scores = np.zeros(len(signs))  # decision values less the intercept
+        self.intercept, self.n_iter, self.idle = 0.0, 0, 0
+        self.objective = self.gap = np.inf
+        sides = np.unique(signs[weights > 0])
+        if len(sides) < 2:  # an infinite intercept alone solves it
+            self.intercept = float(sides[0]) * np.inf if len(sides) else 0.0
+            self.objective = self.gap = 0.0
+
+    def residuals(self) -> np.ndarray:
+        """Put the intercept where residuals balance; return the loss's derivative, (n_texts,)."""
+        # Newton's method on the logarithms of the two sums, whose difference is nearly linear in
+        # the intercept even where both sums vanish; bisection where that leaves the bracket.
+        positive = np.where(self.signs > 0, self.weights, 0)  # (n,)
+        negative = self.weights - positive
+        b, low, high = self.intercept, -np.inf, np.inf
+        for _ in range(100):
+            margins = self.signs * (self.scores + b)  # (n,)
+            small = np.exp(-np.abs(margins))  # 1 / (1 + exp(margins)) would overflow
+            p = np.where(margins >= 0, small, 1) / (1 + small)
+            up, down = max(positive @ p, _TINY), max(negative @ p, _TINY)
+            squares = p * p
+            slope = 2 - positive @ squares / up - negative @ squares / down
+            step = float(np.log(up / down) / max(slope, 0.1))
+            if abs(step) <= 1e-10 * (1 + abs(b)):
+                break
+            low, high = (b, high) if step > 0 else (low, b)
+            b += step
+            if not low < b < high:
+                b = (low + high) / 2
+        self.intercept, self.misfit = b, p
+        return -self.signs * self.weights * p
+
+    def measure(self, gradient: np.ndarray, final: bool) -> None:
+        """Measure the relative duality gap; ``final`` says that no finer arithmetic follows."""
+        # With the best intercept the residuals sum to zero, so a share of them, which depends on
+        # the penalty, is a feasible point of the dual problem.
+        share, dual_penalty = self.penalty.dual(gradient)
+        theta = np.clip(share * self.misfit, _TINY, 1 - 1e-16)  # (n,)
+        entropy = -theta * np.log(theta) - (1 - theta) * np.log1p(-theta)  # (n,)
+        dual = max(float(self.weights @ entropy) - dual_penalty, 0.0)  # 0: no residuals at all
+        objective = self._loss(self.scores, self.intercept) + self.penalty.value(self.coef)
+        gap = max(objective - dual, 0.0) / objective
+        # Where rounding dominates, a step neither gains a fair part of the gap nor closes it. Where
+        # the bound is loose, useful steps may look the same. So the final arithmetic counts a step
+        # as idle only if its gain is within the rounding of the objective.
+        least = 1e-13 if final else 1e-3 * self.gap
+        idle = self.objective - objective < least * objective and gap > self.gap / 2
+        self.idle = self.idle + 1 if idle else 0
+        self.objective, self.gap = objective, gap
+
+    def direction(self, columns: Columns, gradient: np.ndarray) -> np.ndarray:
+        """Compute the step (n_columns,) from ``coef`` to the minimum of the quadratic model."""
+        chosen = self.penalty.working_set(self.coef, gradient)
+        direction = np.zeros_like(self.coef)
+        gram = columns.gram(chosen, self._curvature())  # (k, k)
+        # In float32, squares of columns may overflow, and rounding may make a nearly singular
+        # matrix indefinite, so that there is no minimum. A step of zero leaves the problem to
+        # float64.
+        if not np.isfinite(gram).all():
+            return direction
+        diagonal = gram.diagonal() * (1 + _RIDGE[gram.dtype])
+        gram[np.diag_indices_from(gram)] = np.where(diagonal > 0, diagonal, 1)
+        start = self.coef[chosen]
+        tol = 0.1 * self.penalty.violation(self.coef, gradient)
+        step = self.penalty.minimise(gram, gradient[chosen], start, tol) - start
+        if np.abs(step).max(initial=0) < _FARTHEST:
+            direction[chosen] = step
+        return direction
+
+    def advance(self, direction: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> bool:
+        """Step as far along ``direction`` as the objective falls; False if it does not fall."""
+        here = self.penalty.value(self.coef)
+        slope = float(gradient @ direction) + self.penalty.value(self.coef + direction) - here
+        curvature = self._curvature()
+        shift = -float(curvature @ change) / float(curvature.sum())  # the intercept's part
+        rounding = 1e-12 * self.objective
+        share = 1.0
+        while share > 1e-6 and slope < 0:
+            coef, scores = self.coef + share * direction, self.scores + share * change
+            intercept = self.intercept + share * shift
+            objective = self._loss(scores, intercept) + self.penalty.value(coef)
+            if objective <= self.objective + 0.01 * share * slope + rounding:
+                self.coef, self.scores, self.intercept = coef, scores, intercept
+                self.n_iter += 1
+                return True
+            share /= 2
+        return False
+
+    def _curvature(self) -> np.ndarray:
+        # The floor keeps the sum above zero if every row is classified with certainty.
+        return self.weights * np.maximum(self.misfit * (1 - self.misfit), 1e-18)
+
+    def _loss(self, scores: np.ndarray, intercept: float) -> float:
+        margins = self.signs * (scores + intercept)
+        return float(self.weights @ (np.log1p(np.exp(-np.abs(margins))) - np.minimum(margins, 0)))

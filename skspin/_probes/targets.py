@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -12,15 +13,13 @@ import xxhash
 from scipy.sparse import issparse
 from sklearn.exceptions import DataConversionWarning
 from sklearn.preprocessing import label_binarize
-from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
-from skspin._probes.tensors import to_host
+from skspin._probes.columns import to_host
 from skspin._system import warn
 
 _SOME_COLUMNS = 32
-# Rows whose sums of products with these differ are not equal.
-_FACTORS = np.random.RandomState(0).randint(2**63, size=1 + 2 * _SOME_COLUMNS, dtype=np.uint64) | 1
 
 
 @dataclass(frozen=True)
@@ -73,74 +72,67 @@ def encode_targets(
         rows = np.flatnonzero(base)
         y, base = y[rows], base[rows]
     check_classification_targets(y)
-    _check_class_weight(class_weight)
     kind = type_of_target(y)
     if kind == "multiclass-multioutput":
         raise ValueError(
             "y has several columns of classes; allowed are one column of classes or a multilabel "
             "indicator of zeros and ones. Fit one selector per column."
         )
-    if kind == "multilabel-indicator":
-        if not np.isin(y, (0, 1)).all():
-            raise ValueError(
-                f"y is a multilabel indicator of {np.unique(y).tolist()}; allowed are 0 and 1."
-            )
-        indicator = np.asarray(y) != 0  # (n_texts, n_labels)
-        weights = _label_weights(indicator, class_weight, base)
-        strata = np.unique(indicator, axis=0, return_inverse=True)[1].reshape(-1)
-        labels = np.arange(y.shape[1])
-        return Targets(labels, rows, _signs(indicator), weights, base, strata, exclusive=False)
+    exclusive = kind != "multilabel-indicator"
+    classes, indicator, strata = _one_class_each(y) if exclusive else _several_labels(y)
+    # scikit-learn multiplies the class weights of all labels into one; here each label is a problem
+    # by itself and takes only its own weights.
+    columns = [y] if exclusive else list(indicator.T)
+    by_label = isinstance(class_weight, list) and not exclusive
+    tables: Any = class_weight if by_label else [class_weight] * len(columns)
+    if len(tables) != len(columns):
+        raise ValueError(
+            f"class_weight has {len(tables)} dicts for {len(columns)} labels; "
+            "give one dict per label, 'balanced' or None."
+        )
+    weights = [_weigh(table, column, base) for table, column in zip(tables, columns, strict=True)]
+    return Targets(
+        classes=classes,
+        rows=rows,
+        signs=np.where(indicator, np.float32(1), np.float32(-1)),
+        weights=np.broadcast_to(np.stack(weights, axis=1), indicator.shape),
+        row_weights=base,
+        strata=strata,
+        exclusive=exclusive,
+    )
 
-    classes, strata = np.unique(y, return_inverse=True)
+
+def _one_class_each(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the classes, which problem's class each text is in, and the strata."""
+    classes, codes = np.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
             f"y has one class ({classes[0]!r}), but a probe needs at least 2 classes to tell apart."
         )
-    indicator = label_binarize(strata, classes=np.arange(len(classes))) != 0
-    weights = _weights(class_weight, y, base)
-    weights = np.repeat(weights[:, None], indicator.shape[1], axis=1)
-    return Targets(classes, rows, _signs(indicator), weights, base, strata, exclusive=True)
+    return classes, label_binarize(codes, classes=np.arange(len(classes))), codes
 
 
-def _check_class_weight(class_weight: Any) -> None:
-    for table in class_weight if isinstance(class_weight, list) else [class_weight]:
-        weights = table.values() if isinstance(table, Mapping) else []
-        if not all(isinstance(weight, Real) and 0 <= float(weight) < np.inf for weight in weights):
-            raise ValueError(
-                f"class_weight={class_weight!r} must give each class a finite number that is not "
-                "negative."
-            )
-
-
-def _signs(indicator: np.ndarray) -> np.ndarray:
-    return np.where(indicator, np.float32(1), np.float32(-1))
-
-
-def _weights(class_weight: Any, y: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Multiply sample weights by class weights, (n_texts,)."""
-    if class_weight != "balanced":
-        return compute_sample_weight(class_weight, y) * base
-    classes, codes = np.unique(y, return_inverse=True)
-    counts = np.bincount(codes, weights=base)  # (n_classes,): rows, each as often as it counts
-    return (counts.sum() / (len(classes) * counts))[codes] * base
-
-
-def _label_weights(indicator: np.ndarray, class_weight: Any, base: np.ndarray) -> np.ndarray:
-    # scikit-learn multiplies the weights of all labels into one; here each label is a problem by
-    # itself and takes only its own weights.
-    per_label = (
-        class_weight if isinstance(class_weight, list) else [class_weight] * indicator.shape[1]
-    )
-    if len(per_label) != indicator.shape[1]:
+def _several_labels(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the numbers of the labels, which of them each text has, and the strata."""
+    if not np.isin(y, (0, 1)).all():
         raise ValueError(
-            f"class_weight has {len(per_label)} dicts for {indicator.shape[1]} labels; "
-            "give one dict per label, 'balanced' or None."
+            f"y is a multilabel indicator of {np.unique(y).tolist()}; allowed are 0 and 1."
         )
-    columns = [
-        _weights(weight, label.astype(int), base)
-        for weight, label in zip(per_label, indicator.T, strict=True)
-    ]
-    return np.stack(columns, axis=1)
+    strata = np.unique(y, axis=0, return_inverse=True)[1].reshape(-1)
+    return np.arange(y.shape[1]), y.astype(int), strata
+
+
+def _weigh(class_weight: Any, y: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Multiply sample weights by class weights, (n_texts,)."""
+    given = class_weight.values() if isinstance(class_weight, Mapping) else []
+    if not all(isinstance(weight, Real) and 0 <= float(weight) < np.inf for weight in given):
+        raise ValueError(
+            f"class_weight={class_weight!r} must give each class a finite number that is not "
+            "negative."
+        )
+    classes, codes = np.unique(y, return_inverse=True)
+    by_class = compute_class_weight(class_weight, classes=classes, y=y, sample_weight=base)
+    return by_class[codes] * base
 
 
 def validation_rows(
@@ -165,18 +157,15 @@ def validation_rows(
 
 def _number_distinct_rows(X: Any, targets: Targets) -> np.ndarray:
     """Give equal rows with equal labels one number, by first appearance: (n_texts,)."""
-    some = to_host(X[:, -_SOME_COLUMNS:][targets.rows])  # (n_texts, n_some)
-    some = np.ascontiguousarray(some).view(np.uint32)
-    words = np.column_stack([targets.strata, some]).astype(np.uint64)
-    codes = (words * _FACTORS[: words.shape[1]]).sum(axis=1)  # (n_texts,)
-    _, code, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    alike = np.flatnonzero(counts[code] > 1)
-    if not alike.size:
-        return np.arange(len(codes))
     # Most rows differ in a few columns already. The others are read whole.
-    keys: list[Any] = codes.tolist()
+    some = to_host(X[:, -_SOME_COLUMNS:][targets.rows])  # (n_texts, n_some)
+    keys: list[Any] = [
+        (stratum, row.tobytes()) for stratum, row in zip(targets.strata.tolist(), some, strict=True)
+    ]
+    counts = Counter(keys)
     rows = np.arange(len(X))[targets.rows]  # (n_texts,)
-    for i in alike:
-        keys[i] = targets.strata[i], xxhash.xxh3_128_digest(to_host(X[rows[i]]).tobytes())
+    for i, key in enumerate(keys):
+        if counts[key] > 1:
+            keys[i] = key[0], xxhash.xxh3_128_digest(to_host(X[rows[i]]).tobytes())
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from skspin._model import speller
 from skspin._pipeline import flatten
-from skspin._serving.prefixes import Crossing, PrefixScores, RunningPools, split_pipeline
+from skspin._serving.prefixes import Crossing, PrefixHead, PrefixScores, RunningPools
 from skspin._system import warn
 from skspin._texts import TextTokens, open_texts
 
@@ -58,13 +57,9 @@ class PrefixScorer:
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaModel
     >>> from skspin import PrefixScorer, make_spin_pipeline
     >>> from skspin.datasets import demo_model
-    >>> config = LlamaConfig(
-    ...     vocab_size=30522,
-    ...     hidden_size=32,
-    ...     intermediate_size=64,
-    ...     num_hidden_layers=2,
-    ...     num_attention_heads=2,
-    ... )
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64}
+    >>> layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> config = LlamaConfig(vocab_size=30522, **sizes, **layers)
     >>> model = LlamaModel(config)
     >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
     >>> good = ["A fine film.", "Lovely.", "What a joy."]
@@ -85,16 +80,17 @@ class PrefixScorer:
     """
 
     def __init__(self, pipeline, conversation=None, *, role="assistant"):
-        self._transformer, self._ending = split_pipeline(pipeline, "PrefixScorer")
-        first = next(flatten(self._ending.pipeline))
+        self._head = PrefixHead(pipeline, "PrefixScorer")
+        self._transformer = self._head.transformer
+        first = next(flatten(self._head.pipeline))
         if first is not self._transformer:
             raise ValueError(
                 f"The pipeline begins with a {type(first).__name__}, which takes whole texts, but "
                 "PrefixScorer gives it pieces. Pass a pipeline that begins with its activations."
             )
         self._growing: Any = None
-        self._conversation: Any = None
-        self._begin(conversation, role)
+        self._conversation, self._role = None, role
+        self.reset(conversation)
 
     def reset(self, conversation=None, *, role=None):
         """Begin another text.
@@ -112,21 +108,21 @@ class PrefixScorer:
             The scorer, which has read nothing of the new text.
         """
         conversation = self._conversation if conversation is None else conversation
-        self._begin(conversation, self._role if role is None else role)
-        return self
-
-    def _begin(self, conversation: Sequence[Mapping[str, str]] | None, role: str) -> None:
-        as_text = conversation is None
-        if conversation is not None:
+        role = self._role if role is None else role
+        is_text = conversation is None
+        if not is_text:
             open_texts([[*conversation, {"role": role, "content": ""}]])  # or raise
-        if self._growing is None or as_text != (self._conversation is None):
-            self._growing = self._transformer._open_growing_text(not as_text)
+        if self._growing is None or is_text != (self._conversation is None):
+            self._growing = self._transformer._open_growing_text(not is_text)
         self._growing.begin([dict(message) for message in conversation or ()], role)
         self._conversation, self._role = conversation, role
         self._pools = RunningPools(self._transformer.layout_)
         self._kind: type | None = None  # of pieces
-        self._is_final = self._has_warned = False
-        self._found: list[tuple[TextTokens, dict[str, np.ndarray]]] = []
+        self._is_final = False
+        self._names: list[str] = []  # of tokens
+        self._places: list[tuple[int, int, int]] = []  # of tokens: start, end, message
+        self._scores: list[dict[str, np.ndarray]] = []
+        return self
 
     def push(self, piece, *, final=False):
         """Take a piece of the text, and score the tokens that are new.
@@ -158,24 +154,26 @@ class PrefixScorer:
                 f"piece is a {type(piece).__name__}, but this text came as {self._kind.__name__} "
                 "so far. Push either strings or token ids, or begin another with reset()."
             )
-        growing = self._growing
+        growing, was_cut = self._growing, self._growing.is_cut
         added = growing.add_text(piece, final) if ids is None else growing.add_ids(ids)
         self._kind, self._is_final = kind, final
-        scores = self._ending.scores(self._pools, added.activations, added.is_own)
-        self._found.append((added.tokens, scores))
-        if growing.is_cut and not self._has_warned:
-            self._has_warned = True
+        tokens = added.tokens
+        scores = self._head.scores(self._pools, added.activations, added.is_own)
+        self._names += tokens.tokens
+        self._places += zip(tokens.starts, tokens.ends, tokens.messages, strict=True)
+        self._scores += scores
+        if growing.is_cut and not was_cut:
             warn(
                 f"The text is longer than max_length={self._transformer.max_length} tokens, or "
                 "than the model has positions: further tokens have no scores. Set "
                 "long_texts='windows' to go on."
             )
-        return self._ending.gather([(added.tokens, scores)])
+        return self._head.gather([(tokens, scores)])
 
     @property
     def n_tokens(self) -> int:
         """Number of tokens that have scores so far."""
-        return sum(len(tokens.tokens) for tokens, _ in self._found)
+        return len(self._names)
 
     @property
     def text(self) -> str:
@@ -185,7 +183,10 @@ class PrefixScorer:
     @property
     def scores(self) -> PrefixScores:
         """The scores of all tokens so far, as those of one text."""
-        return self._ending.gather([self._ending.join(self._found, self.text)])
+        starts, ends, messages = np.array(self._places, int).reshape(-1, 3).T
+        is_cut = self._growing.is_cut
+        tokens = TextTokens(self.text, [*self._names], starts, ends, messages, is_cut)
+        return self._head.gather([(tokens, self._scores)])
 
 
 class PrefixStreamer:
@@ -227,13 +228,9 @@ class PrefixStreamer:
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     >>> from skspin import PrefixScorer, PrefixStreamer, make_spin_pipeline
     >>> from skspin.datasets import demo_model
-    >>> config = LlamaConfig(
-    ...     vocab_size=30522,
-    ...     hidden_size=32,
-    ...     intermediate_size=64,
-    ...     num_hidden_layers=2,
-    ...     num_attention_heads=2,
-    ... )
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64}
+    >>> layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> config = LlamaConfig(vocab_size=30522, **sizes, **layers)
     >>> model = LlamaForCausalLM(config)
     >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
     >>> good = ["A fine film.", "Lovely.", "What a joy."]

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from sklearn.pipeline import Pipeline
+from sklearn.utils import Bunch
 
 from skspin._layout import Layout
 from skspin._pipeline import flatten
 from skspin._selector import SalientNeuronSelector
-from skspin._transformer import LLMActivationTransformer
 from skspin._version import __version__
 
 _CARD = """\
@@ -25,18 +25,19 @@ tags:
 - skspin
 ---
 
-# Text classifier on inner neurons of {model} ({architecture})
+# Text classifier on inner neurons of {settings[model]} ({settings[architecture]})
 
-A text goes through the first {n_used} of {n_layers} blocks of the frozen language model `{model}`.
-Activations of its neurons ({n_columns:,} columns, pooled over the text's tokens) are weighed and
-summed up to a decision value for each label. `model.onnx` holds all of that, from token ids on.
+A text goes through the first {n_used} of {n_layers} blocks of the frozen language model
+`{settings[model]}`. Activations of its neurons ({layout.n_columns:,} columns, pooled over the
+text's tokens) are weighed and summed up to a decision value for each label. `model.onnx` holds all
+of that, from token ids on.
 
 - Labels: {labels}.
 - Decision values: {values}.
 - Texts: {texts}.
-- Fingerprint of model and tokenizer: `{fingerprint}`.
-- Written by [skspin](https://pypi.org/project/skspin/) {version}. The weights are the language
-  model's, so its license holds for this file as well.
+- Fingerprint of model and tokenizer: `{settings[fingerprint]}`.
+- Written by [skspin](https://pypi.org/project/skspin/) {settings[skspin]}. The weights are the
+  language model's, so its license holds for this file as well.
 
 ## How it was trained
 
@@ -70,12 +71,12 @@ print(classifier.decision_function(texts))
 `model.onnx` takes {inputs}, each int64 of shape ({axes}) with axes of any length, padded
 on the right, and gives `decision_values`. `labels.json` says how texts become tokens.
 
-On {n_texts:,} texts its decision values differ from the pipeline's by at most {difference:.1e}.
-{int8}
+On {report.n_texts:,} texts its decision values differ from the pipeline's by at most
+{report.difference:.1e}.
 """
 _INT8 = """
-`model.int8.onnx` is the same with weights of 8 bits. It gives {n_changed:,} of these {n_texts:,}
-texts another label.
+`model.int8.onnx` is the same with weights of 8 bits. It gives {report.n_changed:,} of these
+{report.n_texts:,} texts another label.
 """
 
 
@@ -84,7 +85,7 @@ def write_card(
     layout: Layout,
     settings: Mapping[str, Any],
     score: Any,
-    report: Mapping[str, Any],
+    report: Bunch,
     classifier: type,
 ) -> str:
     """Write a model card.
@@ -92,45 +93,43 @@ def write_card(
     ``report`` is what `export_onnx` gives, and ``classifier`` the class whose code runs the folder.
     """
     activations, *steps = flatten(pipeline)
-    return _CARD.format(
-        model=settings["model"],
-        architecture=settings["architecture"],
+    labels, values = _labels(settings)
+    facts = _facts(activations.layout_.n_columns, steps, layout, score)
+    card = _CARD if report.n_changed is None else _CARD + _INT8
+    return card.format(
+        settings=settings,
+        report=report,
+        layout=layout,
         n_used=max(segment.layer for segment in layout.segments),
         n_layers=activations.n_layers_,
-        n_columns=layout.n_columns,
-        labels=_labels(settings),
-        values=_values(settings),
+        labels=labels,
+        values=values,
         texts=_texts(settings),
-        fingerprint=settings["fingerprint"],
-        version=settings["skspin"],
         steps="\n".join(" ".join(repr(step).split()) for step in steps),
-        facts="\n".join(f"- {fact}." for fact in _facts(activations, steps, layout, score)),
+        facts="\n".join(f"- {fact}." for fact in facts),
         neurons="\n".join(
             f"| {s.layer} | {s.site} | {s.pooling} | {s.n_columns:,} of {s.width:,} |"
             for s in layout.segments
         ),
         code=_code(classifier),
         classifier=classifier.__name__,
-        n_texts=report["n_texts"],
-        difference=report["difference"],
-        int8="" if report["n_changed"] is None else _INT8.format(**report),
         inputs=", ".join(f"`{name}`" for name in settings["inputs"]),
         axes=", ".join(settings["inputs"]["input_ids"]),
     )
 
 
-def _labels(settings: Mapping[str, Any]) -> str:
+def _labels(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Say which labels there are, and what their decision values mean."""
+    classes = settings["classes"]
     if settings["several_outputs"]:
-        return f"{len(settings['classes'])} at once, each one of {settings['classes']}"
-    return ", ".join(f"`{label}`" for label in settings["classes"])
-
-
-def _values(settings: Mapping[str, Any]) -> str:
-    if settings["several_outputs"]:
-        return "one for an output of two labels, above 0 for the second, else one for each label"
-    if len(settings["classes"]) == 2:
-        return f"above 0 for `{settings['classes'][1]}`"
-    return "the label with the largest one is predicted"
+        return (
+            f"{len(classes)} at once, each one of {classes}",
+            "one for an output of two labels, above 0 for the second, else one for each label",
+        )
+    labels = ", ".join(f"`{label}`" for label in classes)
+    if len(classes) == 2:
+        return labels, f"above 0 for `{classes[1]}`"
+    return labels, "the label with the largest one is predicted"
 
 
 def _texts(settings: Mapping[str, Any]) -> str:
@@ -142,18 +141,15 @@ def _texts(settings: Mapping[str, Any]) -> str:
     return f"{prompt}read in windows of {limit}, {settings['overlap']} in common{over}"
 
 
-def _facts(
-    activations: LLMActivationTransformer, steps: list[Any], layout: Layout, score: Any
-) -> Iterator[str]:
-    for step in steps:
-        n_texts = getattr(step, "n_samples_seen_", None)  # scalers count
-        if n_texts is not None and np.ndim(n_texts) == 0:
-            yield f"Training texts: {n_texts:,.0f}"
-            break
+def _facts(n_columns: int, steps: list[Any], layout: Layout, score: Any) -> Iterator[str]:
+    """List what is known of the training; ``n_columns`` is what the pipeline computes."""
+    counts = (getattr(step, "n_samples_seen_", None) for step in steps)  # scalers count
+    n_texts = next((count for count in counts if count is not None and not np.ndim(count)), None)
+    if n_texts is not None:
+        yield f"Training texts: {n_texts:,.0f}"
     for step in steps:
         if isinstance(step, SalientNeuronSelector):
             yield f"Sparsity: {step.sparsity_:.2%} of the columns were dropped by the selection"
-    n_columns = activations.layout_.n_columns
     yield f"Columns in use: {layout.n_columns:,} of the {n_columns:,} that the pipeline computes"
     scores = score if isinstance(score, Mapping) else {} if score is None else {"Score": score}
     for name, value in scores.items():
@@ -161,16 +157,12 @@ def _facts(
 
 
 def _code(classifier: type) -> str:
-    """Join the source of a class that runs the folder and that of its base class."""
-    base = classifier.__base__ or object
-    if base is object:
-        # The module's own docstring is for those who read skspin.
-        module = inspect.getsource(inspect.getmodule(classifier))  # type: ignore[arg-type]
-        return module.split('"""', 2)[2].strip()
-    return f"{_code(base)}\n\n\n{inspect.getsource(classifier).strip()}"
-
-
-# labels.json
+    """Copy the code that runs the folder: what stands before the class for windows, or all."""
+    module = inspect.getsource(inspect.getmodule(classifier))  # type: ignore[arg-type]
+    code = module.split('"""', 2)[2]  # the module's own docstring is for those who read skspin
+    if classifier.__base__ is object:
+        code = code.partition("class WindowClassifier")[0]
+    return code.strip()
 
 
 def settings_of(pipeline: Pipeline, layout: Layout, encoder: Any, columns: Any) -> dict[str, Any]:
@@ -181,6 +173,13 @@ def settings_of(pipeline: Pipeline, layout: Layout, encoder: Any, columns: Any) 
     names = ["input_ids", "attention_mask"]
     names += ["token_type_ids"] * (encoder.has_types and "token_type_ids" in columns.inputs)
     names += ["pooled"] * (recipe.long_texts == "windows" or recipe.pool_over != "all")
+    try:
+        (nothing,) = encoder.encode([""])
+        empty_text = nothing.windows[0].inputs["input_ids"].tolist()
+    except ValueError:  # The tokenizer has no token that can stand for it.
+        empty_text = []
+    # Without the path to a folder on this machine.
+    model = Path(recipe.model_name)
     return {
         "classes": classes,
         "several_outputs": several,
@@ -192,10 +191,10 @@ def settings_of(pipeline: Pipeline, layout: Layout, encoder: Any, columns: Any) 
         "pooling": list(dict.fromkeys(segment.pooling for segment in layout.segments)),
         "truncation_side": getattr(encoder.tokenizer, "truncation_side", "right"),
         "is_causal": encoder.is_causal,
-        "empty_text": _ids_of_nothing(encoder),
+        "empty_text": empty_text,
         "inputs": {name: axes for name in names},
         "output": "decision_values",
-        "model": _name(recipe.model_name),
+        "model": model.name if model.exists() else recipe.model_name,
         "architecture": type(columns.model).__name__,
         "fingerprint": recipe.fingerprint,
         "skspin": __version__,
@@ -213,17 +212,3 @@ def _classes_of(pipeline: Pipeline) -> tuple[list, bool]:
     if np.ndim(predicted) == 2:
         return [[0, 1]] * predicted.shape[1], True
     return head.classes_.tolist(), False
-
-
-def _ids_of_nothing(encoder: Any) -> list[int]:
-    """Tokenize an empty text; no ids if the tokenizer has no token that can stand for it."""
-    try:
-        (text,) = encoder.encode([""])
-    except ValueError:
-        return []
-    return text.windows[0].inputs["input_ids"].tolist()
-
-
-def _name(model: str) -> str:
-    """Name a model, without the path to its folder on this machine."""
-    return Path(model).name if Path(model).exists() else model

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from skspin._explain import LinearForm, to_linear_form
 from skspin._pipeline import fitted_pipeline, flatten
 from skspin._transformer import LLMActivationTransformer
-
-_CAN_LEAVE = (
-    "These heads can be exported: LogisticRegression, LinearSVC, RidgeClassifier, SGDClassifier, "
-    "Perceptron, LinearDiscriminantAnalysis, SVC(kernel='linear') with two classes, and "
-    "OneVsRestClassifier or MultiOutputClassifier around one of them."
-)
 
 
 def to_torch(pipeline):
@@ -45,16 +36,14 @@ def to_torch(pipeline):
 
     Raises
     ------
-    TypeError
-        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
+    TypeError, NotFittedError
+        If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If the pipeline is not linear after its activations or has steps before them, or if its
         model can't be cut: one that runs through its blocks several times (ALBERT), mixes padding
         into texts (FNet), is quantised or spread over devices.
     ModelMismatchError
         If the model's weights or tokenizer have changed since ``fit``.
-    NotFittedError
-        If it is not fitted.
 
     See Also
     --------
@@ -84,21 +73,19 @@ def to_torch(pipeline):
     >>> (module(**inputs) > 0).int().tolist()
     [1, 0]
     """
-    return module_of(*linear_parts(pipeline, "to_torch")[:2])
+    return module_of(*linear_parts(pipeline, "to_torch"))
 
 
 def module_of(transformer: LLMActivationTransformer, form: LinearForm) -> Any:
     """Make the module of a pipeline's linear parts."""
-    from skspin._serving.decisions import PipelineModule
+    from skspin._serving.graph import PipelineModule  # it loads torch
 
     columns = transformer._cut_model()
     return PipelineModule(columns, form, columns.model.device)
 
 
-def linear_parts(
-    pipeline: Any, caller: str
-) -> tuple[LLMActivationTransformer, LinearForm, np.ndarray]:
-    """Split a pipeline into activations in use, in float32, its linear form, and its classes."""
+def linear_parts(pipeline: Any, caller: str) -> tuple[LLMActivationTransformer, LinearForm]:
+    """Split a pipeline into the activations in use, in float32, and its linear form."""
     pipeline = fitted_pipeline(pipeline, caller)
     first = next(flatten(pipeline))
     if not isinstance(first, LLMActivationTransformer):
@@ -108,13 +95,14 @@ def linear_parts(
             "them elsewhere, and pass the rest of the pipeline, e.g. pipeline[1:]."
         )
     try:
-        transformer, form, classes = to_linear_form(pipeline)
+        transformer, form = to_linear_form(pipeline)
     except ValueError as error:
-        raise ValueError(f"This pipeline can't be exported. {error} {_CAN_LEAVE}") from error
-    used = np.any(form.weights, axis=0)  # (n_columns,)
-    used[0] |= not used.any()  # a module without columns would not know how many texts there are
-    narrowed = transformer._restrict_to(used)
-    if not narrowed._source().in_memory:
-        narrowed.dtype = "float32"
-    form = replace(form, weights=form.weights[:, used], offsets=form.offsets[:, used])
-    return narrowed, form, classes
+        raise ValueError(
+            f"This pipeline can't be exported. {error} These heads can be exported: "
+            "LogisticRegression, LinearSVC, RidgeClassifier, SGDClassifier, Perceptron, "
+            "LinearDiscriminantAnalysis, SVC(kernel='linear') with two classes, and "
+            "OneVsRestClassifier or MultiOutputClassifier around one of them."
+        ) from error
+    if not transformer._source().in_memory:
+        transformer.dtype = "float32"
+    return transformer, form

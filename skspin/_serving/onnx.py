@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from sklearn.utils import Bunch
 
 from skspin._explain import LinearForm
 from skspin._pickling import shallow_copy
-from skspin._pipeline import fitted_pipeline
 from skspin._serving.model_card import settings_of, write_card
 from skspin._serving.module import linear_parts, module_of
-from skspin._serving.onnx_graph import write_graph, write_int8
 from skspin._texts import open_texts
 from skspin._transformer import LLMActivationTransformer
 
 _TOLERANCE = 1e-4  # of decision values: absolute up to 1, relative above
 _ROUNDING = 8 * np.finfo(np.float32).eps  # of activations, relative
 _BATCH = 32  # texts
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # Texts that every model is tried on, besides a long one.
 _TEXTS = (
     "A fine film, and not a minute too long.",
@@ -119,15 +114,16 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     >>> report.difference < 1e-4
     True
     """
-    pipeline = fitted_pipeline(pipeline, "export_onnx")
     _check_options(score, quantize, texts)
-    _need_packages()
-    transformer, form, _ = linear_parts(pipeline, "export_onnx")
+    transformer, form = linear_parts(pipeline, "export_onnx")
     encoder, sample = _open_sample(transformer, texts)
     with _new_folder(Path(folder)) as unfinished:
+        from skspin._serving.graph import write_graph, write_int8
+
         module = module_of(transformer, form)
         settings = settings_of(pipeline, transformer.layout_, encoder, module.columns)
-        _write(unfinished / "labels.json", json.dumps(settings, indent=1, ensure_ascii=False))
+        labels = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+        (unfinished / "labels.json").write_text(labels, encoding="utf-8")
         kind = _write_tokenizer(encoder, settings, unfinished / "tokenizer.json")
         write_graph(module, settings["inputs"], unfinished / "model.onnx")
         written = kind(unfinished)
@@ -139,14 +135,15 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
         )
         if quantize:
             write_int8(unfinished / "model.onnx", unfinished / "model.int8.onnx")
-            report.n_changed = _count_changes(written, kind(unfinished, "model.int8.onnx"), sample)
+            short = kind(unfinished, "model.int8.onnx")
+            report.n_changed = sum(
+                one != other
+                for batch in _batches(sample)
+                for one, other in zip(written.predict(batch), short.predict(batch), strict=True)
+            )
         card = write_card(pipeline, transformer.layout_, settings, score, report, kind)
-        _write(unfinished / "README.md", card)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
     return report
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def _check_options(score: Any, quantize: Any, texts: Any) -> None:
@@ -161,10 +158,7 @@ def _check_options(score: Any, quantize: Any, texts: Any) -> None:
         raise TypeError(
             f"score is a {type(score).__name__}, but must be a number, a dict of numbers or None."
         )
-
-
-def _need_packages() -> None:
-    missing = [name for name in _PACKAGES if not find_spec(name)]
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing:
         raise ImportError(
             f"export_onnx needs {', '.join(missing)}, which is not installed. Run: "
@@ -194,28 +188,26 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """Make a folder beside ``folder``, and rename it to ``folder`` if there was no error."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"folder={str(folder)!r} is there already. Name a new one.")
-    if not folder.absolute().parent.is_dir():
+    parent = folder.absolute().parent
+    if not parent.is_dir():
         raise FileNotFoundError(
-            f"folder={str(folder)!r} is to be in {str(folder.absolute().parent)!r}, which is no "
-            "folder. Make that first."
+            f"folder={str(folder)!r} is to be in {str(parent)!r}, which is no folder. Make that "
+            "first."
         )
-    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.{uuid4().hex[:8]}")
-    unfinished.mkdir()
-    try:
+    with TemporaryDirectory(prefix=".skspin-", dir=parent) as temporary:
+        unfinished = Path(temporary, "model")  # others may not read the temporary folder itself
+        unfinished.mkdir()
         yield unfinished
         if folder.exists():
             folder.rmdir()  # some systems do not even replace an empty folder
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.replace(folder)
 
 
 def _write_tokenizer(encoder: Any, settings: Mapping[str, Any], path: Path) -> type:
     """Write the tokenizer, and return the class that can run the folder with it."""
     from tokenizers import Tokenizer
 
-    from skspin._serving.onnx_classifier import Classifier
-    from skspin._serving.onnx_windows import WindowClassifier
+    from skspin._serving.onnx_classifier import Classifier, WindowClassifier
 
     tokenizer = Tokenizer.from_str(encoder.to_json())
     whole = settings["prompt"] is None and settings["pool_over"] == "all"
@@ -244,9 +236,7 @@ def _compare(
     # A neuron that hardly varies has a large weight, by which its rounding is multiplied.
     allowed += _ROUNDING * np.abs(columns) @ np.abs(form.weights.T)
     # One text alone, and several at a time.
-    starts = [0, *range(1, len(texts), _BATCH)]
-    ends = [*starts[1:], len(texts)]
-    batches = (texts[start:end] for start, end in zip(starts, ends, strict=True))
+    batches = [texts[:1], *_batches(texts[1:])]
     found = np.concatenate([classifier.decision_function(batch) for batch in batches])
     differences = np.abs(found.reshape(expected.shape) - expected)  # (n_texts, n_values)
     wrong = ~(differences <= allowed)
@@ -261,12 +251,5 @@ def _compare(
     return float(differences.max())
 
 
-def _count_changes(whole: Any, short: Any, texts: list[str]) -> int:
-    """Count the texts for which two models predict different labels."""
-    starts = range(0, len(texts), _BATCH)
-    batches = [texts[start : start + _BATCH] for start in starts]
-    return sum(
-        one != other
-        for batch in batches
-        for one, other in zip(whole.predict(batch), short.predict(batch), strict=True)
-    )
+def _batches(texts: list[str]) -> list[list[str]]:
+    return [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]

@@ -11,6 +11,11 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 
+def clean(text):
+    """Replace lone surrogates, which no tokenizer reads."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class Classifier:
     """The pipeline in a folder: its tokenizer.json truncates and pads."""
 
@@ -50,6 +55,59 @@ class Classifier:
         return [list(row) for row in zip(*labels, strict=True)] if several else labels[0]
 
 
-def clean(text):
-    """Replace lone surrogates, which no tokenizer reads."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+class WindowClassifier(Classifier):
+    """A pipeline that puts texts into a prompt, reads them in windows, or pools some tokens."""
+
+    def encode(self, texts):
+        """Turn texts into arrays (n_texts, n_windows, n_tokens), or without windows."""
+        found = [list(self.windows(clean(text))) for text in texts]
+        n_tokens = max(len(window["input_ids"]) for windows in found for window in windows)
+        shape = len(texts), max(map(len, found)), n_tokens
+        inputs = {name: np.zeros(shape, np.int64) for name in self.settings["inputs"]}
+        for row, windows in enumerate(found):
+            for number, window in enumerate(windows):
+                for name, values in inputs.items():
+                    values[row, number, : len(window["input_ids"])] = window[name]
+        if self.settings["long_texts"] == "windows":
+            return inputs
+        return {name: values[:, 0] for name, values in inputs.items()}
+
+    def windows(self, text):
+        """Tokenize a text in its prompt, and give what the model is given at a time."""
+        settings = self.settings
+        head, *parts = (settings["prompt"] or "{text}").split("{text}")
+        filled, spans = head, []
+        for part in parts:
+            spans.append((len(filled), len(filled) + len(text)))
+            filled += text + part
+        found = self.tokenizer.encode(filled)
+        ids = np.array(found.ids or settings["empty_text"])
+        types = np.array(found.type_ids or [0] * len(ids))
+        own = np.zeros(len(ids), dtype=bool)  # which tokens are the text's, not the prompt's
+        for number, (begin, end) in enumerate(found.offsets):
+            inside = any(end > start and begin < stop for start, stop in spans)
+            own[number] = inside and not found.special_tokens_mask[number]
+        pooled = own if settings["pool_over"] == "text" and own.any() else np.ones_like(own)
+        tokens, around = np.flatnonzero(own), np.flatnonzero(~own)
+        room = settings["max_length"] - len(around)  # for the text's own tokens
+        overlap = settings["overlap"]
+        starts = [0]
+        if len(tokens) > room and settings["long_texts"] == "windows":
+            starts = [*range(0, len(tokens) - overlap, room - overlap)]
+        elif len(tokens) > room and settings["truncation_side"] == "left":
+            starts = [len(tokens) - room]
+        # Of the tokens that two windows share, each counts where it has the longer context.
+        earlier = overlap if settings["is_causal"] else (overlap + 1) // 2
+        for start in starts:
+            stretch = tokens[start : start + room]
+            first = earlier if start else 0
+            last = len(stretch) - (overlap - earlier) * (start + room < len(tokens))
+            chosen = np.union1d(around, stretch)
+            counts = pooled[chosen] & ~np.isin(chosen, np.delete(stretch, slice(first, last)))
+            if counts.any():
+                yield {
+                    "input_ids": ids[chosen],
+                    "token_type_ids": types[chosen],
+                    "attention_mask": 1,
+                    "pooled": counts,
+                }

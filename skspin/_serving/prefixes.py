@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from skspin._explain import classes_of
+from skspin._explain import classes_of, place_of
 from skspin._layout import ActivationArray, Layout
 from skspin._pipeline import fitted_pipeline, flatten, instead_of, read_texts
 from skspin._prune import prune
@@ -17,7 +18,9 @@ from skspin._texts import TextTokens, tabulate
 from skspin._transformer import LLMActivationTransformer
 
 _MOST_VALUES = 2**22  # of prefixes' rows at a time: 16 MiB of float32
-_METHODS = ("decision_function", "predict_proba")
+_METHODS = {"decision_function": "decision value for", "predict_proba": "probability of"}
+# Of one text: by stretch of its tokens, by method, (n_tokens, n_decision_values or n_classes).
+_Scores = list[dict[str, np.ndarray]]
 
 
 class Crossing(NamedTuple):
@@ -44,10 +47,6 @@ class PrefixScores:
     classes : ndarray of shape (n_classes,)
         The classifier's classes. For several outputs, the numbers of the outputs or, if one has
         more than two classes, pairs of output and class.
-
-    Examples
-    --------
-    See :func:`score_prefixes`.
     """
 
     tokens: list[TextTokens]
@@ -90,23 +89,29 @@ class PrefixScores:
         ValueError
             If there is no such class, or no such scores.
         """
-        values, columns, signs = self._columns(response_method)
-        number = self._number(label)
-        return [signs[number] * part[:, columns[number]] for part in values]
+        return self._of_class(label, response_method)[1]
 
     def describe(self, label=None, *, response_method="auto") -> str:
         """Say in words what `for_class` gives, such as "decision value for spam"."""
-        name = self.classes.tolist()[self._number(label)]
-        is_decision = self._columns(response_method)[0] is self.decision_values
-        return f"{'decision value for' if is_decision else 'probability of'} {name}"
+        return self._of_class(label, response_method)[0]
 
-    def _number(self, label) -> int:
-        labels = self.classes.tolist()
-        if label is None and len(labels) == 2:
-            return 1
-        if label not in labels:
-            raise ValueError(f"label={label!r} must be one of the classes {labels}.")
-        return labels.index(label)
+    def _of_class(self, label: Any, response_method: str) -> tuple[str, list[np.ndarray]]:
+        method, values = self._chosen(response_method)
+        label = self.classes[1] if label is None and len(self.classes) == 2 else label
+        column, sign = place_of(label, self.classes, values[0].shape[1])
+        return f"{_METHODS[method]} {label}", [sign * part[:, column] for part in values]
+
+    def _chosen(self, response_method: str) -> tuple[str, list[np.ndarray]]:
+        """Choose a method, and its scores."""
+        offered = zip(_METHODS, (self.decision_values, self.probabilities), strict=True)
+        given = {name: values for name, values in offered if values is not None}
+        method = next(iter(given)) if response_method == "auto" else response_method
+        if method not in given:
+            raise ValueError(
+                f"response_method={response_method!r}, but this classifier's scores are of "
+                f"{list(given)}."
+            )
+        return method, given[method]
 
     def first_crossing(self, threshold, label=None, *, response_method="auto"):
         """Find the first token at which a class's score is at least a threshold.
@@ -151,23 +156,9 @@ class PrefixScores:
             ``start`` and ``end`` (characters), ``class`` and ``score``. A decision value that two
             classes share is in the second one's row.
         """
-        values, columns, _ = self._columns(response_method)
-        classes = self.classes if len(set(columns)) == len(columns) else self.classes[1:]
+        _, values = self._chosen(response_method)
+        classes = self.classes[-values[0].shape[1] :]  # of two with one value the second
         return tabulate(self.tokens, classes, "score", values)
-
-    def _columns(self, response_method: str) -> tuple[list[np.ndarray], list[int], list[int]]:
-        """Choose the scores; give each class's column of them, and its sign there."""
-        offered = dict(zip(_METHODS, (self.decision_values, self.probabilities), strict=True))
-        given = [name for name, values in offered.items() if values is not None]
-        method = given[0] if response_method == "auto" else response_method
-        if method not in given:
-            raise ValueError(
-                f"response_method={response_method!r}, but this classifier's scores are of {given}."
-            )
-        values: Any = offered[method]
-        if len(self.classes) == 2 and values[0].shape[1] == 1:
-            return values, [0, 0], [-1, 1]
-        return values, list(range(len(self.classes))), [1] * len(self.classes)
 
 
 def score_prefixes(pipeline, texts):
@@ -196,14 +187,12 @@ def score_prefixes(pipeline, texts):
 
     Raises
     ------
-    TypeError
-        If ``pipeline`` is no Pipeline. Of a search, pass its ``best_estimator_``.
+    TypeError, NotFittedError
+        If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
         If the model looks ahead, as every encoder does (this is tested); if tokens of the prompt,
         template or tokenizer that come after the text are pooled; if a text loses its first tokens
         (``truncation_side="left"``); or if the pipeline is not as described above.
-    NotFittedError
-        If the pipeline is not fitted.
 
     See Also
     --------
@@ -218,13 +207,9 @@ def score_prefixes(pipeline, texts):
     >>> from transformers import AutoTokenizer, LlamaConfig, LlamaModel
     >>> from skspin import make_spin_pipeline, score_prefixes
     >>> from skspin.datasets import demo_model
-    >>> config = LlamaConfig(
-    ...     vocab_size=30522,
-    ...     hidden_size=32,
-    ...     intermediate_size=64,
-    ...     num_hidden_layers=2,
-    ...     num_attention_heads=2,
-    ... )
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64}
+    >>> layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> config = LlamaConfig(vocab_size=30522, **sizes, **layers)
     >>> model = LlamaModel(config)
     >>> tokenizer = AutoTokenizer.from_pretrained(demo_model())
     >>> good = ["A fine film.", "Lovely.", "What a joy."]
@@ -240,13 +225,16 @@ def score_prefixes(pipeline, texts):
     >>> bool(abs(scores.decision_values[0][-1, 0] - value) < 1e-4)
     True
     """
-    transformer, ending = split_pipeline(pipeline, "score_prefixes")
-    texts = read_texts(ending.pipeline, transformer, texts)
-    found: dict[str, tuple[TextTokens, dict[str, np.ndarray]]] = {}
+    head = PrefixHead(pipeline, "score_prefixes")
+    transformer, texts = head.transformer, read_texts(head.pipeline, texts)
+    found: dict[str, tuple[TextTokens, _Scores]] = {}
     for text, tokens, activations in transformer._read_prefixes(texts):
-        is_scored = tokens.messages >= 0  # (n_tokens,); the prompt's tokens are no prefix's end
-        scores = ending.scores(RunningPools(transformer.layout_), activations, is_scored)
-        found[text] = _only(tokens, is_scored), scores
+        scored = tokens.messages >= 0  # (n_tokens,); the prompt's tokens are no prefix's end
+        places = (tokens.starts[scored], tokens.ends[scored], tokens.messages[scored])
+        names = list(compress(tokens.tokens, scored))
+        own = TextTokens(tokens.text, names, *places, tokens.is_truncated)
+        pools = RunningPools(transformer.layout_)
+        found[text] = own, head.scores(pools, activations, scored)
     n_truncated = sum(tokens.is_truncated for tokens, _ in found.values())
     if n_truncated:
         warn(
@@ -254,109 +242,86 @@ def score_prefixes(pipeline, texts):
             f"{transformer.max_length} tokens, or than the model has positions, and were "
             "truncated: tokens after the cut have no scores. Set long_texts='windows' to read them."
         )
-    return ending.gather([found[text] for text in texts.to_list()])
+    return head.gather([found[text] for text in texts.to_list()])
 
 
-def split_pipeline(pipeline: Any, caller: str) -> tuple[LLMActivationTransformer, Ending]:
-    """Prune a fitted pipeline, if possible, and split it after its activations."""
-    pipeline = fitted_pipeline(pipeline, caller)
-    if not any(isinstance(step, LLMActivationTransformer) for step in flatten(pipeline)):
-        raise ValueError(
-            f"{caller} needs a pipeline in which an LLMActivationTransformer is a step by itself, "
-            "not inside a ColumnTransformer or FeatureUnion: other columns do not grow by token."
-        )
-    head = list(flatten(pipeline))[-1]
-    if not any(hasattr(head, method) for method in _METHODS):
-        raise ValueError(
-            f"The pipeline ends in a {type(head).__name__}, which has neither decision_function "
-            f"nor predict_proba. Use a classifier.{instead_of(head)}"
-        )
-    try:
-        pipeline = prune(pipeline)
-    except ValueError:  # A step needs all columns.
-        pass
-    steps = list(flatten(pipeline))
-    at = next(i for i, step in enumerate(steps) if isinstance(step, LLMActivationTransformer))
-    return steps[at], Ending(pipeline, steps[at], steps[at + 1 : -1], steps[-1])
+class PrefixHead:
+    """A fitted pipeline, pruned if possible, and the steps of it after its activations."""
 
-
-@dataclass(frozen=True)
-class Ending:
-    """The steps of a pipeline after its activations."""
-
-    pipeline: Any
-    transformer: LLMActivationTransformer
-    steps: list[Any]
-    head: Any
-
-    @property
-    def methods(self) -> list[str]:
-        """Which kinds of scores there are."""
-        return [method for method in _METHODS if hasattr(self.head, method)]
+    def __init__(self, pipeline: Any, caller: str):
+        pipeline = fitted_pipeline(pipeline, caller)
+        steps = list(flatten(pipeline))
+        if not any(isinstance(step, LLMActivationTransformer) for step in steps):
+            raise ValueError(
+                f"{caller} needs a pipeline in which an LLMActivationTransformer is a step by "
+                "itself, not inside a ColumnTransformer or FeatureUnion: other columns do not grow "
+                "by token."
+            )
+        head = steps[-1]
+        self._methods = [method for method in _METHODS if hasattr(head, method)]
+        if not self._methods:
+            raise ValueError(
+                f"The pipeline ends in a {type(head).__name__}, which has neither decision_function"
+                f" nor predict_proba. Use a classifier.{instead_of(head)}"
+            )
+        self._classes = np.asarray(classes_of(head))
+        try:
+            pipeline = prune(pipeline)
+        except ValueError:  # A step needs all columns.
+            pass
+        self.pipeline = pipeline
+        *steps, self._head = flatten(pipeline)
+        at = next(i for i, step in enumerate(steps) if isinstance(step, LLMActivationTransformer))
+        self.transformer, self._steps = steps[at], steps[at + 1 :]
 
     def scores(
         self,
         pools: RunningPools,
         activations: np.ndarray,  # (n_tokens, n_columns)
         is_scored: np.ndarray,  # (n_tokens,), bool
-    ) -> dict[str, np.ndarray]:  # by method, (n_scored, n_decision_values or n_classes)
+    ) -> _Scores:
         """Pool more tokens, and score the prefixes that end with some of them."""
         size = max(1, _MOST_VALUES // activations.shape[1])
-        parts: dict[str, list[np.ndarray]] = {method: [] for method in self.methods}
+        found = []
         for start in range(0, len(activations), size):
             chunk = slice(start, start + size)
             rows = pools.add(activations[chunk])[is_scored[chunk]]
             if len(rows):
-                X = self._transform(rows)
-                for method, values in parts.items():
-                    values.append(_as_matrix(getattr(self.head, method)(X)))
-        return {method: _stack(values) for method, values in parts.items()}
+                X: Any = ActivationArray(rows, self.transformer.layout_)
+                X = _wrap_data_with_container("transform", X, rows, self.transformer)  # set_output
+                for step in self._steps:
+                    X = step.transform(X)
+                found.append({m: _as_matrix(getattr(self._head, m)(X)) for m in self._methods})
+        return found
 
-    def _transform(self, rows: np.ndarray) -> Any:
-        X: Any = ActivationArray(rows, self.transformer.layout_)
-        X = _wrap_data_with_container("transform", X, rows, self.transformer)  # set_output
-        for step in self.steps:
-            X = step.transform(X)
-        return X
-
-    def join(
-        self, found: list[tuple[TextTokens, dict[str, np.ndarray]]], text: str
-    ) -> tuple[TextTokens, dict[str, np.ndarray]]:
-        """Join the tokens and scores of the stretches of one text."""
-        parts = [tokens for tokens, _ in found]
-        columns = [[part.starts, part.ends, part.messages] for part in parts]
-        places = np.hstack([np.empty((3, 0), int), *map(np.stack, columns)])  # (3, n_tokens)
-        scores = {m: _stack([part[m] for _, part in found if len(part[m])]) for m in self.methods}
-        is_truncated = any(part.is_truncated for part in parts)
-        names = [token for part in parts for token in part.tokens]
-        starts, ends, messages = places
-        return TextTokens(text, names, starts, ends, messages, is_truncated), scores
-
-    def gather(self, found: list[tuple[TextTokens, dict[str, np.ndarray]]]) -> PrefixScores:
+    def gather(self, texts: list[tuple[TextTokens, _Scores]]) -> PrefixScores:
         """Put texts' scores together; a text without tokens has none."""
-        classes = np.asarray(classes_of(self.head))
+        n_classes = len(self._classes)
         tables: dict[str, list[np.ndarray]] = {}
-        for method in self.methods:
-            parts = [scores[method] for _, scores in found]
-            shared = method == "decision_function" and len(classes) == 2
-            width = max(part.shape[1] for part in parts) or (1 if shared else len(classes))
-            if width != len(classes) and not (shared and width == 1):
+        for method in self._methods:
+            shared = method == "decision_function" and n_classes == 2
+            widths = {part[method].shape[1] for _, scores in texts for part in scores}
+            width = max(widths, default=1 if shared else n_classes)
+            if width != n_classes and not (shared and width == 1):
                 raise ValueError(
-                    f"{method} of {type(self.head).__name__} gives {width} values for "
-                    f"{len(classes)} classes; one for each is needed. Set "
+                    f"{method} of {type(self._head).__name__} gives {width} values for "
+                    f"{n_classes} classes; one for each is needed. Set "
                     "decision_function_shape='ovr' if it has that parameter."
                 )
-            tables[method] = [part if len(part) else np.empty((0, width)) for part in parts]
-        tokens = [tokens for tokens, _ in found]
+            nothing = [np.empty((0, width))]
+            tables[method] = [
+                np.vstack([part[method] for part in scores] or nothing) for _, scores in texts
+            ]
         decision_values, probabilities = (tables.get(method) for method in _METHODS)
-        return PrefixScores(tokens, decision_values, probabilities, classes)
+        tokens = [tokens for tokens, _ in texts]
+        return PrefixScores(tokens, decision_values, probabilities, self._classes)
 
 
 class RunningPools:
     """The poolings of a text after each of its tokens, updated as tokens arrive."""
 
     def __init__(self, layout: Layout):
-        self.n_tokens = 0
+        self._n_tokens = 0
         self._last = np.empty(layout.n_columns)  # sums, maxima and first values so far
         columns: dict[str, list[np.ndarray]] = {}
         for segment, place in zip(layout.segments, layout.slices, strict=True):
@@ -368,9 +333,9 @@ class RunningPools:
         rows = np.empty(activations.shape, dtype=np.float32)
         for pooling, columns in self._columns.items():
             values = activations[:, columns]
-            self._last[columns] = _RUNNING[pooling](values, self._last[columns], self.n_tokens)
+            self._last[columns] = _RUNNING[pooling](values, self._last[columns], self._n_tokens)
             rows[:, columns] = values
-        self.n_tokens += len(activations)
+        self._n_tokens += len(activations)
         return rows
 
 
@@ -388,7 +353,7 @@ def _running_mean(values: np.ndarray, total: np.ndarray, n_before: int) -> np.nd
 
 
 def _running_max(values: np.ndarray, most: np.ndarray, n_before: int) -> np.ndarray:
-    last = most.astype(np.float32) if n_before else np.full(len(most), -np.inf, np.float32)
+    last = most.astype(np.float32) if n_before else values[0]
     for row in values:
         last = np.maximum(last, row, out=row)
     return last
@@ -399,15 +364,11 @@ def _running_first(values: np.ndarray, first: np.ndarray, n_before: int) -> np.n
     return values[0]
 
 
-def _running_last(values: np.ndarray, last: np.ndarray, n_before: int) -> np.ndarray:
-    return last
-
-
 _RUNNING = {
     "mean": _running_mean,
     "max": _running_max,
     "first": _running_first,
-    "last": _running_last,
+    "last": lambda values, last, n_before: last,
 }
 
 
@@ -418,14 +379,3 @@ def _as_matrix(values: Any) -> np.ndarray:
         return np.hstack([part[:, 1:] if part.shape[1] == 2 else part for part in values])
     values = np.asarray(values)
     return values.reshape(len(values), -1)
-
-
-def _stack(parts: list[np.ndarray]) -> np.ndarray:
-    return np.vstack(parts) if parts else np.empty((0, 0))
-
-
-def _only(tokens: TextTokens, chosen: np.ndarray) -> TextTokens:
-    """Choose tokens (n_tokens,), bool."""
-    names = [token for token, wanted in zip(tokens.tokens, chosen, strict=True) if wanted]
-    places = (tokens.starts[chosen], tokens.ends[chosen], tokens.messages[chosen])
-    return TextTokens(tokens.text, names, *places, tokens.is_truncated)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 
 from skspin._store.chunk import DTYPES
-from skspin._store.folder import Folder
-from skspin._store.memory import Memory
-from skspin._store.output import Output, open_output
-from skspin._store.store import Missing, Store, StoreInfo
+from skspin._store.output import fill_output
+from skspin._store.storage import Folder, Memory
+from skspin._store.store import Store, StoreInfo
 from skspin._system import machine_memory
 
-__all__ = ["DTYPES", "Missing", "Output", "Store", "StoreInfo", "open_output", "open_store"]
+__all__ = ["DTYPES", "Store", "StoreInfo", "fill_output", "open_store"]
 
 # One bound for everything that this process keeps in memory, whatever folder it was meant for.
 _MEMORY = Store(Memory(machine_memory() // 4))

@@ -79,30 +79,27 @@ class About:
             return rows
         with np.errstate(over="ignore"):  # infinite values are refused below
             rounded = rows.astype(DTYPES[self.dtype])
-            largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
-            if np.isfinite(np.array(largest, DTYPES[self.dtype])):
-                return rounded
-        segment = self.layout.segment_of(int(np.abs(rows).max(axis=0).argmax()))
+        if np.isfinite(rounded).all():
+            return rounded
+        largest = np.abs(rows).max(axis=0)  # (n_columns,)
+        segment = self.layout.segment_of(int(largest.argmax()))
         raise ValueError(
             f"store_dtype={self.dtype!r} holds numbers up to {np.finfo(self.dtype).max:,.0f}, but "
-            f"an activation of layer {segment.layer} at site {segment.site!r} is {largest:,.0f}. "
-            "Use store_dtype='float32'."
+            f"an activation of layer {segment.layer} at site {segment.site!r} is "
+            f"{largest.max():,.0f}. Use store_dtype='float32'."
         )
 
 
-@dataclass(frozen=True)
-class Common:
-    """Which of the wanted segments are in stored rows, and in which columns."""
-
-    asked: np.ndarray  # (n_common,), int
-    copies: list[tuple[slice | np.ndarray, slice]]  # from stored columns to those asked for
-
-
 @lru_cache(maxsize=64)
-def find_common(stored: Layout, wanted: Layout) -> Common:
-    """Find the segments of ``wanted`` of which ``stored`` has all neurons, and maybe more."""
+def find_common(
+    stored: Layout, wanted: Layout
+) -> tuple[np.ndarray, list[tuple[slice | np.ndarray, slice]]]:
+    """Find the segments of ``wanted`` of which ``stored`` has all neurons, and maybe more.
+
+    Returns their numbers, and which stored columns are to be copied to which of those asked for.
+    """
     if stored == wanted:
-        return Common(np.arange(len(wanted.segments)), [(slice(None), slice(None))])
+        return np.arange(len(wanted.segments)), [(slice(None), slice(None))]
     there = {
         (segment.key, segment.width): (segment.neurons, columns)
         for segment, columns in zip(stored.segments, stored.slices, strict=True)
@@ -119,19 +116,7 @@ def find_common(stored: Layout, wanted: Layout) -> Common:
             source = np.array([at[neuron] for neuron in segment.neurons])
         asked.append(i)
         copies.append((source, wanted.slices[i]))
-    return Common(np.array(asked, int), copies)
-
-
-def warn_of_damage(n_texts: int, where: object) -> None:
-    """Warn of rows that do not match their checksums."""
-    warn(
-        f"The activations of {n_texts} texts in {where} are damaged; what is missing will be "
-        "computed again."
-    )
-
-
-class DamagedChunk(ValueError):
-    """A chunk differs from what was written."""
+    return np.array(asked, int), copies
 
 
 class Chunk:
@@ -145,11 +130,11 @@ class Chunk:
             self.about = About.from_json(encoded, dtype)
             expected = _record_type(len(encoded), n_texts, self.about.layout.n_columns, dtype)
         except (ValueError, TypeError, IndexError) as error:
-            raise DamagedChunk(f"The header of {name} is damaged") from error
+            raise ValueError("its header can't be read") from error
         if record.dtype != expected or record.shape or not name.startswith(self.about.name):
-            raise DamagedChunk(f"{name} does not match its header")
-        self.digests: list[bytes] = record["texts"].tolist()
+            raise ValueError("it does not match its header")
         self.rows = np.asarray(record["rows"])  # (n_texts, n_columns)
+        self.row_of = dict(zip(record["texts"].tolist(), range(n_texts), strict=True))  # by digest
         self.row_bytes = self.rows.itemsize * self.rows.shape[1]
         self._checksums = np.asarray(record["checksums"])
         # Seeds of the checksums: no row passes for that of another text, model or layout.
@@ -177,24 +162,29 @@ class Chunk:
         # The copy is checked, not the map, which another process could change in between.
         return _checksums(into, self._seeds[numbers]) == self._checksums[numbers]
 
-    def only(self, numbers: Sequence[int] | np.ndarray) -> Chunk:
-        """Copy some rows to a chunk of their own."""
-        chunk = Chunk.blank(self.about, [self.digests[i] for i in numbers])
-        chunk.rows[...] = self.rows[numbers]
-        return chunk.seal()
+    def forget(self, numbers: np.ndarray) -> None:
+        """Find these rows no more."""
+        for digest in self.record["texts"][numbers].tolist():
+            self.row_of.pop(digest, None)
 
     def cut(self, n_bytes: int) -> list[Chunk]:
         """Cut into chunks of at most so many bytes of rows, or of one row."""
-        n_texts, step = len(self.digests), max(1, n_bytes // self.row_bytes)
-        if n_texts <= step:
+        digests, step = list(self.row_of), max(1, n_bytes // self.row_bytes)
+        if len(digests) <= step:
             return [self]
-        starts = range(0, n_texts, step)
-        return [self.only(range(start, min(start + step, n_texts))) for start in starts]
+        parts = []
+        for start in range(0, len(digests), step):
+            part = Chunk.blank(self.about, digests[start : start + step])
+            part.rows[...] = self.rows[start : start + step]
+            parts.append(part.seal())
+        return parts
 
 
 def merge(chunks: Sequence[Chunk], where: object) -> Chunk | None:
     """Merge the undamaged rows of chunks of one layout, each text once; None if there are none."""
-    at = {text: (i, row) for i, c in enumerate(chunks) for row, text in enumerate(c.digests)}
+    at = {text: (i, row) for i, chunk in enumerate(chunks) for text, row in chunk.row_of.items()}
+    if not at:
+        return None
     owners, rows = np.array(list(at.values())).T
     merged = Chunk.blank(chunks[-1].about, list(at))
     sound = np.empty(len(rows), bool)
@@ -208,7 +198,17 @@ def merge(chunks: Sequence[Chunk], where: object) -> Chunk | None:
     if sound.all():
         return merged.seal()
     warn_of_damage(int((~sound).sum()), where)
-    return merged.only(np.flatnonzero(sound)) if sound.any() else None
+    for i, chunk in enumerate(chunks):
+        chunk.forget(rows[~sound & (owners == i)])
+    return merge(chunks, where)
+
+
+def warn_of_damage(n_texts: int, where: object) -> None:
+    """Warn of rows that do not match their checksums."""
+    warn(
+        f"The activations of {n_texts} texts in {where} are damaged; what is missing will be "
+        "computed again."
+    )
 
 
 @lru_cache(maxsize=64)

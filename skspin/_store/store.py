@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import count, repeat
+from dataclasses import dataclass, field
+from itertools import groupby, repeat
 from numbers import Real
 from secrets import token_hex
 from typing import Any
@@ -24,8 +23,6 @@ from skspin._layout import Layout
 from skspin._store.chunk import (
     About,
     Chunk,
-    Common,
-    DamagedChunk,
     find_common,
     merge,
     name_of_key,
@@ -33,18 +30,13 @@ from skspin._store.chunk import (
     text_digests,
     warn_of_damage,
 )
-from skspin._store.folder import Folder
-from skspin._store.memory import Memory
-from skspin._store.writer import Writer
+from skspin._store.missing import Missing
+from skspin._store.storage import Folder, Memory
 from skspin._system import return_free_memory, warn
 
-_WAITING_BYTES = 1 << 24  # of rows, at most, that wait to be written
-_SHARE = 20  # writing takes at most one part in 20 of a call's time
 _CHUNKS_IN_LIMIT = 16  # chunks are evicted whole, so none takes more than 1 / 16 of the limit
 _MERGED_AT_ONCE = 16  # chunks of about one size
 _MOST_MERGED = 1 << 26  # bytes of a merged chunk, so that merging never takes long
-_SMALL_BYTES = 1 << 16  # of a new chunk that stays in memory, and is not mapped from its file
-_ROW = (1 << 32) - 1  # a text's position is its row, and above these bits its chunk's number
 
 
 @dataclass(frozen=True)
@@ -71,78 +63,12 @@ class StoreInfo:
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """Distinct texts and their rows in the caller's array, to be filled with what is found."""
+    """Texts and the caller's array, to be filled with what is found."""
 
     about: About
-    digests: list[bytes]
-    rows: np.ndarray  # (n_texts,), int
-    out: np.ndarray  # (n_rows, n_columns), float32
+    row_of: dict[bytes, int]  # the first row of each distinct text, by digest
+    out: np.ndarray  # (n_texts, n_columns), float32
     found: np.ndarray  # (n_texts, n_segments), bool
-
-
-class Missing:
-    """Distinct texts that lack the same columns, for the caller to compute.
-
-    A thread stores the added rows in the background, about 16 MB at a time, while at most as many
-    more wait.
-    """
-
-    def __init__(self, store: Store, texts: Sequence[str], request: _Request, lacks: np.ndarray):
-        members = np.flatnonzero((request.found != lacks).all(axis=1))
-        segments, wanted = np.flatnonzero(lacks).tolist(), request.about.layout
-        self.layout = Layout(tuple(wanted.segments[i] for i in segments))
-        self._rows = request.rows[members]
-        self.texts = [texts[row] for row in self._rows.tolist()]
-        self._digests = [request.digests[i] for i in members.tolist()]
-        self._about = replace(request.about, layout=self.layout)
-        self._store, self._out = store, request.out
-        self._copies = [(slice(None), slice(None))]  # from columns computed to columns asked for
-        if not lacks.all():
-            targets = [wanted.slices[i] for i in segments]
-            self._copies = list(zip(self.layout.slices, targets, strict=True))
-        self._waiting: list[int] = []  # positions of texts whose rows are not stored yet
-        self._n_left = len(members)
-        self._writer = Writer()
-        self._written, self._took = time.monotonic(), 0.0
-
-    def add(self, positions: np.ndarray, values: np.ndarray) -> None:
-        """Take rows (k, n_columns) of the texts at ``positions`` (k,), to fill in and to store."""
-        if not len(positions):  # e.g. a batch of windows that completes no text
-            return
-        # Rounded before they are filled in: a row is the same whether it was stored or not.
-        values = self._about.round(values)
-        rows = self._rows[positions]
-        for source, target in self._copies:
-            self._out[rows, target] = values[:, source]
-        self._waiting.extend(positions.tolist())
-        self._n_left -= len(positions)
-        is_full = len(self._waiting) * values[:1].nbytes >= _WAITING_BYTES
-        # Rows of a fast model are stored in few large chunks, those of a slow one without delay.
-        # `close` stores the last ones.
-        is_due = time.monotonic() - self._written >= _SHARE * self._took
-        if is_full or (is_due and self._n_left and not self._writer.is_busy):
-            waiting = self._waiting.copy()
-            self._writer.begin(lambda: self._store_rows(waiting))
-            self._waiting.clear()  # last: Ctrl-C before this stores rows twice, but loses none
-
-    def close(self) -> None:
-        """Store what waits."""
-        try:
-            self._writer.close()
-        finally:
-            if self._waiting:
-                self._store_rows(self._waiting)
-
-    def _store_rows(self, positions: list[int]) -> None:
-        begun = time.monotonic()
-        chunk = Chunk.blank(self._about, [self._digests[i] for i in positions])
-        rows = self._rows[positions]
-        for piece in pieces(len(rows), chunk.row_bytes):
-            for source, target in self._copies:
-                chunk.rows[piece, source] = self._out[rows[piece], target]
-        self._store.add(chunk.seal())
-        self._written = time.monotonic()
-        self._took = self._written - begun
 
 
 class Store:
@@ -153,18 +79,13 @@ class Store:
     used instead.
     """
 
-    def __init__(self, place: Memory | Folder, memory: Store | None = None) -> None:
-        self._place = place
+    def __init__(self, storage: Memory | Folder, memory: Store | None = None) -> None:
+        self._storage = storage
         self._memory = memory
         self._metadata: dict[str, str] = {}
-        self._count = count()
-        self._chunks: dict[int, Chunk] = {}
-        self._opened: set[str] = set()  # names
-        self._abouts: dict[str, About] = {}  # by the prefix of their chunks' names
-        self._positions: dict[str, dict[bytes, int]] = defaultdict(dict)  # by prefix and text
         self._reads = self._writes = True
         with self._surviving("make"):
-            place.make()
+            storage.make()
 
     @contextmanager
     def _surviving(self, action: str) -> Iterator[None]:
@@ -177,9 +98,9 @@ class Store:
             self._reads = self._reads and action == "write to"
             if is_first:
                 warn(
-                    f"Could not {action} the store in {self._place}: {error}. Going on without it: "
-                    "results stay the same, but activations may have to be computed again. Make "
-                    "room or grant access, or pass another folder as `cache`."
+                    f"Could not {action} the store in {self._storage}: {error}. Going on without "
+                    "it: results stay the same, but activations may have to be computed again. "
+                    "Make room or grant access, or pass another folder as `cache`."
                 )
 
     # Looking up
@@ -212,151 +133,77 @@ class Store:
             The format that rows are rounded to and stored in; only rows of this format are found.
         """
         digests = text_digests(texts)
-        n_texts = len(digests)
-        first = dict(zip(reversed(digests), range(n_texts - 1, -1, -1), strict=True))  # its row
-        rows, distinct = np.arange(n_texts), digests
-        if len(first) < n_texts:
-            rows = np.sort(list(first.values()))
-            distinct = [digests[row] for row in rows.tolist()]
-        found = np.zeros((len(rows), len(layout.segments)), bool)
-        request = _Request(About(key, layout, model, dtype), distinct, rows, out, found)
-        self._fill(request)
-        lacking = ~found[~found.all(axis=1)]
+        row_of = dict(zip(reversed(digests), range(len(digests) - 1, -1, -1), strict=True))
+        sources = np.arange(len(digests))
+        if len(row_of) < len(digests):
+            sources = np.fromiter(map(row_of.__getitem__, digests), np.int64, len(digests))
+        repeated = np.flatnonzero(sources != np.arange(len(digests)))
+        found = np.zeros((len(digests), len(layout.segments)), bool)
+        found[repeated] = True  # copied at the end
+        about = About(key, layout, model, dtype)
+        self._fill(_Request(about, row_of, out, found))
+        rows = np.flatnonzero(~found.all(axis=1))
+        lacking = ~found[rows]
         all_alike = (lacking == lacking[:1]).all()  # the usual case, quick to see
         for lacks in lacking[:1] if all_alike else np.unique(lacking, axis=0):
-            missing = Missing(self, texts, request, lacks)
+            alike = rows[(lacking == lacks).all(axis=1)]
+            missing = Missing(about, texts, digests, alike, lacks, out, self.add)
             try:
                 yield missing
             finally:  # also when the caller fails or is interrupted
                 missing.close()
-        if len(first) < n_texts:
-            source = np.array([first[digest] for digest in digests])
-            again = np.flatnonzero(source != np.arange(n_texts))
-            for piece in pieces(len(again), 4 * layout.n_columns):
-                out[again[piece]] = out[source[again[piece]]]
+        for piece in pieces(len(repeated), 4 * layout.n_columns):
+            out[repeated[piece]] = out[sources[repeated[piece]]]
 
     def _fill(self, request: _Request) -> None:
         """Fill in what this store holds and was not found yet."""
-        key = name_of_key(request.about.key)
-        if self._reads:
-            with self._surviving("read"):
-                self._refresh(key)
-        # Chunks that another thread merges meanwhile are still in this copy, or in a newer chunk.
-        chunks = dict(self._chunks)
-        wanted, dtype = request.about.layout, request.about.dtype
-        abouts = [(n, a) for n, a in list(self._abouts.items()) if n.startswith(key)]
-        layouts = [(n, a.layout) for n, a in abouts if a.dtype == dtype]
-        layouts.sort(key=lambda named: named[1] != wanted)  # the same layout first
-        for name, layout in layouts:
-            common = find_common(layout, wanted)
-            lacking = np.flatnonzero(~request.found[:, common.asked].all(axis=1))
-            digests = request.digests
-            if len(lacking) < len(digests):
-                digests = [digests[i] for i in lacking.tolist()]
-            found = map(self._positions[name].get, digests, repeat(-1))
-            positions = np.fromiter(found, np.int64, len(lacking))
-            numbers = positions >> 32
-            for number in sorted(set(numbers.tolist()) - {-1}):
-                chunk = chunks.get(number) or self._chunks.get(number)
-                here = np.flatnonzero(numbers == number)
-                if chunk is not None and self._place.touch(chunk):
-                    self._copy(chunk, positions[here] & _ROW, request, lacking[here], common)
-                elif chunk is not None:
-                    self._give_up(chunk.name, f"{chunk.name} in {self._place} was cut off")
+        known = self._known_chunks(request.about)
+        for layout, chunks in groupby(known, lambda chunk: chunk.about.layout):
+            asked, copies = find_common(layout, request.about.layout)
+            for chunk in chunks:
+                if not request.row_of.keys().isdisjoint(chunk.row_of.keys()):
+                    self._copy(chunk, request, asked, copies)
         if self._memory is not None and not (self._reads and self._writes):
             self._memory._fill(request)
 
-    def _copy(
-        self, chunk: Chunk, rows: np.ndarray, request: _Request, texts: np.ndarray, common: Common
-    ) -> None:
-        """Copy rows of a chunk into the caller's array."""
+    def _known_chunks(self, about: About) -> list[Chunk]:
+        """List the chunks of a key and a format, those of the same layout first."""
+        prefix = name_of_key(about.key)
+        if self._reads:
+            with self._surviving("read"):
+                self._storage.refresh(prefix)
+        chunks = self._storage.chunks(prefix)
+        chunks.sort(key=lambda chunk: (chunk.about.name != about.name, chunk.about.name))
+        return [chunk for chunk in chunks if chunk.about.dtype == about.dtype]
+
+    def _copy(self, chunk: Chunk, request: _Request, asked: np.ndarray, copies: list) -> None:
+        """Copy what was not found yet from a chunk into the caller's array."""
+        targets, rows = _match(request.row_of, chunk.row_of)
+        if request.found[targets].any():
+            lacking = ~request.found[targets][:, asked].all(axis=1)
+            targets, rows = targets[lacking], rows[lacking]
+        if not len(rows) or not self._storage.touch(chunk):
+            return
         in_file = np.argsort(rows)  # reading a disk in order is faster
-        rows, texts = rows[in_file], texts[in_file]
-        sound = np.empty(len(rows), bool)
-        parts = pieces(len(rows), chunk.row_bytes)
+        rows, targets, n_texts = rows[in_file], targets[in_file], len(in_file)
+        sound = np.empty(n_texts, bool)
+        parts = pieces(n_texts, chunk.row_bytes)
         buffer = np.empty((len(rows[parts[0]]), chunk.rows.shape[1]), chunk.rows.dtype)
         for part in parts:
-            values, targets = buffer[: len(rows[part])], request.rows[texts[part]]
+            values, to = buffer[: len(rows[part])], targets[part]
             sound[part] = good = chunk.take(rows[part], values)
             if not good.all():  # nothing damaged is copied over what was found before
-                values, targets = values[good], targets[good]
-            for source, target in common.copies:
-                request.out[targets, target] = values[:, source]
-        request.found[texts[sound][:, None], common.asked] = True
+                values, to = values[good], to[good]
+            for source, target in copies:
+                request.out[to, target] = values[:, source]
+        request.found[targets[sound][:, None], asked] = True
         if not sound.all():
-            for i in texts[~sound].tolist():
-                self._positions[chunk.about.name].pop(request.digests[i], None)
             if self._writes:
                 with self._surviving("write to"):
                     self._replace([chunk], self.limit)
             else:
-                warn_of_damage(int((~sound).sum()), self._place)
-
-    # Known chunks
-
-    def _refresh(self, key: str = "") -> None:
-        """Learn which chunks there are, and open those whose names begin with ``key``."""
-        for attempt in range(5):
-            known = list(self._opened)
-            names = set(self._place.names())
-            new = [n for n in names if n.startswith(key) and n not in self._opened]
-            gone = {name for name in known if name not in names}
-            # If chunks are gone, another process may have merged them: look again for the result.
-            if all([self._open(name) for name in new]) and (attempt or not gone):
-                break
-        self._forget(gone)
-
-    def _open(self, name: str) -> bool:
-        """Open a chunk; False if it has just been removed."""
-        try:
-            self._learn(Chunk(self._place.open(name), name))
-        except FileNotFoundError:
-            return False
-        except DamagedChunk as error:
-            self._give_up(name, error)
-        return True
-
-    def _learn(self, chunk: Chunk) -> None:
-        start = next(self._count) << 32
-        positions = zip(chunk.digests, range(start, start + len(chunk.digests)), strict=True)
-        # Another thread may look a text up at any moment, so its chunk is added before the text.
-        self._chunks[start >> 32] = chunk
-        self._abouts[chunk.about.name] = chunk.about
-        self._positions[chunk.about.name].update(positions)
-        self._opened.add(chunk.name)  # Ctrl-C may come at any moment, so this is last
-
-    def _give_up(self, name: str, trouble: object) -> None:
-        """Warn of a damaged file, remove it if possible, and never open it again."""
-        warn(f"{trouble}; what is missing will be computed again.")
-        self._forget({name})
-        self._opened.add(name)
-        if self._writes:
-            with self._surviving("write to"):
-                self._place.remove(name)
-
-    def _forget(self, names: Collection[str]) -> None:
-        """Forget chunks that are no longer there."""
-        chunks = list(self._chunks.items())
-        gone = {number: chunk for number, chunk in chunks if chunk.name in names}
-        lost: defaultdict[str, set[bytes]] = defaultdict(set)
-        for number, chunk in gone.items():
-            known = self._positions[chunk.about.name].get
-            texts = enumerate(chunk.digests, number << 32)
-            lost[chunk.about.name].update(digest for i, digest in texts if known(digest) == i)
-        # A merged chunk may have been learnt before the chunks that it was made from.
-        for number, chunk in chunks:
-            missed = lost.get(chunk.about.name)
-            if missed and number not in gone and not missed.isdisjoint(chunk.digests):
-                texts = enumerate(chunk.digests, number << 32)
-                again = {digest: i for i, digest in texts if digest in missed}
-                self._positions[chunk.about.name].update(again)
-                missed.difference_update(again)
-        for name, digests in lost.items():
-            for digest in digests:
-                self._positions[name].pop(digest, None)
-        for number in gone:
-            self._chunks.pop(number, None)
-        self._opened.difference_update(names)  # last, as in `_learn`
+                warn_of_damage(int((~sound).sum()), self._storage)
+                chunk.forget(rows[~sound])
 
     # Adding
 
@@ -374,34 +221,27 @@ class Store:
             self._memory.add(chunk)
 
     def _put(self, chunk: Chunk, limit: int) -> None:
-        n_bytes = self._place.size_of(chunk)
+        n_bytes = self._storage.size_of(chunk)
         if n_bytes <= limit:
             self._make_room(n_bytes, limit)
             chunk.name = f"{chunk.about.name}{token_hex(8)}.npy"
-            self._place.put(chunk)
-            self._place.touch(chunk)
-            if chunk.record.nbytes <= _SMALL_BYTES:
-                self._learn(chunk)
-            else:  # from now on the system decides how long its rows stay in memory
-                self._open(chunk.name)
+            self._storage.put(chunk)
 
     def _make_room(self, n_bytes: int, limit: int) -> None:
         """Remove what was used longest ago until ``n_bytes`` more fit into ``limit``."""
-        entries = self._place.scan()
-        free = limit - sum(size for _, size in entries.values())
-        unused = set()
-        for name, (_, size) in sorted(entries.items(), key=lambda entry: entry[1]):
-            if free < n_bytes:
-                unused.add(name)
-                free += size
-        self._remove(unused)
+        sizes = self._storage.sizes()
+        excess = sum(sizes.values()) + n_bytes - limit
+        for name, size in sizes.items():
+            if excess > 0:
+                self._storage.remove(name)
+                excess -= size
 
     def _merge_small(self, about: str, limit: int) -> None:
         """Merge chunks of one key and layout where there are many of about one size."""
         most = min(limit // _CHUNKS_IN_LIMIT, _MOST_MERGED)
         alike: defaultdict[int, list[Chunk]] = defaultdict(list)
-        for chunk in list(self._chunks.values()):
-            if chunk.about.name == about and chunk.record.nbytes <= most // 2:
+        for chunk in self._storage.chunks(about):
+            if chunk.record.nbytes <= most // 2:
                 alike[chunk.record.nbytes.bit_length() // 4].append(chunk)
         for chunks in alike.values():
             if len(chunks) >= _MERGED_AT_ONCE:
@@ -411,22 +251,18 @@ class Store:
 
     def _replace(self, chunks: Sequence[Chunk], limit: int) -> None:
         """Replace some chunks by one that holds their undamaged rows."""
-        merged = merge(chunks, self._place)
+        merged = merge(chunks, self._storage)
         if merged is not None:
             self._put(merged, limit)
-        self._remove({chunk.name for chunk in chunks})
-
-    def _remove(self, names: Collection[str]) -> None:
-        self._forget(names)
-        for name in names:
-            self._place.remove(name)
+        for chunk in chunks:
+            self._storage.remove(chunk.name)
 
     # For users
 
     @property
     def limit(self) -> int:
         """Bound in bytes; a quarter of the machine's memory, or of the disk, unless assigned."""
-        return self._place.limit
+        return self._storage.limit
 
     @limit.setter
     def limit(self, limit: int) -> None:
@@ -435,28 +271,31 @@ class Store:
                 f"limit={limit!r}, but it must be a number of bytes that is not negative, e.g. "
                 "2 * 1024**3."
             )
-        self._place.limit = int(limit)
+        self._storage.limit = int(limit)
         self._make_room(0, int(limit))
 
     def info(self) -> StoreInfo:
         """Count what is kept."""
         if self._reads:
             with self._surviving("read"):
-                self._refresh()
-                n_bytes = sum(size for _, size in self._place.scan().values())
+                self._storage.refresh("")
+                texts: defaultdict[About, set[bytes]] = defaultdict(set)
+                for chunk in self._storage.chunks(""):
+                    texts[chunk.about].update(chunk.row_of)
                 models: Counter[str] = Counter()
-                for name, about in list(self._abouts.items()):
-                    n_entries = len(self._positions[name]) * len(about.layout.segments)
-                    models[about.model or about.key] += n_entries
-                return StoreInfo(models.total(), n_bytes, self.limit, dict(+models))
+                for about, own in texts.items():
+                    models[about.model or about.key] += len(own) * len(about.layout.segments)
+                n_bytes = sum(self._storage.sizes().values())
+                return StoreInfo(models.total(), n_bytes, self.limit, dict(models))
         return StoreInfo()
 
     def clear(self) -> None:
         """Remove everything, metadata too, for all processes, and free the space."""
         self._metadata.clear()
         if self._reads:
-            self._remove({*self._place.scan(), *self._opened})
-            self._place.clear_metadata()
+            for name in self._storage.sizes():
+                self._storage.remove(name)
+            self._storage.clear_metadata()
         if self._memory is not None and not self._writes:
             self._memory.clear()
         return_free_memory()
@@ -466,7 +305,7 @@ class Store:
         text = self._metadata.get(name)
         if text is None and self._reads:
             with self._surviving("read"):
-                text = self._place.read_metadata(name)
+                text = self._storage.read_metadata(name)
         if text is None:
             return None
         self._metadata[name] = text
@@ -481,4 +320,14 @@ class Store:
         self._metadata[name] = text = json.dumps(document)
         if self._writes:
             with self._surviving("write to"):
-                self._place.write_metadata(name, text)
+                self._storage.write_metadata(name, text)
+
+
+def _match(one: dict[bytes, int], other: dict[bytes, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of the keys that two dicts have in common."""
+    if len(other) < len(one):
+        return _match(other, one)[::-1]
+    others = np.fromiter(map(other.get, one, repeat(-1)), np.int64, len(one))
+    own = np.fromiter(one.values(), np.int64, len(one))
+    common = np.flatnonzero(others >= 0)
+    return own[common], others[common]

@@ -50,12 +50,12 @@ def measure_language_model(splits, model):
             cache=None,
         ).fit(splits.texts)  # fmt: skip
         train, test = read(transformer, splits.texts), read(transformer, splits.test)
-        how = "LLM, prompt" if prompt else "LLM"
+        how = "with a prompt: " if prompt else ""
 
         def row(method, n_columns, validation, score, chosen, how=how):
             return {
                 "set": splits.name,
-                "method": f"{how}: {method}",
+                "method": f"{how}{method}",
                 "columns": n_columns,
                 "validation": validation,
                 "test": score,

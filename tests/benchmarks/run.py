@@ -34,7 +34,8 @@ class Benchmark:
     ``parts`` are the arguments of the processes that it is run as. ``columns`` are the table's:
     its titles and, in the language of ``str.format``, what a row puts there; with none, the table
     shows the rows as they are. ``quick`` are the arguments that make it short. ``overview`` is a
-    smaller table that comes first, as `tables.as_page` describes it.
+    smaller table that comes first, as `tables.as_page` describes it. ``script`` is named where
+    several benchmarks share one.
     """
 
     columns: dict[str, str]
@@ -42,18 +43,22 @@ class Benchmark:
     quick: list[str] = field(default_factory=lambda: ["--quick"])
     data: bool = True
     overview: tuple[str, str, str, str] | None = None
+    script: str = ""
 
+
+ACCURACY = {
+    "data set": "{set}",
+    "method": "{method}",
+    "columns": "{columns:,}",
+    "validation": "{validation:.3f}",
+    "test": "{test:.3f}",
+    "chosen": "{chosen}",
+}
+BY_SET = "Accuracy on test texts", "method", "set", "{test:.3f}"
 
 BENCHMARKS = {
     "accuracy": Benchmark(
-        {
-            "data set": "{set}",
-            "method": "{method}",
-            "columns": "{columns:,}",
-            "validation": "{validation:.3f}",
-            "test": "{test:.3f}",
-            "chosen": "{chosen}",
-        },
+        ACCURACY,
         {
             # What takes an hour is a part of its own.
             "sst2": ["--sets", "sst2", *FROZEN],
@@ -67,7 +72,21 @@ BENCHMARKS = {
             "imdb_5k": ["--sets", "imdb_5k", *FROZEN],
             "imdb_5k-recipe": ["--sets", "imdb_5k", "--methods", "paper"],
         },
-        overview=("Accuracy on test texts", "method", "set", "{test:.3f}"),
+        overview=BY_SET,
+    ),
+    "decoder": Benchmark(
+        ACCURACY,
+        {
+            name: ["--sets", name, "--methods", "llm", "--texts", "3000"]
+            for name in ("sst2", "trec6")
+        },
+        overview=BY_SET,
+        script="accuracy",
+    ),
+    "long_texts": Benchmark(
+        {title: cell for title, cell in ACCURACY.items() if title != "data set"},
+        {"imdb_5k": ["--sets", "imdb_5k", "--methods", "long"]},
+        script="accuracy",
     ),
     "number_format": Benchmark(
         {
@@ -204,7 +223,7 @@ BENCHMARKS = {
 def run(name, part, options):
     """Run one process; return whether it ended well."""
     benchmark = BENCHMARKS[name]
-    command = [sys.executable, str(HERE / f"{name}.py"), *benchmark.parts[part]]
+    command = [sys.executable, str(HERE / f"{benchmark.script or name}.py"), *benchmark.parts[part]]
     command += ["--json", str(options.results / f"{name}-{part}.json")]
     if benchmark.data:
         command += ["--data", str(options.data)]

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from films import LABELS, NEW, TEXTS, activations, select
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import NotFittedError
@@ -21,31 +22,14 @@ from sklearn.svm import LinearSVC
 from tiny_models import TINY, tiny_tokenizer
 from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 
-from skspin import (
-    LLMActivationTransformer,
-    SalientNeuronSelector,
-    explain_neurons,
-    explain_tokens,
-    prune,
-)
+from skspin import LLMActivationTransformer, explain_neurons, explain_tokens, prune
 from skspin.datasets import demo_model
 
-TEXTS = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags on."] * 2
-TWO = [1, 1, 1, 0, 0, 0] * 2
-THREE = list("aabbcc") * 2
-NEW = ["A lovely film, unbelievably dreadful.", "", "Bore!", "x" * 40]
+THREE = list("aabbcc") * 3
+POOLINGS = ("mean", "max", "first", "last")
 
 
-def activations(**params):
-    params = {"layers": [1, 2], "dtype": "float32", "device": "cpu"} | params
-    return LLMActivationTransformer(demo_model(), **params)
-
-
-def select(C=1.0):
-    return SalientNeuronSelector(0.2, C=C, tol=0.05)
-
-
-def spin(*steps, y=TWO, **params):
+def spin(*steps, y=LABELS, **params):
     return make_pipeline(activations(**params), select(), *steps).fit(TEXTS, y)
 
 
@@ -59,16 +43,10 @@ def assert_adds_up(pipeline, texts=NEW):
     return explanation
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max", "first", "last"])
-@pytest.mark.parametrize("site", ["hidden", "mlp", "attention"])
-def test_contributions_add_up_to_the_decision_value(site, pooling):
-    head = LogisticRegression()
-    assert_adds_up(spin(StandardScaler(), head, site=site, pooling=pooling))
-
-
-def test_they_add_up_with_all_sites_poolings_and_classes_at_once():
-    every = {"site": ("hidden", "mlp", "attention"), "pooling": ("mean", "max", "first", "last")}
-    assert_adds_up(spin(StandardScaler(), LogisticRegression(), y=THREE, **every))
+@pytest.mark.parametrize("y", [LABELS, THREE], ids=["two", "three"])
+def test_contributions_add_up_to_the_decision_values(y):
+    every = {"site": ("hidden", "mlp", "attention"), "pooling": POOLINGS}
+    assert_adds_up(spin(StandardScaler(), LogisticRegression(), y=y, **every))
 
 
 @pytest.mark.parametrize(
@@ -103,64 +81,51 @@ def test_they_add_up_in_both_halves_of_an_encoder_decoder():
     assert_adds_up(pipeline.fit(texts, [0, 1, 1, 0] * 3), texts[:4])
 
 
-def test_a_pruned_pipeline_is_explained_the_same():
-    whole = spin(
-        StandardScaler(), LinearSVC(penalty="l1", C=0.1, random_state=0), pooling=("mean", "max")
-    )
-    for ours, theirs in zip(
-        explain_tokens(prune(whole), NEW).contributions,
-        explain_tokens(whole, NEW).contributions,
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+def test_neither_pruning_nor_company_changes_a_tokens_contribution():
+    head = LinearSVC(penalty="l1", C=0.1, random_state=0)
+    whole = spin(StandardScaler(), head, pooling=("mean", "max"))
+    texts = TEXTS[:6] + NEW + TEXTS[:2]
+    pruned = explain_tokens(prune(whole), texts).contributions
+    together = explain_tokens(whole, texts).contributions
+    for text, one, other in zip(texts, together, pruned, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_allclose(one, explain_tokens(whole, [text]).contributions[0], atol=1e-5)
 
 
-def test_each_token_gets_its_share_of_the_mean_and_the_maximum():
+def test_each_token_gets_what_the_pooling_takes_from_it():
     pipeline = make_pipeline(
-        activations(layers=2, pooling=("mean", "max")), StandardScaler(), LogisticRegression()
-    ).fit(TEXTS, TWO)
+        activations(layers=2, pooling=POOLINGS), StandardScaler(), LogisticRegression()
+    ).fit(TEXTS, LABELS)
     model = AutoModel.from_pretrained(demo_model()).eval()
-    inputs = AutoTokenizer.from_pretrained(demo_model())(NEW[0], return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    inputs = tokenizer(NEW[0], return_tensors="pt")
     with torch.no_grad():
         hidden = model(**inputs, output_hidden_states=True).hidden_states[2][0].double().numpy()
     _, scale, head = (step for _, step in pipeline.steps)
-    weights = head.coef_[0] / scale.scale_  # (768,)
-    expected = (hidden - scale.mean_[:384]) @ weights[:384] / len(hidden)
-    for neuron, token in enumerate(hidden.argmax(axis=0)):
-        column = 384 + neuron
-        expected[token] += (hidden[token, neuron] - scale.mean_[column]) * weights[column]
+    weights = np.split(head.coef_[0] / scale.scale_, 4)  # by pooling, (384,)
+    centers = np.split(scale.mean_, 4)
+    expected = (hidden - centers[0]) @ weights[0] / len(hidden)
+    tokens = (hidden.argmax(axis=0), np.zeros(384, int), np.full(384, len(hidden) - 1))
+    for token, center, weight in zip(tokens, centers[1:], weights[1:], strict=True):
+        values = hidden[token, np.arange(384)]
+        np.add.at(expected, token, (values - center) * weight)
     explanation = explain_tokens(pipeline, NEW[:1])
     np.testing.assert_allclose(explanation.contributions[0][:, 0], expected, atol=1e-5)
-    own = AutoTokenizer.from_pretrained(demo_model())
-    assert explanation.tokens[0].tokens == own.convert_ids_to_tokens(inputs["input_ids"][0])
-
-
-@pytest.mark.parametrize(("pooling", "place"), [("first", 0), ("last", -1)])
-def test_the_first_or_the_last_token_takes_all(pooling, place):
-    part = explain_tokens(spin(LogisticRegression(), pooling=pooling), NEW[:1]).contributions[0]
-    assert part[place, 0] != 0 and np.count_nonzero(part) == 1
-
-
-def test_company_does_not_change_the_result():
-    pipeline = spin(StandardScaler(), LogisticRegression())
-    texts = TEXTS[:6] + NEW + TEXTS[:2]
-    for text, values in zip(texts, explain_tokens(pipeline, texts).contributions, strict=True):
-        alone = explain_tokens(pipeline, [text]).contributions[0]
-        np.testing.assert_allclose(values, alone, atol=1e-5)
+    names = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    assert explanation.tokens[0].tokens == names
 
 
 def tokens_of(text, **params):
     pipeline = make_pipeline(activations(layers=1, **params), LogisticRegression())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*longer than max_length")
-        return explain_tokens(pipeline.fit(TEXTS, TWO), [text]).tokens[0]
+        return explain_tokens(pipeline.fit(TEXTS, LABELS), [text]).tokens[0]
 
 
 @pytest.mark.parametrize("text", [*NEW, "Größe: 3 µm 😀!", "a\ud800b", "  two  spaces "])
 def test_tokens_are_where_the_text_has_them(text, tokenizer):
     tokens = tokens_of(text)
     expected = tokenizer(text.replace("\ud800", "\ufffd"))
-    assert tokens.tokens == tokenizer.convert_ids_to_tokens(expected["input_ids"])
     assert tokens.tokens == tokenizer.convert_ids_to_tokens(expected["input_ids"])
     assert tokens.tokens[0] == "[CLS]" and not tokens.in_text[[0, -1]].any()
     for name, surface, inside in zip(tokens.tokens, tokens.surfaces(), tokens.in_text, strict=True):
@@ -182,43 +147,39 @@ def test_a_text_that_is_cut_loses_its_last_tokens():
     assert tokens.surfaces() == ["[CLS]", "read", "one", "two", "three", "now", "[SEP]"]
 
 
-def test_words_are_whole_and_add_up_to_the_same():
+def test_an_explanation_is_read_by_words_classes_and_texts():
     explanation = explain_tokens(spin(StandardScaler(), LogisticRegression()), NEW)
     words = explanation.merge_words()
     expected = ["[CLS]", "A", "lovely", "film", ",", "unbelievably", "dreadful", ".", "[SEP]"]
     assert words.tokens[0].surfaces() == expected
     np.testing.assert_allclose(words.decision_values, explanation.decision_values)
-
-
-def test_of_two_classes_one_is_the_other_turned_around():
-    explanation = explain_tokens(spin(StandardScaler(), LogisticRegression()), NEW)
     for one, zero in zip(explanation.for_class(1), explanation.for_class(0), strict=True):
         np.testing.assert_array_equal(one, -zero)
     assert explanation.intercept_for_class(1) == -explanation.intercept_for_class(0)
-    with pytest.raises(ValueError, match=r"'good' is not among the classes \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"label='good' must be one of the classes \[0, 1\]"):
         explanation.for_class("good")
+    assert len(explanation) == 4 and len(explanation[1:3]) == 2
+    assert explanation[-1].tokens[0].text == NEW[-1]
+    assert repr(explanation[0]) == "<TokenExplanation of 1 texts for the classes [0, 1]>"
 
 
-def test_top_tokens_are_those_with_the_largest_sums():
-    explanation = explain_tokens(spin(StandardScaler(), LogisticRegression()), TEXTS)
-    frame = explanation.to_frame()
-    sums = frame[frame.end > 0].groupby("token").contribution.agg(["sum", "size"])
-    best = sums.sort_values("sum", ascending=False).head(3)
-    top = explanation.top_tokens(1, n=3)
-    assert [row.token for row in top] == best.index.tolist()
-    np.testing.assert_allclose([row.total for row in top], best["sum"])
-    assert [row.n_occurrences for row in top] == best["size"].tolist()
-    assert {row.token for row in explanation.top_tokens(1, n=99)}.isdisjoint({"[CLS]", "[SEP]"})
-
-
-def test_the_frame_holds_every_contribution():
-    explanation = explain_tokens(spin(LogisticRegression(), y=THREE), NEW)
+def test_frames_hold_every_contribution_and_top_tokens_the_largest_sums():
+    texts = [*TEXTS[:6], *NEW]
+    explanation = explain_tokens(spin(LogisticRegression(), y=THREE), texts)
     frame = explanation.to_frame()
     assert frame.columns.tolist() == ["text", "token", "start", "end", "class", "contribution"]
     sums = frame.groupby(["text", "class"]).contribution.sum().unstack()
     np.testing.assert_allclose(sums + explanation.intercept, explanation.decision_values)
     for row in frame[frame.end > 0].itertuples():
-        assert NEW[row.text][row.start : row.end] == row.token
+        assert texts[row.text][row.start : row.end] == row.token
+    own = frame[(frame.end > 0) & (frame["class"] == "b")]
+    sums = own.groupby("token").contribution.agg(["sum", "size"])
+    best = sums.sort_values("sum", ascending=False).head(3)
+    top = explanation.top_tokens("b", n=3)
+    assert [row.token for row in top] == best.index.tolist()
+    np.testing.assert_allclose([row.total for row in top], best["sum"])
+    assert [row.n_occurrences for row in top] == best["size"].tolist()
+    assert {row.token for row in explanation.top_tokens("b", n=99)} == {*own.token}
 
 
 def test_html_shows_markup_as_text_and_stops_somewhere():
@@ -227,13 +188,6 @@ def test_html_shows_markup_as_text_and_stops_somewhere():
     assert "<script" not in shown and "&lt;" in shown and "&amp;" in shown and "😀" in shown
     assert "and 11 more" in shown
     assert "color:" not in shown.replace("background-color:", "")  # the page's own text colour
-
-
-def test_texts_can_be_picked_out():
-    explanation = explain_tokens(spin(LogisticRegression()), NEW)
-    assert len(explanation) == 4 and len(explanation[1:3]) == 2
-    assert explanation[-1].tokens[0].text == NEW[-1]
-    assert repr(explanation[0]) == "<TokenExplanation of 1 texts for the classes [0, 1]>"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +207,7 @@ def test_what_is_no_sum_over_tokens_is_refused(steps, message):
 def test_what_is_no_fitted_pipeline_over_texts_is_refused():
     union = FeatureUnion([("one", activations())])
     with pytest.raises(ValueError, match="FeatureUnion.*not known to be linear"):
-        explain_tokens(make_pipeline(union, LogisticRegression()).fit(TEXTS, TWO), NEW)
+        explain_tokens(make_pipeline(union, LogisticRegression()).fit(TEXTS, LABELS), NEW)
     with pytest.raises(TypeError, match="LogisticRegression, but explain_tokens takes"):
         explain_tokens(LogisticRegression(), NEW)
     with pytest.raises(NotFittedError):
@@ -264,12 +218,11 @@ def test_what_is_no_fitted_pipeline_over_texts_is_refused():
 
 def test_the_tokens_that_activate_a_neuron_most_are_found():
     transformer = activations(layers=1, site="hidden").fit(TEXTS)
-    explanation = explain_neurons(
-        transformer, TEXTS, ["layer1_hidden_mean_5", "layer1_hidden_mean_2"], n_top=3
-    )
+    names = ["layer1_hidden_mean_5", "layer1_hidden_mean_2"]
+    explanation = explain_neurons(transformer, TEXTS, names, n_top=3)
     model = AutoModel.from_pretrained(demo_model()).eval()
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    assert list(explanation.hits) == ["layer1_hidden_mean_5", "layer1_hidden_mean_2"]
+    assert list(explanation.hits) == names
     for neuron, hits in zip((5, 2), explanation.hits.values(), strict=True):
         values = []
         for text in TEXTS[:6]:
@@ -278,9 +231,8 @@ def test_the_tokens_that_activate_a_neuron_most_are_found():
             values.append(output.hidden_states[1][0, 1:-1, neuron].max().item())
         best = np.argsort(values)[::-1][:3]
         assert [hit.text for hit in hits] == best.tolist()
-        np.testing.assert_allclose(
-            [hit.activation for hit in hits], np.array(values)[best], atol=1e-5
-        )
+        found = [hit.activation for hit in hits]
+        np.testing.assert_allclose(found, np.array(values)[best], atol=1e-5)
         assert all(TEXTS[hit.text][hit.start : hit.end] == hit.token for hit in hits)
 
 
@@ -294,15 +246,12 @@ def test_selected_neurons_are_found_behind_any_classifier():
     assert "<b>&" not in explanation._repr_html_() and "&lt;" in explanation._repr_html_()
 
 
-def test_neurons_that_are_not_there_are_refused():
+def test_neurons_that_can_not_be_found_are_refused():
     transformer = activations(layers=1).fit(TEXTS)
     with pytest.raises(ValueError, match=r"\['layer9'\] are not among the transformer's 384"):
         explain_neurons(transformer, TEXTS, "layer9")
     with pytest.raises(ValueError, match="LogisticRegression has 0 steps"):
         explain_neurons(LogisticRegression().fit([[0], [1]], [0, 1]), TEXTS, "layer1")
-
-
-def test_a_tokenizer_without_offsets_is_refused():
     model = TINY["bert"].build(vocab_size=400)
     transformer = LLMActivationTransformer(model, tokenizer=ByT5Tokenizer(), layers=1).fit(TEXTS)
     with pytest.raises(ValueError, match="fast tokenizer.*ByT5.* does not tell where in the text"):

@@ -125,43 +125,42 @@ def labels(texts, kinds):
     return np.column_stack([np.eye(3)[kinds], ["not" in text for text in texts]]).astype(int)
 
 
-def test_one_versus_rest_takes_several_labels(data):
+def test_one_versus_rest_takes_several_labels(data, columns):
     train, test, y_train, y_test = data
-    pipeline = spin(OneVsRestClassifier(LogisticRegression(C=0.01))).fit(
-        train, labels(train, y_train)
-    )
+    head = OneVsRestClassifier(LogisticRegression(C=0.01))
+    pipeline = with_head(columns, head, labels(train, y_train))
     expected, predicted = labels(test, y_test), pipeline.predict(test)
-    assert predicted.shape == expected.shape
     assert f1_score(expected, predicted, average="micro") > 0.5
     np.testing.assert_array_equal(prune(pipeline).predict(test), predicted)
     assert_explained(pipeline, test[:3], pipeline.decision_function(test[:3]))
 
 
-@pytest.mark.filterwarnings("ignore:Label 3 is present")
-def test_a_label_that_every_text_has_is_explained_by_the_intercept(data, columns):
-    always = np.column_stack([np.eye(3)[data[2]], np.ones(len(data[2]))]).astype(int)
+@pytest.mark.filterwarnings("ignore:Label . is present")
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_label_that_every_text_has_is_explained_by_the_intercept(at, data, columns):
+    always = np.insert(np.eye(3)[data[2]], at, 1, axis=1).astype(int)
     pipeline = with_head(columns, OneVsRestClassifier(LogisticRegression()), always)
     explanation = assert_explained(pipeline, data[1][:3], pipeline.decision_function(data[1][:3]))
-    assert explanation.intercept[3] == 1 and not np.any(explanation.for_class(3)[0])
+    assert explanation.intercept[at] == 1 and not np.any(explanation.for_class(at)[0])
 
 
 def test_each_output_has_decision_values_of_its_own(data, columns):
     train, test, y_train, _ = data
     texts, X = test[:3], columns[0].transform(test[:3])
     head = MultiOutputClassifier(LogisticRegression(C=0.01))
-    pipeline = with_head(columns, head, labels(train, y_train))
-    expected = np.column_stack([one.decision_function(X) for one in pipeline[-1].estimators_])
-    explanation = assert_explained(pipeline, texts, expected)
-    assert explanation.classes.tolist() == [0, 1, 2, 3]  # as for OneVsRestClassifier
-
     mixed = np.column_stack([np.array(list("abc"))[y_train], np.where(y_train > 1, "yes", "no")])
-    pipeline = with_head(columns, head, mixed)
-    expected = np.column_stack([one.decision_function(X) for one in pipeline[-1].estimators_])
-    explanation = assert_explained(pipeline, texts, expected)
-    assert explanation.classes.tolist() == [(0, "a"), (0, "b"), (0, "c"), (1, "yes")]
-    total = explanation.for_class((1, "yes"))[0].sum() + explanation.intercept_for_class((1, "yes"))
-    np.testing.assert_allclose(total, expected[0, 3], rtol=1e-4)
-    assert explanation.to_frame()["class"].nunique() == 4
+    for y, classes in [
+        (labels(train, y_train), [0, 1, 2, 3]),  # as for OneVsRestClassifier
+        (mixed, [(0, "a"), (0, "b"), (0, "c"), (1, "yes")]),
+    ]:
+        pipeline = with_head(columns, head, y)
+        expected = np.column_stack([one.decision_function(X) for one in pipeline[-1].estimators_])
+        explanation = assert_explained(pipeline, texts, expected)
+        assert explanation.classes.tolist() == classes
+        last = explanation.for_class(classes[-1])[0].sum()
+        total = last + explanation.intercept_for_class(classes[-1])
+        np.testing.assert_allclose(total, expected[0, 3], rtol=1e-4)
+        assert explanation.to_frame()["class"].nunique() == 4
 
 
 def test_a_frozen_head_is_explained_and_stays_as_it_is(data, columns):

@@ -5,16 +5,13 @@ import pandas as pd
 import pytest
 from reviews import reviews
 from sklearn.base import clone
-from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.feature_selection import SelectFromModel
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
+from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import (
     MaxAbsScaler,
     MinMaxScaler,
@@ -74,34 +71,20 @@ def assert_same_predictions(pruned, whole, texts):
             )
 
 
-def without_store(pipeline):
-    """Make every prediction a pass through the model."""
-    return pipeline.set_params(llmactivationtransformer__cache=None)
+@pytest.fixture(scope="module")
+def whole(data):
+    """A fitted pipeline, the activations of which all come from a pass through the model."""
+    pipeline = spin(StandardScaler()).set_params(llmactivationtransformer__cache=None)
+    return pipeline.fit(data[0], data[2])
 
 
-def test_predictions_stay_the_same(data):
-    train, test, y_train, _ = data
-    whole = spin(StandardScaler()).fit(train, y_train)
+def test_only_what_the_selector_kept_is_computed(data, whole, monkeypatch):
     pruned = prune(whole)
-    assert_same_predictions(pruned, whole, test)
-    assert_same_predictions(without_store(pruned), without_store(whole), test)
-
-
-def test_only_what_the_selector_kept_is_computed(data):
-    train, _, y_train, _ = data
-    whole = spin().fit(train, y_train)
-    pruned = prune(whole)
-    support = whole["salientneuronselector"].get_support()
-    names = whole[0].get_feature_names_out()[support]
+    assert_same_predictions(pruned, whole, data[1])
+    names = whole[0].get_feature_names_out()[whole[1].get_support()]
     assert pruned[0].get_feature_names_out().tolist() == names.tolist()
-    assert pruned[0].layout_.segments[-1].layer <= 2
     assert pruned[1].get_support().all()
     assert pruned[1].n_selected_.tolist() == whole[1].n_selected_.tolist()
-
-
-def test_the_model_stops_after_the_deepest_layer_in_use(data, monkeypatch):
-    train, test, y_train, _ = data
-    pruned = without_store(prune(spin().fit(train, y_train)))
     ran, forward = set(), BertLayer.forward
 
     def counted(block, *args, **kwargs):
@@ -109,16 +92,19 @@ def test_the_model_stops_after_the_deepest_layer_in_use(data, monkeypatch):
         return forward(block, *args, **kwargs)
 
     monkeypatch.setattr(BertLayer, "forward", counted)
-    pruned.predict(test[:3])
-    assert len(ran) == pruned[0].layout_.segments[-1].layer < pruned[0].n_layers_
+    pruned.predict(data[1][:3])
+    assert len(ran) == pruned[0].layout_.segments[-1].layer <= 2
 
 
-def test_the_fitted_pipeline_stays_as_it_was(data):
+def test_the_fitted_pipeline_stays_as_it_was(data, whole):
     train, test, y_train, _ = data
-    whole = spin(StandardScaler(), head=sparse_head()).fit(train, y_train)
+    whole = clone(whole).set_params(llmactivationtransformer__cache="memory")
+    whole.set_output(transform="default").fit(train, y_train)
     before, n_columns = whole.decision_function(test), whole[0].layout_.n_columns
     pruned = prune(whole)
+    prune(whole).set_output(transform="pandas")
     assert whole[0].layout_.n_columns == n_columns
+    assert isinstance(whole[:-1].transform(test), np.ndarray)
     np.testing.assert_array_equal(whole.decision_function(test), before)
     pruned.fit(train, y_train)  # a refit starts from all layers, and leaves the other alone
     np.testing.assert_allclose(pruned.decision_function(test), before, atol=1e-6)
@@ -155,55 +141,20 @@ def test_a_step_that_mixes_columns_stays_whole(between, data):
     pruned = prune(whole)
     assert pruned[0].layout_.n_columns == whole[1].n_selected_.sum()
     assert_same_predictions(pruned, whole, test)
+    assert prune(pruned)[0].layout_ == pruned[0].layout_  # twice changes nothing
 
 
-def test_a_head_that_is_not_linear_keeps_the_selection(data):
-    train, test, y_train, _ = data
-    head = MLPClassifier((5,), max_iter=5, random_state=0)
-    with pytest.warns(match="iterations"):
-        whole = spin(StandardScaler(), head=head).fit(train, y_train)
-    assert_same_predictions(prune(whole), whole, test)
-
-
-def test_a_head_without_any_weight_keeps_one_column(data):
-    train, test, y_train, _ = data
-    whole = spin(head=OneVsRestClassifier(sparse_head(C=1e-9))).fit(train, y_train)
-    pruned = prune(whole)
-    assert pruned[0].layout_.n_columns == 1
-    assert_same_predictions(pruned, whole, test)
-
-
-def test_sparse_weights_are_pruned_too(data):
+def test_sparse_weights_are_pruned_too_and_one_column_is_always_left(data):
     train, test, y_train, _ = data
     whole = spin(head=sparse_head()).fit(train, y_train)
     whole[-1].sparsify()
     pruned = prune(whole)
     assert pruned[0].layout_.n_columns < whole[1].n_selected_.sum()
     assert_same_predictions(pruned, whole, test)
-
-
-def test_inside_a_column_transformer(data):
-    train, test, y_train, _ = data
-    frames = [
-        pd.DataFrame({"text": texts, "length": [len(t) for t in texts], "one": 1.0})
-        for texts in (train, test)
-    ]
-    parts = ColumnTransformer(
-        [
-            ("length", StandardScaler(), ["length", "one"]),
-            ("text", make_pipeline(activations(), select(), StandardScaler()), "text"),
-            ("words", TfidfVectorizer(max_features=20), "text"),
-        ],
-        sparse_threshold=0,
-    )
-    for head in (LogisticRegression(max_iter=1000), OneVsRestClassifier(sparse_head())):
-        whole = make_pipeline(parts, head).fit(frames[0], y_train)
-        pruned = prune(whole)
-        assert_same_predictions(pruned, whole, frames[1])
-        layout = pruned[0].named_transformers_["text"][0].layout_
-        assert layout.n_columns <= whole[0].named_transformers_["text"][1].n_selected_.sum()
-        names = whole[0].get_feature_names_out()
-        assert set(pruned[0].get_feature_names_out()) <= set(names)
+    whole = spin(head=OneVsRestClassifier(sparse_head(C=1e-9))).fit(train, y_train)
+    pruned = prune(whole)
+    assert pruned[0].layout_.n_columns == 1
+    assert_same_predictions(pruned, whole, test)
 
 
 def test_inside_a_feature_union(data):
@@ -260,26 +211,6 @@ def test_a_scaler_before_the_selector_is_narrowed(data):
     assert_same_predictions(pruned, whole, test)
 
 
-def test_pruning_twice_changes_nothing(data):
-    train, test, y_train, _ = data
-    once = prune(spin(PCA(5), head=sparse_head()).fit(train, y_train))
-    assert prune(once)[0].layout_ == once[0].layout_
-    assert_same_predictions(prune(once), once, test)
-
-
-def test_a_search_is_refused_before_its_fit_too():
-    search = GridSearchCV(spin(), {"salientneuronselector__sparsity": [0.4, 0.8]}, cv=2)
-    with pytest.raises(TypeError, match="GridSearchCV.*Pass its best_estimator_, after a fit"):
-        prune(search)
-
-
-def test_frames_asked_for_after_pruning_leave_the_fitted_pipeline_alone(data):
-    train, test, y_train, _ = data
-    whole = spin(StandardScaler()).set_output(transform="default").fit(train, y_train)
-    prune(whole).set_output(transform="pandas")
-    assert isinstance(whole[:-1].transform(test), np.ndarray)
-
-
 def test_what_can_not_be_pruned_is_refused_with_the_reason(data):
     train, _, y_train, _ = data
     with pytest.raises(NotFittedError):
@@ -301,9 +232,6 @@ def test_a_model_in_memory_is_shared(data):
     model = AutoModel.from_pretrained(demo_model())
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     transformer = LLMActivationTransformer(model, tokenizer=tokenizer, layers=[1, 2])
-    whole = Pipeline(
-        [("activations", transformer), ("select", select()), ("classify", LogisticRegression())]
-    ).fit(train, y_train)
-    pruned = prune(whole)
-    assert pruned["activations"].model is model
-    assert_same_predictions(pruned, whole, test)
+    whole = make_pipeline(transformer, select(), LogisticRegression()).fit(train, y_train)
+    assert prune(whole)[0].model is model
+    assert_same_predictions(prune(whole), whole, test)

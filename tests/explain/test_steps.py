@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from films import LABELS, NEW, TEXTS, activations, select
 from imblearn import FunctionSampler
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from imblearn.pipeline import Pipeline as SamplingPipeline
@@ -22,29 +23,10 @@ from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import LinearSVC
 
-from skspin import (
-    LayerSalienceDisplay,
-    LLMActivationTransformer,
-    SalientNeuronSelector,
-    explain_neurons,
-    explain_tokens,
-    prune,
-)
-from skspin.datasets import demo_model
+from skspin import LayerSalienceDisplay, explain_neurons, explain_tokens, prune
 
-TEXTS = ["A fine film.", "Lovely.", "What a joy.", "A bore.", "Dreadful.", "It drags on."] * 3
-Y = np.array([1, 1, 1, 0, 0, 0] * 3)
 FEW = np.array([1, 1, 1, 0, 1, 0] * 3)  # one class is rarer
-NEW = ["A lovely film, unbelievably dreadful.", "", "Bore!", "x" * 40]
-
-
-def activations(**params):
-    params = {"layers": [1, 2], "dtype": "float32", "device": "cpu"} | params
-    return LLMActivationTransformer(demo_model(), **params)
-
-
-def select(**params):
-    return SalientNeuronSelector(**({"sparsity": 0.2, "C": 1.0, "tol": 0.05} | params))
+FRAME = pd.DataFrame({"text": TEXTS, "length": [len(text) for text in TEXTS], "one": 1.0})
 
 
 def head():
@@ -184,35 +166,38 @@ def test_only_columns_in_use_are_computed_behind_samplers_and_in_frozen_steps():
 
 
 def test_a_sampler_may_come_before_the_texts_are_read():
-    frame = pd.DataFrame({"text": TEXTS, "length": [len(text) for text in TEXTS]})
     first = FunctionTransformer(lambda frame: frame["text"])
-    whole = make_sampling_pipeline(over(), first, activations(), select(), head()).fit(frame, FEW)
-    new = pd.DataFrame({"text": NEW, "length": 1})
-    np.testing.assert_array_equal(prune(whole).predict(new), whole.predict(new))
-    np.testing.assert_allclose(
-        explain_tokens(whole, new).decision_values[:, 0], whole.decision_function(new), atol=1e-4
-    )
+    whole = make_sampling_pipeline(over(), first, activations(), select(), head()).fit(FRAME, FEW)
+    np.testing.assert_array_equal(prune(whole).predict(FRAME), whole.predict(FRAME))
+    values = explain_tokens(whole, FRAME).decision_values[:, 0]
+    np.testing.assert_allclose(values, whole.decision_function(FRAME), atol=1e-4)
 
 
-def test_a_sampler_behind_a_column_transformer():
-    frame = pd.DataFrame({"text": TEXTS, "length": [len(text) for text in TEXTS], "one": 1.0})
+@pytest.mark.parametrize("classifier", [head(), sparse_head()], ids=["all", "some"])
+def test_what_stands_beside_texts_in_a_column_transformer_stays(classifier):
+    spin = make_sampling_pipeline(activations(), select(), StandardScaler())
     parts = ColumnTransformer(
         [
-            ("text", make_sampling_pipeline(activations(), select()), "text"),
+            ("scaled", StandardScaler(), ["length", "one"]),
+            ("text", spin, "text"),
             ("numbers", "passthrough", ["length", "one"]),
             ("words", TfidfVectorizer(), "text"),
         ],
         sparse_threshold=0,
     )
-    whole = make_sampling_pipeline(parts, over(), StandardScaler(), sparse_head()).fit(frame, FEW)
-    pruned = prune(whole)
-    np.testing.assert_array_equal(pruned.predict(frame), whole.predict(frame))
+    whole = make_sampling_pipeline(parts, over(), StandardScaler(), classifier).fit(FRAME, FEW)
+    pruned, expected = prune(whole), whole.decision_function(FRAME)
+    np.testing.assert_allclose(pruned.decision_function(FRAME), expected, rtol=1e-5, atol=1e-5)
     assert set(pruned[0].get_feature_names_out()) < set(whole[0].get_feature_names_out())
-    np.testing.assert_array_equal(pruned.fit(frame, FEW).predict(frame), whole.predict(frame))
+    n_columns = pruned[0].named_transformers_["text"][0].layout_.n_columns
+    assert n_columns <= whole[0].named_transformers_["text"][1].n_selected_.sum()
+    np.testing.assert_allclose(
+        pruned.fit(FRAME, FEW).decision_function(FRAME), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_tokens_are_those_of_the_text_that_the_model_reads():
-    whole = PIPELINES["texts changed first"]().fit(TEXTS, Y)
+    whole = PIPELINES["texts changed first"]().fit(TEXTS, LABELS)
     explanation = explain_tokens(whole, ["A FILM"])
     assert explanation.merge_words().tokens[0].surfaces()[1:-1] == ["a", "moving", "picture"]
     found = explain_neurons(whole, ["A FILM"], "layer1_hidden_mean_3")
@@ -234,7 +219,11 @@ def test_tokens_are_those_of_the_text_that_the_model_reads():
     ids=["search", "calibration"],
 )
 def test_what_holds_pipelines_is_refused_with_the_one_to_pass(wrap, advice):
-    whole = wrap(make_pipeline(activations(), select(), head())).fit(TEXTS, Y)
+    whole = wrap(make_pipeline(activations(), select(), head()))
+    if isinstance(whole, GridSearchCV):
+        with pytest.raises(TypeError, match="GridSearchCV.*best_estimator_, after a fit"):
+            prune(whole)
+    whole.fit(TEXTS, LABELS)
     for function in (lambda: explain_tokens(whole, NEW), lambda: prune(whole)):
         with pytest.raises(TypeError, match=f"{type(whole).__name__}, but.*{advice}"):
             function()

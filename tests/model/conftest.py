@@ -1,15 +1,15 @@
 """A tiny BERT: in memory, in a folder, in a cache of the hub."""
 
 import pytest
-from bert_files import as_hub_cache, save, tiny_bert
+from bert_files import as_hub_cache, save, tiny
 
-from skspin._model.hub import _ask_hub
+from skspin._model.files import _ask_hub
 from skspin._model.registry import forget_models
 
 
 @pytest.fixture
 def model():
-    return tiny_bert()
+    return tiny()
 
 
 @pytest.fixture

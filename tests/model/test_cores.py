@@ -7,7 +7,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from extracted_rows import TEXTS, layout_of, recipe_of, rows_of, tiny, watching
+from bert_files import tiny
+from extracted_rows import TEXTS, layout_of, recipe_of, rows_of, watching
 
 from skspin import LLMActivationTransformer
 from skspin._model import extract

@@ -1,15 +1,18 @@
 """What can't be a model, what is read of one that can, and what is fetched from the hub."""
 
+import json
 import socket
+import threading
 import time
 from contextlib import contextmanager
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-from bert_files import COMMIT, CONFIG, save
+from bert_files import COMMIT, SIZES, save
 from huggingface_hub import constants, file_download
-from small_hub import serve
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, LlamaConfig, T5Config
 from transformers.utils import logging
 
@@ -76,7 +79,6 @@ def test_pickled_weights_are_refused_unless_they_are_asked_for(folder):
     assert fingerprint(trusted) != before
 
 
-@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}])
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -85,51 +87,47 @@ def test_pickled_weights_are_refused_unless_they_are_asked_for(folder):
         ({"vocab_size": 31000}, "lack 1 .*word_embed.*random"),
     ],
 )
-def test_weights_that_do_not_fit_are_not_made_up(folder, options, changes, says):
+def test_weights_that_do_not_fit_are_not_made_up(folder, changes, says):
     with pytest.raises(ValueError, match=says):
-        load_backbone(Source(folder, model_kwargs=options | changes))
-    BertConfig(**CONFIG | changes).save_pretrained(folder)
+        load_backbone(Source(folder, model_kwargs=changes))
+    BertConfig(**SIZES | changes).save_pretrained(folder)
     with pytest.raises(ValueError, match=says):
-        load_backbone(Source(folder, model_kwargs=options))
+        load_backbone(Source(folder, model_kwargs={"ignore_mismatched_sizes": True}))
 
 
 def test_a_head_is_left_out_and_a_pooler_is_not_missed(tmp_path, tokenizer):
-    save(tmp_path, BertForMaskedLM(BertConfig(**CONFIG)), tokenizer)
+    save(tmp_path, BertForMaskedLM(BertConfig(**SIZES)), tokenizer)
     assert type(load_backbone(Source(tmp_path)).model) is BertModel
     forget_models()
 
 
 @pytest.mark.parametrize("config", [BertConfig, LlamaConfig, T5Config])
 def test_a_folder_without_a_tokenizer_asks_for_one(tmp_path, config):
-    save(tmp_path, AutoModel.from_config(config(**CONFIG)))
+    save(tmp_path, AutoModel.from_config(config(**SIZES)))
     with pytest.raises(ValueError, match="has no tokenizer. Pass tokenizer="):
         load_backbone(Source(tmp_path))
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path}.*has no config.json"):
-        load_backbone(Source(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds an adapter.*peft"):
-        read_anatomy(Source(tmp_path))
-
-
-def test_damaged_weights_are_an_error_that_names_them(folder):
+def test_a_folder_without_a_whole_model_is_named(folder):
     (folder / "model.safetensors").write_bytes(b"not weights at all")
     with pytest.raises(ValueError, match=f"weights of '{folder}' can't be loaded"):
         load_backbone(Source(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"{folder}.*has no config.json"):
+        load_backbone(Source(folder))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter.*peft"):
+        read_anatomy(Source(folder))
 
 
 # Configuration alone, in silence
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_widths_are_read_without_weights(folder, model, sharded):
-    if sharded:
-        (folder / "model.safetensors").unlink()
-        model.save_pretrained(folder, max_shard_size="2KB")
-        assert len(list(folder.glob("*.safetensors"))) > 1
-        assert load_backbone(Source(folder)).anatomy.n_layers == 2
+def test_weights_may_be_in_several_files_and_widths_are_read_without_them(folder, model):
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="2KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert load_backbone(Source(folder)).anatomy.n_layers == 2
     for weights in folder.glob("*.safetensors"):
         weights.unlink()
     anatomy = read_anatomy(Source(folder))
@@ -142,7 +140,7 @@ def test_widths_are_read_without_weights(folder, model, sharded):
     "options",
     [
         {"num_hidden_layers": 1},
-        {"config": BertConfig(**CONFIG | {"num_hidden_layers": 1})},
+        {"config": BertConfig(**SIZES | {"num_hidden_layers": 1})},
         {"hidden_act": "relu", "return_dict": False},
         {"add_pooling_layer": False, "attn_implementation": "eager"},
     ],
@@ -205,12 +203,52 @@ def test_loading_says_nothing_and_changes_no_setting(folder, capfd):
 
 
 @contextmanager
+def serve(folder):
+    """Serve a folder as the model org/tiny; yield the hub's address and the files it has given."""
+    given = []
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    tree = [
+        {"type": "file", "path": name, "size": len(content), "oid": sha1(content).hexdigest()}
+        for name, content in files.items()
+    ]
+    model = {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):  # noqa: N802
+            name = self.path.partition(f"/resolve/{COMMIT}/")[2]
+            if name not in files and name:
+                self.send_error(404)
+                return
+            body = files.get(name, json.dumps(tree if "/tree/" in self.path else model).encode())
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{sha1(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+                given.extend([name] if name else [])
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", given
+        finally:
+            server.shutdown()
+
+
+@contextmanager
 def silent():
-    """Yield the address of a hub that takes calls and never answers."""
+    """Yield the address of a hub that takes calls and never answers, and its socket."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", listening
 
 
 @pytest.fixture
@@ -224,7 +262,7 @@ def connect(monkeypatch, new_process):
         for module in (constants, file_download):  # older versions hold a copy
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("skspin._model.hub._HUB_SECONDS", 0.2)
+        monkeypatch.setattr("skspin._model.files._HUB_SECONDS", 0.2)
 
     return to
 
@@ -238,7 +276,7 @@ def test_the_hub_gives_what_is_needed_when_it_is_needed(
     source = Source("org/tiny", revision=revision, model_kwargs={"cache_dir": tmp_path / "hub"})
     with serve(folder) as (url, served):
         connect(url)
-        assert fingerprint(source) == f"hub:org/tiny@{COMMIT}"
+        assert fingerprint(source) == f"hub:org/tiny@{source.commit}" == f"hub:org/tiny@{COMMIT}"
         assert read_anatomy(source).n_layers == 2
         assert served == ["config.json"]
         loaded = load_backbone(source).model.state_dict()
@@ -255,9 +293,11 @@ def test_the_hub_gives_what_is_needed_when_it_is_needed(
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT])
-def test_a_model_in_the_cache_needs_no_hub(cache, connect, revision):
+def test_a_hub_that_does_not_answer_is_missed_only_where_the_cache_lacks_a_model(
+    cache, connect, revision
+):
     source = Source("org/tiny", revision=revision, model_kwargs=cache)
-    with silent() as url:
+    with silent() as (url, listening):
         connect(url)
         started = time.perf_counter()
         backbone = load_backbone(source)
@@ -265,15 +305,14 @@ def test_a_model_in_the_cache_needs_no_hub(cache, connect, revision):
         assert len(backbone.tokenizer) > 30_000
         assert read_anatomy(source).n_layers == 2
         assert time.perf_counter() - started < 10
+        listening.setblocking(False)
+        if revision == COMMIT:  # which never changes
+            with pytest.raises(BlockingIOError):  # nobody has called
+                listening.accept()
+        missing = ("nobody/nothing", None) if revision is None else ("org/tiny", "9" * 40)
+        with pytest.raises(ValueError, match=f"'{missing[0]}'.*reached .ReadTime"):
+            load_backbone(Source(missing[0], revision=missing[1], model_kwargs=cache))
     forget_models()
-
-
-@pytest.mark.parametrize("revision", [None, "9" * 40])
-def test_a_hub_that_does_not_answer_is_said(cache, connect, revision):
-    name = "nobody/nothing" if revision is None else "org/tiny"
-    with silent() as url, pytest.raises(ValueError, match=f"'{name}'.*reached .ReadTime"):
-        connect(url)
-        load_backbone(Source(name, revision=revision, model_kwargs=cache))
 
 
 def test_a_model_in_the_cache_loads_offline(cache):

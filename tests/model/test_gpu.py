@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bert_files import tiny
 from copied_bytes import CopiedBytes
-from extracted_rows import recipe_of, rows_of, tiny
+from extracted_rows import recipe_of, rows_of
 from forward_pass import segments_of
 from tiny_models import TINY, tiny_batch, tiny_tokenizer
 

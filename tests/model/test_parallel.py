@@ -1,6 +1,7 @@
 """Shards: whoever computes them, and whatever happens to them, the rows are the same."""
 
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -9,42 +10,27 @@ import joblib
 import numpy as np
 import psutil
 import pytest
-import torch
+from bert_files import save, tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from joblib.externals.loky import get_reusable_executor
 from sklearn.model_selection import GridSearchCV
-from transformers import AutoTokenizer, BertConfig, BertModel
 
 from skspin import LLMActivationTransformer, make_spin_pipeline
 from skspin._model import extract
 from skspin._model.parallel import cut_into_shards
 from skspin._texts import open_texts
-from skspin.datasets import demo_model
 
 TEXTS = [f"text {i} " + "word " * (i % 40) for i in range(120)] + ["text 7 " + "word " * 7, ""]
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=30522,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=64,
-    )
-    return BertModel(config).eval(), AutoTokenizer.from_pretrained(demo_model())
+def model():
+    return tiny(hidden_size=16, intermediate_size=24, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    for part in tiny:
-        part.save_pretrained(folder)
-    return folder
+def folder(model, tokenizer, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("tiny-bert"), model, tokenizer)
 
 
 def transformer(model, **params):
@@ -66,16 +52,6 @@ def assert_same(X, expected):
 @pytest.mark.parametrize("devices", [["cpu", "cpu"], ("cpu",) * 3, ["cpu"]])
 def test_several_devices_give_what_one_gives(folder, expected, devices):
     assert_same(transformer(folder, device=devices).fit_transform(TEXTS), expected)
-
-
-def test_several_processes_give_what_one_gives(folder, expected):
-    assert_same(transformer(folder, n_jobs=2).fit_transform(TEXTS), expected)
-
-
-@pytest.mark.parametrize("where", [{"n_jobs": 2}, {"backend": "threading", "n_jobs": 3}])
-def test_joblibs_configuration_is_followed(folder, expected, where):
-    with joblib.parallel_config(**where):
-        assert_same(transformer(folder).fit_transform(TEXTS), expected)
 
 
 def refuse(*arguments):
@@ -101,14 +77,9 @@ def test_texts_cut_off_by_all_workers_are_counted_in_one_warning(folder):
     assert len(warned) == 1
 
 
-def test_a_model_in_memory_serves_threads(tiny, expected):
-    model, tokenizer = tiny
-    with joblib.parallel_config(backend="threading", n_jobs=2):
+def test_a_model_in_memory_serves_threads_and_is_not_sent_to_processes(model, tokenizer, expected):
+    with joblib.parallel_config(backend="threading", n_jobs=3):
         assert_same(transformer(model, tokenizer=tokenizer).fit_transform(TEXTS), expected)
-
-
-def test_a_model_in_memory_is_not_sent_to_processes(tiny):
-    model, tokenizer = tiny
     fitted = transformer(model, tokenizer=tokenizer, n_jobs=2).fit(TEXTS)
     with pytest.raises(ValueError, match="n_jobs=2.*no pickle holds its weights"):
         fitted.transform(TEXTS)
@@ -123,15 +94,19 @@ def test_two_counts_of_workers_are_one_too_many(folder):
         transformer(folder, device=[]).fit(TEXTS).transform(TEXTS)
 
 
-def work_on(folder, **params):
-    fitted = transformer(folder, **params).fit(TEXTS)
+def work_on(folder):
+    fitted = transformer(folder).fit(TEXTS)
     return fitted._fitted_recipe(open_texts(TEXTS)), fitted.layout_
 
 
 def test_a_worker_refuses_other_weights(folder):
-    recipe, layout = work_on(folder, n_jobs=2)
-    with pytest.raises(ValueError, match="A worker found model=.*fingerprint"):
-        list(extract(replace(recipe, fingerprint="folder:of-another-model"), TEXTS, layout))
+    recipe, layout = work_on(folder)
+    other = replace(recipe, fingerprint="folder:of-another-model", n_jobs=2)
+    with (
+        joblib.parallel_config(backend="threading"),
+        pytest.raises(ValueError, match="A worker found model=.*fingerprint"),
+    ):
+        list(extract(other, TEXTS, layout))
 
 
 def collect(recipe, layout, after_first):
@@ -149,8 +124,37 @@ def kill_a_worker():
     os.kill(max(workers, key=lambda p: p.memory_info().rss).pid, signal.SIGKILL)
 
 
-def test_a_process_that_dies_costs_its_shard_once_more(folder, expected):
-    assert_same(collect(*work_on(folder, n_jobs=2), kill_a_worker), expected)
+def test_several_processes_give_what_one_gives_and_one_that_dies_costs_its_shard_once_more(
+    folder, expected
+):
+    with joblib.parallel_config(n_jobs=2):
+        assert_same(collect(*work_on(folder), kill_a_worker), expected)
+
+
+def test_no_worker_of_a_search_loads_a_model_if_texts_were_read_into_a_folder_before(
+    folder, tmp_path
+):
+    copy = str(shutil.copytree(folder, tmp_path / "copy"))
+
+    def models_loaded(estimator, X, y):  # in here, so that workers need not import this module
+        registry = sys.modules.get("skspin._model.registry")
+        return 0 if registry is None else sum(key[0].model == copy for key in registry._loaded)
+
+    def process_id(estimator, X, y):
+        return os.getpid()
+
+    texts, y = TEXTS[:60], np.arange(60) % 2
+    store = tmp_path / "store"
+    spin = make_spin_pipeline(copy, dtype="float32", cache=store, site="hidden", pooling="mean")
+    spin.set_params(select__C=10).fit(texts, y)
+    scoring = {"models": models_loaded, "process": process_id}
+    grid = {"activations__cache": [store, None]}  # in this order
+    search = GridSearchCV(spin, grid, cv=3, n_jobs=2, scoring=scoring, refit=False)
+    with joblib.parallel_config(backend="loky"):
+        found = search.fit(texts, y).cv_results_
+    splits = [found[f"split{i}_test_models"] for i in range(3)]
+    assert np.unique(splits, axis=0).tolist() == [[0, 1]]
+    assert os.getpid() not in np.unique([found[f"split{i}_test_process"] for i in range(3)])
 
 
 @pytest.mark.filterwarnings("default")  # of dask's own
@@ -225,12 +229,14 @@ SCRIPTS = {
     ("scripts", "most"),
     [(["short", "long"], 1.05), (list(SCRIPTS), 1.25)],
 )
-def test_shards_of_very_unequal_texts_hold_like_numbers_of_tokens(scripts, most, n_workers):
+def test_shards_of_very_unequal_texts_hold_like_numbers_of_tokens(
+    tokenizer, scripts, most, n_workers
+):
     rng = np.random.default_rng(0)
     texts = [
         f"{i} {SCRIPTS[rng.choice(scripts)]}"[: int(rng.pareto(1) * 20) + 1] for i in range(3000)
     ]
-    ids = AutoTokenizer.from_pretrained(demo_model())(texts, verbose=False)["input_ids"]
+    ids = tokenizer(texts, verbose=False)["input_ids"]
     n_tokens = np.array([len(row) for row in ids])
     assert n_tokens.max() > 20 * n_tokens.min()
     n_bytes = [len(text.encode()) for text in texts]
@@ -241,29 +247,3 @@ def test_shards_of_very_unequal_texts_hold_like_numbers_of_tokens(scripts, most,
     for tokens in of_shard:
         by_worker[by_worker.argmin()] += tokens
     assert by_worker.max() < most * by_worker.mean()
-
-
-@pytest.mark.parametrize("n_models", [0, 1])
-def test_no_worker_of_a_search_loads_a_model_if_texts_were_read_into_a_folder_before(
-    folder, tmp_path, n_models
-):
-    def models_loaded(estimator, X, y):  # in here, so that workers need not import this module
-        backbone = sys.modules.get("skspin._model.registry")
-        return 0 if backbone is None else len(backbone._loaded)
-
-    def process_id(estimator, X, y):
-        return os.getpid()
-
-    texts, y = TEXTS[:60], np.arange(60) % 2
-    cache = tmp_path / "store" if n_models == 0 else None
-    spin = make_spin_pipeline(folder, dtype="float32", cache=cache, site="hidden", pooling="mean")
-    spin.set_params(select__C=10).fit(texts, y)
-    get_reusable_executor().shutdown(wait=True)  # whose workers may have loaded a model before
-    scoring = {"models": models_loaded, "process": process_id}
-    grid = {"select__sparsity": [0.1, 0.9]}
-    search = GridSearchCV(spin, grid, cv=3, n_jobs=2, scoring=scoring, refit=False)
-    with joblib.parallel_config(backend="loky"):
-        found = search.fit(texts, y).cv_results_
-    splits = [found[f"split{i}_test_models"] for i in range(3)]
-    assert np.unique(splits).tolist() == [n_models]
-    assert os.getpid() not in np.unique([found[f"split{i}_test_process"] for i in range(3)])

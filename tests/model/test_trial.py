@@ -28,10 +28,7 @@ def test_a_row_depends_neither_on_company_nor_on_history(name):
     X = read(model, segments, batch)
     for row in (0, 1, 2, 3, 4, 5, 0):
         output = alone(ALL[name].build(), batch, row)  # a model that has read nothing before
-        real = batch["attention_mask"][row].bool()
-        again = read(
-            model, segments, {key: values[[row]][:, real] for key, values in batch.items()}
-        )
+        again = read(model, segments, only(batch, row))
         for segment, where in columns(segments):
             stack = "" if segment.stack is None else f"{segment.stack}_"
             if segment.layer < len(output[f"{stack}hidden_states"]) - 1:

@@ -39,7 +39,7 @@ GOOD = {
 BAD = {
     "sparsity": [-0.1, 1, 1.0, np.nan, None, "0.4", [0.1]],
     "criterion": ["best", None],
-    "C": [0, -1, np.inf, np.nan, None, "1", [], [0.1, 0], [[1]], [None]],
+    "C": [0, -1, np.inf, np.nan, None, "1", [], [0.1, 0], [1, np.inf], [[1]], [None], ["a"]],
     "penalty": ["l0", None],
     "salience": ["cubed", None],
     "max_layer": [-1, 0.5, "all"],

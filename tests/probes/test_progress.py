@@ -5,7 +5,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import Pipeline
+from sklearn.pipeline import make_pipeline
 
 from skspin import SalientNeuronSelector
 
@@ -14,10 +14,10 @@ Y = (X[:, 0] > 0).astype(int)
 SELECTOR = {"layer_sizes": 4, "cache": None}
 
 
-def search_over_pipeline(n_jobs):
-    steps = [("select", SalientNeuronSelector(**SELECTOR)), ("classify", LogisticRegression())]
-    grid = {"select__sparsity": [0.1, 0.5]}
-    return GridSearchCV(Pipeline(steps), grid, cv=2, n_jobs=n_jobs)
+def search_over_pipeline(n_jobs=None):
+    pipeline = make_pipeline(SalientNeuronSelector(**SELECTOR), LogisticRegression())
+    grid = {"salientneuronselector__sparsity": [0.1, 0.5]}
+    return GridSearchCV(pipeline, grid, cv=2, n_jobs=n_jobs)
 
 
 class Diary:
@@ -39,28 +39,23 @@ class Diary:
         self.ended.append(context.task_name)
 
 
-def test_callbacks_hear_of_every_layer():
+def test_callbacks_hear_of_every_layer_in_a_search_too():
     pytest.importorskip("sklearn.callback")
-    diary = Diary()
+    diary, of_search = Diary(), Diary()
     SalientNeuronSelector(**SELECTOR).set_callbacks(diary).fit(X, Y)
     layers = ["layer0_input", "layer1_input", "layer2_input"]
     assert diary.began == ["fit", *layers]
     assert diary.ended == [*layers, "fit"]
-
-
-def test_callbacks_of_a_search_hear_of_the_selectors_layers():
-    pytest.importorskip("sklearn.callback")
-    diary = Diary()
-    search_over_pipeline(None).set_callbacks(diary).fit(X, Y)
-    assert diary.ended.count("layer0_input") == 2 * 2 + 1
+    search_over_pipeline().set_callbacks(of_search).fit(X, Y)
+    assert of_search.ended.count("layer0_input") == 2 * 2 + 1
 
 
 @pytest.mark.parametrize(
     "estimator",
     [
         SalientNeuronSelector(**SELECTOR),
-        search_over_pipeline(None).estimator,
-        search_over_pipeline(1),
+        search_over_pipeline().estimator,
+        search_over_pipeline(),
         search_over_pipeline(2),
     ],
     ids=["selector", "pipeline", "search", "search in two processes"],

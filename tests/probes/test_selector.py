@@ -10,7 +10,7 @@ import pytest
 import sklearn
 from sklearn.base import clone
 from sklearn.datasets import make_classification
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -37,12 +37,6 @@ def planted(n_classes=2, n=400, columns=(7, 25, 47), seed=0):
     return ActivationArray(X.astype(np.float32), LAYOUT), y
 
 
-def with_column(X, column, values):
-    X = np.array(X)
-    X[:, column] = values
-    return ActivationArray(X, LAYOUT)
-
-
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_planted_neurons_are_found(n_classes):
     X, y = planted(n_classes)
@@ -66,24 +60,6 @@ def test_layer_scores_tell_the_layer_that_knows():
     assert selector.layer_scores_[1] > 0.85
 
 
-def test_probes_are_scikit_learns_l1_logistic_regression():
-    X, y = planted()
-    selector = SalientNeuronSelector(C=0.1, tol=1e-6, max_iter=10_000).fit(X, y)
-    Z = StandardScaler().fit_transform(np.asarray(X, dtype=np.float64)[:, :20])
-    oracle = LogisticRegression(
-        **(
-            {"penalty": "l1"}
-            if tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8)
-            else {"l1_ratio": 1}
-        ),
-        C=0.1,
-        solver="saga",
-        tol=1e-8,
-        max_iter=10_000,
-    ).fit(Z, y)
-    np.testing.assert_allclose(selector.coef_[:, :20], oracle.coef_, atol=2e-3)
-
-
 @pytest.mark.parametrize("shape", [(700, 300), (6, 5), (6, 40_000)])
 def test_columns_are_standardised_as_scikit_learn_does(shape):
     rng = np.random.default_rng(0)
@@ -98,32 +74,34 @@ def test_columns_are_standardised_as_scikit_learn_does(shape):
     np.testing.assert_allclose(coef, expected, atol=1e-3 * np.abs(expected).max())
 
 
-def test_torch_selects_what_numpy_selects():
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+def test_torch_selects_what_numpy_selects(penalty):
     X, y = planted(3)
-    by_numpy = SalientNeuronSelector(tol=1e-6, cache=None).fit(X, y)
-    by_torch = SalientNeuronSelector(tol=1e-6, cache=None, device="cpu").fit(X, y)
+    settings = {"C": 0.3, "penalty": penalty, "tol": 1e-6, "cache": None}
+    by_numpy = SalientNeuronSelector(**settings).fit(X, y)
+    by_torch = SalientNeuronSelector(**settings, device="cpu").fit(X, y)
     np.testing.assert_array_equal(by_torch.support_, by_numpy.support_)
     np.testing.assert_allclose(by_torch.coef_, by_numpy.coef_, atol=1e-4)
     assert by_torch.dual_gap_.max() <= 1e-6
 
 
-def test_each_layer_keeps_the_fewest_neurons_that_hold_its_share():
-    X, y = planted()
-    selector = SalientNeuronSelector(sparsity=0.3, C=1.0).fit(X, y)
-    np.testing.assert_allclose(selector.salience_, (selector.coef_**2).sum(axis=0))
+@pytest.mark.parametrize(("salience", "power"), [("squared", 2), ("absolute", 1)])
+def test_each_layer_keeps_the_fewest_neurons_that_hold_its_share(salience, power):
+    X, y = planted(3)
+    selector = SalientNeuronSelector(sparsity=0.3, C=1.0, salience=salience).fit(X, y)
+    np.testing.assert_allclose(selector.salience_, (abs(selector.coef_) ** power).sum(axis=0))
     for number, columns in enumerate([slice(0, 20), slice(20, 40), slice(40, 60)]):
-        salience, kept = selector.salience_[columns], selector.support_[columns]
-        assert salience[kept].sum() >= 0.7 * salience.sum() * (1 - 1e-9)
-        assert salience[kept].sum() - salience[kept].min() < 0.7 * salience.sum()
-        assert salience[kept].min() >= salience[~kept].max()
+        own, kept = selector.salience_[columns], selector.support_[columns]
+        assert own[kept].sum() >= 0.7 * own.sum() * (1 - 1e-9)
+        assert own[kept].sum() - own[kept].min() < 0.7 * own.sum()
+        assert own[kept].min() >= own[~kept].max()
         assert selector.n_selected_[number] == kept.sum()
     assert selector.sparsity_ == pytest.approx(1 - selector.support_.mean())
 
 
 def test_count_rule_keeps_the_same_number_in_each_layer():
-    X, y = planted()
-    selector = SalientNeuronSelector(0.75, criterion="count", penalty="l2", C=1.0).fit(X, y)
-    assert selector.n_selected_.tolist() == [5, 5, 5]
+    selector = SalientNeuronSelector(0.75, criterion="count", penalty="l2", C=1.0)
+    assert selector.fit(*planted()).n_selected_.tolist() == [5, 5, 5]
     assert selector.sparsity_ == pytest.approx(0.75)
 
 
@@ -190,13 +168,10 @@ def test_the_order_of_columns_changes_nothing(order, criterion):
         np.testing.assert_array_equal(getattr(found, name), getattr(known, name)[..., order])
     for there, here in zip(found.layer_columns_, known.layer_columns_, strict=True):
         np.testing.assert_array_equal(order[there], here)
-    assert_same_layers(pickle.loads(pickle.dumps(found)), found)
-
-
-def assert_same_layers(one, other):
-    for here, there in zip(one.layer_columns_, other.layer_columns_, strict=True):
-        assert here.dtype.kind == there.dtype.kind == "i"
-        np.testing.assert_array_equal(here, there)
+    unpickled = pickle.loads(pickle.dumps(found))
+    for there, here in zip(unpickled.layer_columns_, found.layer_columns_, strict=True):
+        assert there.dtype.kind == here.dtype.kind == "i"
+        np.testing.assert_array_equal(there, here)
 
 
 @pytest.mark.parametrize("seen", ["array", "frame"])
@@ -252,26 +227,15 @@ def test_of_several_C_each_layer_takes_the_best_on_the_validation_part():
         np.testing.assert_allclose(several.coef_[:, columns], chosen.coef_[:, columns], atol=5e-3)
 
 
-def test_multilabel_sums_salience_over_labels():
+def test_neurons_of_every_label_are_found_and_a_label_that_never_varies_is_left_out():
     rng = np.random.default_rng(0)
-    y = rng.integers(0, 2, (400, 2))
+    y = rng.integers(0, 2, (400, 3)) * [1, 1, 0]
     X = rng.normal(size=(400, 40)).astype(np.float32)
-    X[:, 3] += 3 * y[:, 0]
-    X[:, 30] += 3 * y[:, 1]
+    X[:, [3, 30]] += 3 * y[:, :2]
     selector = SalientNeuronSelector(0.5, C=0.05, layer_sizes=20).fit(X, y)
-    assert {3, 30} <= set(selector.get_support(indices=True))
-    assert selector.coef_.shape == (2, 40)
-    assert selector.classes_.tolist() == [0, 1]
-
-
-def test_a_label_that_never_varies_is_left_out_quietly():
-    rng = np.random.default_rng(0)
-    y = np.column_stack([rng.integers(0, 2, 300), np.zeros(300, dtype=int)])
-    X = rng.normal(size=(300, 10))
-    X[:, 4] += 3 * y[:, 0]
-    selector = SalientNeuronSelector(0.5, C=0.05, layer_sizes=None).fit(X, y)
-    assert selector.get_support(indices=True).tolist() == [4]
-    assert not selector.coef_[1].any()
+    assert selector.get_support(indices=True).tolist() == [3, 30]
+    assert selector.coef_.shape == (3, 40) and not selector.coef_[2].any()
+    assert selector.classes_.tolist() == [0, 1, 2]
 
 
 def test_sample_weights_are_routed_through_a_pipeline():
@@ -285,37 +249,27 @@ def test_sample_weights_are_routed_through_a_pipeline():
     np.testing.assert_array_equal(pipeline[0].support_, direct.support_)
 
 
-def test_constant_columns_are_never_salient():
+NOISE = 0.1 * np.random.default_rng(0).normal(size=400)
+SPOILT = {
+    "constant": lambda y: 5.0,
+    "zero": lambda y: 0.0,
+    "constant and large": lambda y: -1e6,
+    "rounding": lambda y: np.where(y == 1, 5.0, np.nextafter(np.float32(5), np.float32(6))),
+    "dead": lambda y: 1e-31 * NOISE,
+    "nearly dead": lambda y: 1e-5 * (y + NOISE),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_column_without_digits_to_tell_is_never_salient(name):
     X, y = planted()
-    X[:, 0], X[:, 21], X[:, 45] = 5.0, 0.0, -1e6
-    selector = SalientNeuronSelector(0.0, C=10.0).fit(X, y)
-    assert not selector.salience_[[0, 21, 45]].any()
-    assert np.isfinite(selector.coef_).all()
-
-
-def test_rounding_is_no_signal():
-    X, y = planted()
-    X = with_column(X, 21, np.where(y == 1, 5.0, np.nextafter(np.float32(5), np.float32(6))))
-    selector = SalientNeuronSelector(0.0, C=10.0).fit(X, y)
-    assert selector.salience_[21] < 1e-6
-
-
-def test_dead_neurons_are_no_trouble():
-    X, y = planted()
-    X = with_column(X, np.s_[20:24], 1e-32 * np.random.default_rng(0).normal(size=(len(X), 4)))
-    selector = SalientNeuronSelector(0.0, C=10.0).fit(X, y)
-    assert not selector.salience_[20:24].any()
-    assert selector.dual_gap_.max() <= 1e-3
-
-
-def test_nearly_dead_neurons_are_not_selected_in_float32():
-    X, y = planted()
-    X = with_column(X, 21, 1e-5 * (y + 0.1 * np.random.default_rng(0).normal(size=len(y))))
-    selector = SalientNeuronSelector(0.0, C=10.0)
-    assert selector.fit(X, y).salience_[21] == 0
-    # In float64 there are digits enough to tell.
-    exact = ActivationArray(np.asarray(X, dtype=np.float64), LAYOUT)
-    assert selector.fit(exact, y).salience_[21] > 0
+    X = np.array(X)
+    X[:, 21] = SPOILT[name](y)
+    selector = SalientNeuronSelector(0.0, C=10.0, layer_sizes=20).fit(X, y)
+    assert selector.salience_[21] == 0
+    assert np.isfinite(selector.coef_).all() and selector.dual_gap_.max() <= 1e-3
+    if name == "nearly dead":  # in float64 there are digits enough to tell
+        assert selector.fit(X.astype(np.float64), y).salience_[21] > 0
 
 
 def test_one_column_is_selected_where_no_probe_has_weight():
@@ -329,13 +283,6 @@ def test_a_layer_whose_probe_is_all_zero_gives_no_neuron():
     X, y = planted(columns=(7,))
     selector = SalientNeuronSelector(C=0.015).fit(X, y)
     assert selector.n_selected_.tolist() == [1, 0, 0]
-
-
-def test_the_scale_of_a_column_does_not_matter():
-    X, y = planted()
-    scaled = ActivationArray(np.asarray(X) * np.float32(1024), LAYOUT)
-    one, other = SalientNeuronSelector().fit(X, y), SalientNeuronSelector().fit(scaled, y)
-    np.testing.assert_array_equal(one.support_, other.support_)
 
 
 def test_selected_columns_come_out_as_they_went_in():
@@ -365,32 +312,6 @@ def test_what_did_not_converge_is_named():
     X, y = planted()
     with pytest.warns(ConvergenceWarning, match="layer0_hidden.*Increase max_iter"):
         SalientNeuronSelector(C=1e4, tol=1e-12, max_iter=2).fit(X, y)
-
-
-@pytest.mark.parametrize("C", [0, -1.0, [], [0.1, -1], [0.1, np.inf], [[0.1]], ["a"]])
-def test_a_C_that_is_not_positive_is_refused(C):
-    X, y = planted()
-    with pytest.raises(ValueError, match="C"):
-        SalientNeuronSelector(C=C).fit(X, y)
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 2])
-def test_a_sparsity_outside_its_range_is_refused(sparsity):
-    with pytest.raises(ValueError, match="sparsity"):
-        SalientNeuronSelector(sparsity).fit(*planted())
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_activations_that_are_not_finite_are_refused(bad):
-    X, y = planted()
-    X[3, 3] = bad
-    with pytest.raises(ValueError, match="NaN|infinity"):
-        SalientNeuronSelector().fit(X, y)
-
-
-def test_it_is_not_fitted_before_fit():
-    with pytest.raises(NotFittedError):
-        SalientNeuronSelector().transform(np.zeros((2, 2)))
 
 
 def test_cross_validation_on_activations_knows_their_layers():

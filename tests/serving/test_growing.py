@@ -36,15 +36,16 @@ def pushed(scorer, pieces, *, final=True):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_ids_one_by_one_score_as_the_model_fed_with_every_prefix(name):
-    spin = growing(name, site="hidden", layers=[0, 1, 2])
+def test_every_prefix_scores_as_the_model_fed_with_its_ids(name):
+    spin = growing(name)
     ids = spin["activations"].tokenizer(NEW)["input_ids"]
-    scorer = PrefixScorer(spin)
     expected = scores_by_hand(spin, cut(ids, head=1))
-    np.testing.assert_allclose(pushed(scorer, ids[1:], final=False), expected, **CLOSE)
-    np.testing.assert_allclose(
-        pushed(scorer.reset(), [ids[1:4], ids[4:]], final=False), expected, **CLOSE
-    )
+    found = score_prefixes(spin, ["word5 unknown word9", NEW]).decision_values[1]
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    scorer = PrefixScorer(spin)
+    for pieces in (ids[1:], [ids[1:4], ids[4:]]):
+        values = pushed(scorer.reset(), pieces, final=False)
+        np.testing.assert_allclose(values, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("params", [{"layers": 0}, {"site": ("mlp", "attention")}], ids=str)
@@ -71,18 +72,24 @@ def test_each_token_goes_through_the_model_once():
 BYTES = "It  was a fine film,\nand\t I'd see it — twice. 好电影 \n ok"
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def assert_cut_anywhere(spin, text):
+    """Push a text in pieces of several sizes, and find the scores of the whole text."""
+    whole, scorer = score_prefixes(spin, [text]), PrefixScorer(spin)
+    for size in (1, 3, 7, 100):
+        scorer.reset()
+        values = pushed(scorer, [text[at : at + size] for at in range(0, len(text), size)])
+        np.testing.assert_allclose(values, whole.decision_values[0], **CLOSE)
+        assert scorer.text == text
+        for name in ("tokens", "starts", "ends"):
+            one, other = (getattr(scores.tokens[0], name) for scores in (scorer.scores, whole))
+            np.testing.assert_array_equal(one, other)
+    return whole.tokens[0]
+
+
 @pytest.mark.parametrize("prompt", [None, "Say: {text}"])
-def test_a_text_may_be_cut_anywhere(size, prompt):
+def test_a_text_may_be_cut_anywhere(prompt):
     spin = growing("gpt2", tokenizer=letters(), prompt=prompt, changes={"n_positions": 128})
-    scorer = PrefixScorer(spin)
-    values = pushed(scorer, [BYTES[at : at + size] for at in range(0, len(BYTES), size)])
-    whole = score_prefixes(spin, [BYTES])
-    np.testing.assert_allclose(values, whole.decision_values[0], **CLOSE)
-    assert scorer.text == BYTES
-    for name in ("tokens", "starts", "ends"):
-        one, other = (getattr(scores.tokens[0], name) for scores in (scorer.scores, whole))
-        np.testing.assert_array_equal(one, other)
+    assert_cut_anywhere(spin, BYTES)
 
 
 def merging():
@@ -107,16 +114,10 @@ def merging():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_letters_that_may_still_merge_are_held_back(size):
+def test_letters_that_may_still_merge_are_held_back():
     spin = growing("llama", tokenizer=merging(), changes={"max_position_embeddings": 200})
     text = f"word1 the film.\n\n The end.\n{BYTES}  "
-    scorer = PrefixScorer(spin)
-    values = pushed(scorer, [text[at : at + size] for at in range(0, len(text), size)])
-    whole = score_prefixes(spin, [text])
-    assert scorer.scores.tokens[0].tokens == whole.tokens[0].tokens
-    assert len(whole.tokens[0].tokens) < len(text) * 0.7
-    np.testing.assert_allclose(values, whole.decision_values[0], **CLOSE)
+    assert len(assert_cut_anywhere(spin, text).tokens) < len(text) * 0.7
 
 
 def test_ids_tell_their_characters():
@@ -130,30 +131,50 @@ def test_ids_tell_their_characters():
 
 
 @pytest.mark.parametrize("overlap", [0, 2])
-def test_windows_follow_one_another(overlap):
+def test_windows_of_a_long_text_are_merged_for_every_prefix(overlap):
     spin = growing(
-        "gpt2", max_length=8, long_texts="windows", overlap=overlap, prompt="word40 {text}"
+        "gpt2", max_length=7, long_texts="windows", overlap=overlap, prompt="word40 {text}"
     )
-    text = " ".join(f"word{i}" for i in range(20, 45))
-    expected = score_prefixes(spin, [text]).decision_values[0]
-    np.testing.assert_allclose(pushed(PrefixScorer(spin), [text]), expected, **CLOSE)
-    ids = spin["activations"].tokenizer(text, add_special_tokens=False)["input_ids"]
-    np.testing.assert_allclose(pushed(PrefixScorer(spin), ids, final=False), expected, **CLOSE)
+    text = " ".join(f"word{i}" for i in range(20, 35))
+    start, before, *own = spin["activations"].tokenizer(f"word40 {text}")["input_ids"]
+    prefixes = []
+    for end in range(1, len(own) + 1):
+        windows = []
+        for at in range(0, max(end - overlap, 1), 5 - overlap):
+            shared = overlap if at else 0  # have the longer context in the window before
+            stretch = own[at : min(at + 5, end)]
+            pooled = [0, 1, *range(2 + shared, 2 + len(stretch))]
+            windows.append(([start, before, *stretch], pooled))
+        prefixes.append(windows)
+    expected = scores_by_hand(spin, prefixes)
+    np.testing.assert_allclose(expected[-1], spin.decision_function([text]), **CLOSE)
+    found = score_prefixes(spin, [text]).decision_values[0]
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    scorer = PrefixScorer(spin)
+    np.testing.assert_allclose(pushed(scorer, [text]), expected, **CLOSE)
+    np.testing.assert_allclose(pushed(scorer.reset(), own, final=False), expected, **CLOSE)
 
 
-def test_a_text_that_is_cut_has_no_further_scores():
+def test_a_text_that_is_cut_has_scores_up_to_there():
     spin = growing("gpt2", max_length=7)
+    with pytest.warns(UserWarning, match="1 of 2 texts are longer than max_length=7"):
+        scores = score_prefixes(spin, [NEW, "word5 unknown word9"])
+    assert scores.tokens[0].surfaces() == NEW.split()[:6]
+    with pytest.warns(UserWarning, match="truncated"):
+        whole = spin.decision_function([NEW])
+    expected = scores.decision_values[0]
+    np.testing.assert_allclose(expected[-1, 0], whole[0], **CLOSE)
     scorer = PrefixScorer(spin)
     with pytest.warns(UserWarning, match="longer than max_length=7") as told:
         values = pushed(scorer, [NEW, " more", " and more"])
     assert len(told) == 1 and scorer.scores.tokens[0].is_truncated
-    with pytest.warns(UserWarning, match="truncated"):
-        expected = score_prefixes(spin, [NEW]).decision_values[0]
     np.testing.assert_allclose(values, expected, **CLOSE)
     tokenizer = words()
     tokenizer.truncation_side = "left"
-    with pytest.raises(ValueError, match="truncation_side='left'"):
-        PrefixScorer(growing(max_length=7, tokenizer=tokenizer)).push(NEW)
+    spin = growing(max_length=7, tokenizer=tokenizer)
+    for score in (lambda: score_prefixes(spin, [NEW]), lambda: PrefixScorer(spin).push(NEW)):
+        with pytest.raises(ValueError, match="truncation_side='left' drops the first"):
+            score()
 
 
 def test_what_comes_after_the_text_takes_room_and_is_not_read():

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from growing_texts import words
+from reviews import reviews
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
@@ -21,7 +22,13 @@ from sklearn.preprocessing import StandardScaler
 from tiny_models import TINY, tiny_tokenizer
 from tokenizers import processors
 
-from skspin import LLMActivationTransformer, SalientNeuronSelector, export_onnx, prune
+from skspin import (
+    LLMActivationTransformer,
+    SalientNeuronSelector,
+    export_onnx,
+    make_spin_pipeline,
+    prune,
+)
 from skspin.datasets import demo_model
 
 GUIDE = Path(__file__).parents[2] / "docs/user_guide"
@@ -70,7 +77,7 @@ def bare_tokenizer():
 PIPELINES = {
     "multilabel, prompt, cut off at the beginning": (
         *("gpt2", SEVERAL, OneVsRestClassifier(LogisticRegression())),
-        {"tokenizer": bare_tokenizer(), "layers": [2], "max_length": 10, "prompt": "word1 {text}"},
+        {"tokenizer": bare_tokenizer(), "layers": [1], "max_length": 10, "prompt": "word1 {text}"},
     ),
     "several outputs, windows": (
         *("bert", np.stack([KINDS, KINDS % 2], axis=1), MultiOutputClassifier(RidgeClassifier())),
@@ -126,10 +133,6 @@ def test_the_code_in_the_card_gives_the_labels_and_decision_values(name, tmp_pat
 @pytest.fixture(scope="module")
 def reviewed(tmp_path_factory):
     """Export the demo model once, with all that can be asked for."""
-    from reviews import reviews
-
-    from skspin import make_spin_pipeline
-
     texts, kinds = reviews(40)
     names = np.array(["film", "restaurant", "hotel"])[kinds]
     spin = make_spin_pipeline(demo_model(), dtype="float32").set_params(
@@ -233,26 +236,23 @@ def test_a_model_that_torch_can_not_trace_is_named(tmp_path):
 def test_what_can_not_be_written_is_refused_at_once(small, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(FileExistsError, match="full' is there already"):
-        export_onnx(small, tmp_path / "full")
-    with pytest.raises(FileNotFoundError, match="which is no folder. Make that first"):
-        export_onnx(small, tmp_path / "a" / "b")
-    with pytest.raises(ValueError, match="quantize='int4' must be None or 'int8'"):
-        export_onnx(small, tmp_path / "model", quantize="int4")
-    with pytest.raises(ValueError, match="counted on your texts. Pass texts="):
-        export_onnx(small, tmp_path / "model", quantize="int8")
-    with pytest.raises(TypeError, match="score is a str"):
-        export_onnx(small, tmp_path / "model", score="good")
-    with pytest.raises(TypeError, match="export_onnx takes a fitted Pipeline"):
-        export_onnx(small[-1], tmp_path / "model")
-    with pytest.raises(ValueError, match="conversations, which need the tokenizer's chat template"):
-        export_onnx(small, tmp_path / "model", texts=[[{"role": "user", "content": "word1"}]])
     half = fitted("gpt2", KINDS > 0, LogisticRegression(), layers=[1])
     half[0].model.to(torch.bfloat16)
     half.fit(TEXTS, KINDS > 0)
-    with pytest.raises(ValueError, match=r"in memory is in bfloat16.*model.float\(\)"):
-        export_onnx(half, tmp_path / "model")
+    said = {"texts": [[{"role": "user", "content": "word1"}]]}
+    for error, message, pipeline, folder, options in [
+        (FileExistsError, "full' is there already", small, "full", {}),
+        (FileNotFoundError, "which is no folder. Make that first", small, "a/b", {}),
+        (ValueError, "quantize='int4' must be None or 'int8'", small, "new", {"quantize": "int4"}),
+        (ValueError, "counted on your texts. Pass texts=", small, "new", {"quantize": "int8"}),
+        (TypeError, "score is a str", small, "new", {"score": "good"}),
+        (TypeError, "export_onnx takes a fitted Pipeline", small[-1], "new", {}),
+        (ValueError, "conversations, which need the tokenizer's chat", small, "new", said),
+        (ValueError, r"in memory is in bfloat16.*model.float\(\)", half, "new", {}),
+    ]:
+        with pytest.raises(error, match=message):
+            export_onnx(pipeline, tmp_path / folder, **options)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r'needs onnxscript, .* pip install "skspin\[onnx\]"'):
-        export_onnx(small, tmp_path / "model")
+        export_onnx(small, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

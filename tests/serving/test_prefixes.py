@@ -14,33 +14,23 @@ from growing_texts import (
     words,
 )
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler
 from sklearn.svm import SVC, LinearSVC
-from tiny_models import tiny_tokenizer
+from tiny_models import ALL, tiny_tokenizer
 
-from skspin import prune, score_prefixes
+from skspin import LLMActivationTransformer, prune, score_prefixes
 
 NEW = ["word3 word30 word31 word7 word8 word1 word2", "word5 unknown word9"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-DECODERS = ["gpt2", "llama", "opt", "bloom", "gpt-neox", "mistral", "gemma2", "qwen3"]
 
 
 def ids_of(spin, text):
     return spin["activations"].tokenizer(text)["input_ids"]
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_prefixes_score_as_the_model_fed_with_their_ids(name):
-    spin = growing(name)
-    scores = score_prefixes(spin, NEW)
-    for text, part in zip(NEW, scores.decision_values, strict=True):
-        expected = scores_by_hand(spin, cut(ids_of(spin, text), head=1))
-        np.testing.assert_allclose(part, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -54,20 +44,17 @@ def test_prefixes_score_as_the_model_fed_with_their_ids(name):
     ],
     ids=lambda head: type(head).__name__,
 )
-@pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
-def test_any_head_scores_prefixes(head, pruned):
+def test_any_head_scores_prefixes(head):
     spin = growing(head=head)
-    scores = score_prefixes(prune(spin) if pruned else spin, NEW[:1])
     prefixes = cut(ids_of(spin, NEW[0]), head=1)
-    for method, values in {
-        "decision_function": scores.decision_values,
-        "predict_proba": scores.probabilities,
-    }.items():
-        assert (values is not None) == hasattr(head, method)
-        if values is not None:
-            expected = scores_by_hand(spin, prefixes, method)
-            np.testing.assert_allclose(values[0], expected, **CLOSE)
+    for scores in (score_prefixes(spin, NEW[:1]), score_prefixes(prune(spin), NEW[:1])):
+        given = {"decision_function": scores.decision_values, "predict_proba": scores.probabilities}
+        for method, values in given.items():
+            assert (values is not None) == hasattr(head, method)
+            if values is not None:
+                expected = scores_by_hand(spin, prefixes, method)
+                np.testing.assert_allclose(values[0], expected, **CLOSE)
 
 
 def test_several_classes_and_outputs_have_a_column_each():
@@ -76,9 +63,7 @@ def test_several_classes_and_outputs_have_a_column_each():
     expected = scores_by_hand(three, cut(ids_of(three, NEW[0]), head=1))
     np.testing.assert_allclose(scores.decision_values[0], expected, **CLOSE)
     np.testing.assert_allclose(scores.for_class("b")[0], expected[:, 1], **CLOSE)
-    with pytest.raises(
-        ValueError, match=r"label=None must be one of the classes \['a', 'b', 'c'\]"
-    ):
+    with pytest.raises(ValueError, match=r"label=None must be one of.* \['a', 'b', 'c'\]"):
         scores.for_class()
     labels = np.array([LABELS, [0, 0, 0, 1, 1, 1] * 2]).T
     several = growing(labels=labels, head=MultiOutputClassifier(LogisticRegression(C=0.1)))
@@ -103,10 +88,7 @@ def test_the_last_score_is_that_of_the_text_and_one_pass_gives_all():
     seen = []
     with watching(spin["activations"].model, lambda ids: seen.append(ids.numel())):
         scores = score_prefixes(spin, NEW + NEW[:1])
-    assert seen[-2:] == [4, 8] or seen[-2:] == [
-        8,
-        4,
-    ]  # what was before tried whether it looks ahead
+    assert sorted(seen[-2:]) == [4, 8]  # what was before tried whether it looks ahead
     last = [part[-1, 0] for part in scores.decision_values]
     np.testing.assert_allclose(last, spin.decision_function(NEW + NEW[:1]), **CLOSE)
 
@@ -132,39 +114,6 @@ def test_what_comes_after_the_text_matters_only_if_it_is_pooled():
             score_prefixes(growing(**params), NEW)
     with pytest.raises(ValueError, match="repeats the text"):
         score_prefixes(growing(prompt="{text} {text}"), NEW)
-
-
-@pytest.mark.parametrize("overlap", [0, 2])
-def test_windows_of_a_long_text_are_merged_for_every_prefix(overlap):
-    spin = growing("gpt2", max_length=6, long_texts="windows", overlap=overlap)
-    text = " ".join(f"word{i}" for i in range(20, 35))
-    part = score_prefixes(spin, [text]).decision_values[0]
-    start, *own = ids_of(spin, text)
-    prefixes = []
-    for end in range(1, len(own) + 1):
-        windows = []
-        for at in range(0, max(end - overlap, 1), 5 - overlap):
-            shared = overlap if at else 0  # have the longer context in the window before
-            stretch = own[at : min(at + 5, end)]
-            pooled = [0, *range(1 + shared, 1 + len(stretch))]
-            windows.append(([start, *stretch], pooled))
-        prefixes.append(windows)
-    np.testing.assert_allclose(part, scores_by_hand(spin, prefixes), **CLOSE)
-    np.testing.assert_allclose(part[-1], spin.decision_function([text]), **CLOSE)
-
-
-def test_a_text_that_is_cut_has_scores_up_to_there():
-    spin = growing("gpt2", max_length=7)
-    with pytest.warns(UserWarning, match="1 of 2 texts are longer than max_length=7"):
-        scores = score_prefixes(spin, NEW)
-    assert scores.tokens[0].surfaces() == NEW[0].split()[:6]
-    with pytest.warns(UserWarning, match="truncated"):
-        whole = spin.decision_function(NEW)
-    np.testing.assert_allclose([part[-1, 0] for part in scores.decision_values], whole, **CLOSE)
-    tokenizer = words()
-    tokenizer.truncation_side = "left"
-    with pytest.raises(ValueError, match="truncation_side='left' drops the first"):
-        score_prefixes(growing(max_length=7, tokenizer=tokenizer), NEW)
 
 
 def test_conversations_are_scored_by_the_tokens_that_are_pooled():
@@ -196,20 +145,15 @@ def test_an_empty_text_has_no_prefix():
     assert score_prefixes(growing(), [""]).for_class(1)[0].shape == (0,)
 
 
-def test_chunks_of_rows_change_nothing(monkeypatch):
-    spin = growing("gpt2")
-    whole = score_prefixes(spin, NEW)
-    monkeypatch.setattr("skspin._serving.prefixes._MOST_VALUES", 1000)
-    chunked = score_prefixes(spin, NEW)
-    for one, other in zip(whole.decision_values, chunked.decision_values, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
-
-
-def test_steps_that_see_frames_are_given_frames():
-    spin = growing(fit=False).set_output(transform="pandas")
-    spin.fit(TEXTS, LABELS)
-    last = [part[-1, 0] for part in score_prefixes(spin, NEW).decision_values]
+def test_chunks_of_rows_and_frames_change_nothing(monkeypatch):
+    spin = growing("gpt2", fit=False).set_output(transform="pandas").fit(TEXTS, LABELS)
+    whole = score_prefixes(spin, NEW).decision_values
+    last = [part[-1, 0] for part in whole]
     np.testing.assert_allclose(last, spin.decision_function(NEW), **CLOSE)
+    monkeypatch.setattr("skspin._serving.prefixes._MOST_VALUES", 1000)
+    chunked = score_prefixes(spin, NEW).decision_values
+    for one, other in zip(whole, chunked, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bert", "xlnet", "t5", "deberta-v2"])
@@ -220,13 +164,8 @@ def test_a_model_that_looks_ahead_is_refused(name):
 
 
 def test_a_state_space_model_does_not_look_ahead():
-    from tiny_models import ALL
-
-    from skspin import LLMActivationTransformer
-
-    tokenizer = words()
     transformer = LLMActivationTransformer(
-        ALL["mamba"].build(), tokenizer=tokenizer, pooling=POOLINGS, cache=None
+        ALL["mamba"].build(), tokenizer=words(), pooling=POOLINGS, cache=None
     )
     spin = make_pipeline(transformer, LogisticRegression()).fit(TEXTS, LABELS)
     last = [part[-1, 0] for part in score_prefixes(spin, NEW).decision_values]
@@ -255,16 +194,11 @@ def test_crossings_and_frames_tell_where():
         "<PrefixScores of 2 texts, 10 tokens: decision values and probabilities for the classes "
         "[0, 1]>"
     )
-    with pytest.raises(
-        ValueError, match=r"response_method='predict', .*\['decision_function', 'pre"
-    ):
+    with pytest.raises(ValueError, match=r"response_method='predict', .*\['decision_function'"):
         scores.to_frame(response_method="predict")
 
 
 def test_pipelines_of_another_kind_are_refused():
-    from sklearn.linear_model import Ridge
-    from sklearn.pipeline import FeatureUnion
-
     spin = growing()
     with pytest.raises(ValueError, match="ends in a Ridge"):
         score_prefixes(make_pipeline(spin["activations"], Ridge()).fit(TEXTS, LABELS), NEW)

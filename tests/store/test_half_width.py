@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from store_rows import as_new_process
 
-from skspin import LLMActivationTransformer, make_spin_pipeline, open_store, prune
+from skspin import LLMActivationTransformer, open_store
 from skspin._layout import Layout, Segment
 from skspin.datasets import demo_model
 
@@ -40,17 +40,6 @@ def test_it_takes_half_the_bytes_beside_rows_of_the_full_width(cache):
         transformer(cache, store_dtype=dtype, site="mlp", pooling=("mean", "max")).transform(TEXTS)
         sizes.append(open_store(cache).info().n_bytes)
     assert sizes[0] < 0.6 * (sizes[1] - sizes[0])
-
-
-def test_a_pruned_pipeline_finds_what_the_whole_one_has_kept(cache):
-    spin = make_spin_pipeline(
-        demo_model(), dtype="float32", store_dtype="float16", cache=cache
-    ).set_params(select__C=1.0)  # fmt: skip
-    spin.fit(TEXTS, np.arange(len(TEXTS)) % 2)
-    n_entries = open_store(cache).info().entries
-    expected = spin.predict_proba(TEXTS)
-    np.testing.assert_allclose(prune(spin).predict_proba(TEXTS), expected, rtol=1e-5)
-    assert open_store(cache).info().entries == n_entries
 
 
 @pytest.mark.parametrize("number", [65_520, -1e9])

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bert_files import CONFIG, save
 from sklearn.base import clone
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
 
 from skspin import LLMActivationTransformer
-from skspin._model.hub import _ask_hub
+from skspin._model.files import _ask_hub
 from skspin._model.registry import forget_models
 from skspin.datasets import demo_model
 
@@ -24,20 +25,7 @@ COMMITS = ("0" * 40, "1" * 40)
 
 def bert(seed=0, **settings):
     torch.manual_seed(seed)
-    config = {
-        "vocab_size": 30522,
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 12,
-    }
-    return BertModel(BertConfig(**config | settings)).eval()
-
-
-def save(folder, *parts):
-    for part in parts:
-        part.save_pretrained(folder)
-    return folder
+    return BertModel(BertConfig(**CONFIG | settings)).eval()
 
 
 @pytest.fixture
@@ -88,81 +76,80 @@ def write_other_tokenizer(folder, params):
     other.save_pretrained(folder)
 
 
+def change_weights_in_memory(folder, params):
+    with torch.no_grad():
+        params["model"].embeddings.word_embeddings.weight.mul_(2)
+
+
+def change_settings_in_memory(folder, params):
+    params["model"].config.layer_norm_eps = 0.1
+
+
 def set_params(**others):
     return lambda folder, params: params.update(others)
 
 
-DECIDES = {
-    "weights": write_other_weights,
-    "configuration": write_other_settings,
-    "tokenizer": write_other_tokenizer,
-    "prompt": set_params(prompt="Review: {text}"),
-    "max_length": set_params(max_length=100),
-    "long_texts": set_params(long_texts="windows"),
-    "pool_over": set_params(pool_over="text"),
-    "dtype": set_params(dtype="bfloat16"),
-    "store_dtype": set_params(store_dtype="float16"),
-    "site": set_params(site="mlp"),
-    "pooling": set_params(pooling="max"),
-    "trust_remote_code": set_params(trust_remote_code=True),
-    "model_kwargs": set_params(model_kwargs={"hidden_act": "relu"}),
-}
+def set_tokenizer(**settings):
+    def change(folder, params):
+        params["tokenizer"] = AutoTokenizer.from_pretrained(folder, **settings)
+        params["max_length"] = 8
+
+    return change
 
 
-@pytest.mark.parametrize("change", DECIDES.values(), ids=DECIDES)
-def test_what_decides_a_number_is_in_the_key(folder, store, read, change):
-    params = {}
-    activations(folder, store)
-    assert read() == len(TEXTS)
-    change(folder, params)
-    found = activations(folder, store, **params)
-    assert read() == 2 * len(TEXTS)
-    np.testing.assert_array_equal(found, activations(folder, None, **params))
+def set_model():
+    def change(folder, params):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        params.update(model=bert(), tokenizer=tokenizer, dtype="auto")
 
-
-def test_the_overlap_of_windows_is_in_the_key(folder, store, read):
-    params = {"long_texts": "windows", "max_length": 5}
-    expected = activations(folder, store, **params)
-    before = read()
-    assert not np.array_equal(activations(folder, store, overlap=1, **params), expected)
-    assert read() > before
+    return change
 
 
 EXTRA_TOKENS = (  # renamed in transformers 5
     "additional_special_tokens" if transformers.__version__ < "5" else "extra_special_tokens"
 )
+IN_WINDOWS = set_params(long_texts="windows", max_length=5)
+DECIDES = {  # what is set before, and what is changed then
+    "weights": (set_params(), write_other_weights),
+    "configuration": (set_params(), write_other_settings),
+    "tokenizer": (set_params(), write_other_tokenizer),
+    "special tokens": (set_tokenizer(), set_tokenizer(cls_token="[SEP]")),
+    "case": (set_tokenizer(), set_tokenizer(do_lower_case=False)),
+    "extra tokens": (set_tokenizer(), set_tokenizer(**{EXTRA_TOKENS: ["waste"]})),
+    "truncation side": (set_tokenizer(), set_tokenizer(truncation_side="left")),
+    "prompt": (set_params(), set_params(prompt="Review: {text}")),
+    "max_length": (set_params(), set_params(max_length=100)),
+    "long_texts": (set_params(), set_params(long_texts="windows")),
+    "overlap": (IN_WINDOWS, set_params(overlap=1)),
+    "pool_over": (set_params(), set_params(pool_over="text")),
+    "dtype": (set_params(), set_params(dtype="bfloat16")),
+    "store_dtype": (set_params(), set_params(store_dtype="float16")),
+    "site": (set_params(), set_params(site="mlp")),
+    "pooling": (set_params(), set_params(pooling="max")),
+    "layer": (set_params(layers=[0, 1]), set_params(layers=[1, 2])),
+    "trust_remote_code": (set_params(), set_params(trust_remote_code=True)),
+    "model_kwargs": (set_params(), set_params(model_kwargs={"hidden_act": "relu"})),
+    "weights in memory": (set_model(), change_weights_in_memory),
+    "configuration in memory": (set_model(), change_settings_in_memory),
+}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"cls_token": "[SEP]"},
-        {"do_lower_case": False},
-        {"truncation_side": "left"},
-        {EXTRA_TOKENS: ["waste"]},
-    ],
-    ids=str,
-)
-def test_how_a_tokenizer_is_set_is_in_the_key(folder, store, read, settings):
-    for n, own in enumerate(({}, settings, settings)):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
-        found = activations(folder, store, tokenizer=tokenizer, max_length=8)
-        assert read() == len(TEXTS) * min(n + 1, 2)
-    np.testing.assert_array_equal(
-        found, activations(folder, None, tokenizer=tokenizer, max_length=8)
-    )
+@pytest.mark.parametrize(("before", "change"), DECIDES.values(), ids=DECIDES)
+def test_what_decides_a_number_is_in_the_key(folder, store, read, before, change):
+    params = {"model": folder}
+    before(folder, params)
+    activations(store=store, **params)
+    n_read = read()
+    change(folder, params)
+    found = activations(store=store, **params)
+    assert read() >= n_read + len(TEXTS)
+    np.testing.assert_array_equal(found, activations(store=None, **params))
 
 
 def test_the_text_is_in_the_key_to_the_last_blank(folder, store, read):
     for n, text in enumerate(["a film", "a film ", "A film", "a  film", "a fil\u0301m"]):
         activations(folder, store, [text])
         assert read() == n + 1
-
-
-def test_the_layer_is_in_the_key(folder, store, read):
-    activations(folder, store, layers=[0, 1])
-    activations(folder, store, layers=[1, 2])
-    assert read() == 2 * len(TEXTS)
 
 
 def test_the_stack_is_in_the_key(tmp_path, tokenizer, store, read):
@@ -194,24 +181,6 @@ def test_the_commit_of_a_hub_model_is_in_the_key(tmp_path, tokenizer, store, rea
     assert read() == 2 * len(TEXTS)  # the branch is at the first commit
     np.testing.assert_array_equal(rows[0], rows[1])
     assert not np.array_equal(rows[1], rows[2])
-
-
-def change_in_place(model):
-    with torch.no_grad():
-        model.embeddings.word_embeddings.weight.mul_(2)
-
-
-def change_its_settings(model):
-    model.config.layer_norm_eps = 0.1
-
-
-@pytest.mark.parametrize("change", [change_in_place, change_its_settings])
-def test_what_a_model_in_memory_holds_is_in_the_key(tokenizer, store, read, change):
-    model = bert()
-    activations(model, store, tokenizer=tokenizer, dtype="auto")
-    change(model)
-    activations(model, store, tokenizer=tokenizer, dtype="auto")
-    assert read() == 2 * len(TEXTS)
 
 
 # Not in the key: with each of these the model reads nothing more
@@ -259,19 +228,13 @@ def test_order_repetition_company_instance_and_clone_are_not_in_the_key(folder, 
     assert read() == len(TEXTS)
 
 
-def test_the_padding_side_is_not_in_the_key(folder, store, read, tokenizer):
-    for padding_side in ("left", "right"):
-        other = copy.deepcopy(tokenizer)
-        other.padding_side = padding_side
-        activations(folder, store, tokenizer=other)
-    assert read() == len(TEXTS)
-
-
-def test_which_object_holds_the_same_weights_is_not_in_the_key(tokenizer, store, read):
+def test_which_objects_hold_the_same_weights_and_words_is_not_in_the_key(tokenizer, store, read):
     model = bert()
     for twin in (model, copy.deepcopy(model), bert()):
         twin.train(twin is not model)  # runs in evaluation mode in any case
-        activations(twin, store, tokenizer=copy.deepcopy(tokenizer), dtype="auto")
+        words = copy.deepcopy(tokenizer)
+        words.padding_side = "right" if twin is model else "left"
+        activations(twin, store, tokenizer=words, dtype="auto")
     assert read() == len(TEXTS)
 
 
@@ -285,18 +248,12 @@ def test_layers_and_sites_are_recalled_from_a_call_for_more(folder, store, read)
     np.testing.assert_array_equal(fewer, more[:, at])
 
 
-def test_another_pooling_reads_once_more_and_keeps_both(folder, store, read):
-    activations(folder, store, pooling="mean")
-    activations(folder, store, pooling="max")
-    assert read() == 2 * len(TEXTS)
+def test_only_the_texts_and_poolings_that_are_missing_are_read(folder, store, read):
+    for n, pooling in enumerate(["mean", "max", ("mean", "max")]):
+        activations(folder, store, TEXTS[:2], pooling=pooling)
+        assert read() == 2 * min(n + 1, 2)
     activations(folder, store, pooling=("mean", "max"))
-    assert read() == 2 * len(TEXTS)
-
-
-def test_only_the_texts_and_layers_that_are_missing_are_read(folder, store, read):
-    activations(folder, store, TEXTS[:2])
-    activations(folder, store, TEXTS)
-    assert read() == len(TEXTS)
+    assert read() == 2 * 2 + 1
 
 
 def test_a_pruned_layout_is_served_from_whole_rows_and_else_computed_alone(folder, store, read):

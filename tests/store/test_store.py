@@ -6,11 +6,10 @@ import threading
 import tracemalloc
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from store_rows import activations, look_up, read, write
 
@@ -45,44 +44,14 @@ def layout_of(numbers):
 # Looking up
 
 
-def test_what_was_stored_is_found_in_any_order_and_as_often_as_asked_for(store):
-    write(store, TEXTS, ALL)
-    order = np.random.default_rng(0).integers(0, len(TEXTS), 100)
-    assert read(store, [TEXTS[i] for i in order], ALL).all()
-
-
-def test_a_text_is_computed_once_and_fills_all_its_rows(store):
-    order = np.random.default_rng(0).integers(0, len(TEXTS), 100)
-    texts = [TEXTS[i] for i in order]
-    assert look_up(store, texts, ALL).all()  # checks that no text is asked for twice
-    assert store.info().entries == len(set(texts)) * len(SEGMENTS)
-
-
 def test_texts_that_look_alike_are_different_texts(store):
     for text in TEXTS:
         assert not read(store, [text], ALL).any()
         write(store, [text], ALL)
 
 
-def test_fewer_and_reordered_segments_are_served_from_what_is_there(store):
-    write(store, TEXTS, ALL)
-    for numbers in ([0, 1, 2], [5, 6, 7], range(7, -1, -1), [1, 4, 7]):
-        assert read(store, TEXTS, layout_of(numbers)).all()
-
-
-def test_only_what_is_missing_is_asked_for(store):
-    write(store, TEXTS[:5], layout_of([0, 1]))
-    write(store, TEXTS[3:9], layout_of([4]))
-    expected = np.ones((len(TEXTS), len(SEGMENTS)), bool)
-    expected[:5, :2] = False
-    expected[3:9, 4] = False
-    np.testing.assert_array_equal(look_up(store, TEXTS, ALL), expected)
-    assert read(store, TEXTS, ALL).all()
-
-
-def test_another_key_finds_nothing(store):
-    write(store, TEXTS, ALL, key="float32")
-    assert not read(store, TEXTS, ALL, key="bfloat16").any()
+EVERYTHING = list(range(len(SEGMENTS)))
+SHUFFLED = [TEXTS[i] for i in np.random.default_rng(0).integers(0, len(TEXTS), 100)]
 
 
 @settings(
@@ -99,6 +68,10 @@ def test_another_key_finds_nothing(store):
         max_size=12,
     )
 )
+@example([(True, "a", TEXTS[:5], [0, 1]), (True, "a", TEXTS[3:9], [4]),
+          (True, "a", SHUFFLED, EVERYTHING), (False, "a", SHUFFLED[::-1], EVERYTHING),
+          (False, "a", TEXTS, [5, 6, 7]), (False, "a", TEXTS, EVERYTHING[::-1]),
+          (False, "b", TEXTS, EVERYTHING)])  # fmt: skip
 def test_a_store_behaves_as_a_set_of_keys_texts_and_segments(store, calls):
     store.clear()
     stored = set()
@@ -130,23 +103,16 @@ def test_chosen_neurons_are_served_from_more_and_else_stored_as_they_are(store):
     assert missing.layout == choose(0, 5)
 
 
-def test_arrays_of_the_caller_are_copied(store):
-    out = activations(TEXTS, ALL)
-    values = out.copy()
+def test_arrays_of_the_caller_are_copied_and_may_be_cut_out_of_larger_ones(store):
+    wide = np.zeros((2 * len(TEXTS), 60), np.float32)
+    out, values = wide[::2, 7:47], activations(TEXTS, ALL)
     for missing in store.look_up("", TEXTS, ALL, out):
         missing.add(np.arange(len(values)), values)
     values[:], out[:] = -1, -2
-    assert read(store, TEXTS, ALL).all()
-    look_up(store, TEXTS, ALL, out=out)
+    look_up(store, TEXTS[::-1], ALL, compute=False, out=out)
+    assert not wide[:, :7].any() and not wide[:, 47:].any() and not wide[1::2].any()
     out[:] = -3
     assert read(store, TEXTS, ALL).all()
-
-
-def test_out_may_be_cut_out_of_a_larger_array(store):
-    wide = np.zeros((2 * len(TEXTS), 60), np.float32)
-    look_up(store, TEXTS, ALL, out=wide[::2, 7:47])
-    look_up(store, TEXTS[::-1], ALL, compute=False, out=wide[1::2, 3:43])
-    assert not wide[:, :3].any() and not wide[:, 47:].any()
 
 
 def test_values_are_kept_to_the_bit(store):
@@ -158,15 +124,17 @@ def test_values_are_kept_to_the_bit(store):
         np.testing.assert_array_equal(out.view(np.int32), rows.view(np.int32))
 
 
+@pytest.mark.parametrize("n_added", [1, 2, 15])
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
-def test_what_was_added_before_the_caller_fails_is_stored(store, failure):
+def test_what_was_added_before_the_caller_fails_is_stored(store, failure, n_added):
     out = np.empty((len(TEXTS), ALL.n_columns), np.float32)
     with pytest.raises(failure):
         for missing in store.look_up("", TEXTS, ALL, out):
-            for i in range(9):
+            for i in range(n_added):
                 missing.add(np.array([i]), activations(missing.texts[i : i + 1], ALL))
             raise failure
-    np.testing.assert_array_equal(read(store, TEXTS, ALL)[:, 0], np.arange(len(TEXTS)) < 9)
+    assert not [t for t in threading.enumerate() if t.name.startswith("skspin-store")]
+    np.testing.assert_array_equal(read(store, TEXTS, ALL)[:, 0], np.arange(len(TEXTS)) < n_added)
 
 
 # Metadata, counts, bounds
@@ -241,12 +209,14 @@ def test_what_is_larger_than_the_bound_is_not_kept_and_drives_out_nothing(store)
     assert not read(store, ["large"], WIDE).any()
 
 
-def test_a_call_with_more_than_fits_keeps_some_of_it(store):
-    store.limit = 100_000  # 24 rows
-    texts = [f"text {i}" for i in range(100)]
-    write(store, texts, WIDE)
-    assert store.info().n_bytes <= store.limit
-    assert 12 <= read(store, texts, WIDE).sum() <= 24
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_a_call_with_more_than_fits_keeps_some_of_it(store, at_once):
+    store.limit = 200_000  # 45 rows, of which 1 / 16 is thrown out at a time
+    texts, values = [f"text {i}" for i in range(100)], np.ones((100, 1000), np.float32)
+    for missing in store.look_up("", texts, WIDE, np.empty_like(values)):
+        for start in range(0, 100, at_once):
+            missing.add(np.arange(start, start + at_once), values[:at_once])
+    assert 0.85 * store.limit < store.info().n_bytes <= store.limit
 
 
 @pytest.mark.parametrize("limit", ["2GB", -1, float("inf"), float("nan"), None])
@@ -271,7 +241,7 @@ def test_the_bytes_counted_in_memory_are_at_least_those_taken(n_texts):
     tracemalloc.stop()
     counted = store.info().n_bytes
     store.clear()
-    assert 0.85 * counted < taken <= counted
+    assert 0.9 * counted < taken <= counted
 
 
 # Threads
@@ -375,8 +345,3 @@ store.clear()
 assert full > 35e6 > 4 * (used().rss - before), (full, used().rss - before)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_store_loads_no_model_library():
-    code = "import sys, skspin._store; assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

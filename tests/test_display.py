@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from growing_texts import growing
 from scipy.stats import loguniform
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -17,9 +18,11 @@ from sklearn.pipeline import FeatureUnion, Pipeline
 
 from skspin import (
     LayerSalienceDisplay,
+    PrefixScoresDisplay,
     SalientNeuronSelector,
     SparsityPathDisplay,
     TokenContributionDisplay,
+    score_prefixes,
 )
 from skspin._explain import TokenExplanation
 from skspin._texts import TextTokens
@@ -102,7 +105,9 @@ def test_sites_and_stacks_are_told_apart_by_more_than_colour():
     assert sorted(tops.values()) == [1 + 2 + 5 + 6, 3 + 4 + 7 + 8]  # stacked, none hidden
 
 
-def test_a_path_shows_the_folds_of_the_search(search):
+def test_a_path_shows_the_folds_of_the_search_and_the_neurons_of_a_fit_at_that_sparsity(
+    search, data
+):
     display = SparsityPathDisplay.from_search(search)
     assert display.sparsity.tolist() == sorted(SPARSITY)
     best_C = search.best_params_["classify__C"]
@@ -111,24 +116,23 @@ def test_a_path_shows_the_folds_of_the_search(search):
         row = search.cv_results_["params"].index(params)
         assert display.score_mean[k] == search.cv_results_["mean_test_score"][row]
         assert display.score_std[k] == search.cv_results_["std_test_score"][row]
+        fitted = spin(select__sparsity=sparsity).fit(*data)["select"]
+        assert display.n_neurons[k] == fitted.n_selected_.sum()
     assert display.best_sparsity == search.best_params_["select__sparsity"]
     assert display.ax_.get_ylabel() == "accuracy"
     assert display.count_ax_.get_xlabel() == "sparsity"
 
 
-def test_neurons_kept_are_those_of_a_fit_at_that_sparsity(search, data):
-    display = SparsityPathDisplay.from_search(search)
-    for sparsity, count in zip(display.sparsity, display.n_neurons, strict=True):
-        assert count == spin(select__sparsity=sparsity).fit(*data)["select"].n_selected_.sum()
-
-
-def test_a_selector_inside_a_column_transformer_is_counted(data):
-    X, y = data
+def test_a_path_is_found_among_arrays_and_its_selector_inside_a_column_transformer(data):
     parts = ColumnTransformer([("all", spin()[:1], slice(0, 60))])
     model = Pipeline([("parts", parts), ("classify", LogisticRegression())])
-    grid = {"parts__all__select__sparsity": SPARSITY}
-    display = SparsityPathDisplay.from_search(GridSearchCV(model, grid, cv=2).fit(X, y))
-    fitted = model.set_params(parts__all__select__sparsity=0.5).fit(X, y)
+    sizes = [[20, 20, 20], np.array([30, 30]), np.array([15] * 4)]
+    name = "parts__all__select__"
+    grid = {f"{name}layer_sizes": sizes, f"{name}sparsity": SPARSITY}
+    search = GridSearchCV(model, grid, cv=2).fit(*data)
+    display = SparsityPathDisplay.from_search(search)
+    assert display.sparsity.tolist() == sorted(SPARSITY)
+    fitted = model.set_params(**{**search.best_params_, f"{name}sparsity": 0.5}).fit(*data)
     selector = fitted["parts"].named_transformers_["all"]["select"]
     assert display.n_neurons[1] == selector.n_selected_.sum()
 
@@ -144,13 +148,6 @@ def test_of_a_random_search_the_best_candidate_of_each_sparsity_is_drawn(data):
     assert display.score_mean[display.sparsity == display.best_sparsity] == search.best_score_
 
 
-def test_a_path_is_found_among_parameters_that_are_arrays(data):
-    sizes = [[20, 20, 20], np.array([30, 30]), np.array([15] * 4)]
-    grid = {"select__layer_sizes": sizes, "select__sparsity": SPARSITY}
-    search = GridSearchCV(spin(), grid, cv=2).fit(*data)
-    assert SparsityPathDisplay.from_search(search).sparsity.tolist() == sorted(SPARSITY)
-
-
 def test_one_layer_has_one_whole_number_for_a_tick(data):
     selector = SalientNeuronSelector(layer_sizes=None, C=0.3).fit(*data)
     display = LayerSalienceDisplay.from_estimator(selector)
@@ -158,30 +155,18 @@ def test_one_layer_has_one_whole_number_for_a_tick(data):
     assert [tick for tick in display.count_ax_.get_xticks() if low <= tick <= high] == [0]
 
 
-def test_without_a_refit_there_is_one_panel(data):
-    search = GridSearchCV(spin(), {"select__sparsity": SPARSITY}, refit=False).fit(*data)
-    display = SparsityPathDisplay.from_search(search)
-    assert display.n_neurons is None and display.count_ax_ is None
-    assert display.ax_.get_xlabel() == "sparsity"
-
-
-def test_of_several_scores_one_is_drawn(data):
-    grid = {"select__sparsity": SPARSITY}
-    scores = ["accuracy", "roc_auc"]
+def test_of_several_scores_one_is_drawn_and_without_a_refit_in_one_panel(data):
+    grid, scores = {"select__sparsity": SPARSITY}, ["accuracy", "roc_auc"]
     search = GridSearchCV(spin(), grid, scoring=scores, refit="roc_auc").fit(*data)
     assert SparsityPathDisplay.from_search(search).ax_.get_ylabel() == "roc_auc"
-    accuracy = SparsityPathDisplay.from_search(search, metric="accuracy")
-    np.testing.assert_allclose(
-        np.sort(accuracy.score_mean), np.sort(search.cv_results_["mean_test_accuracy"])
-    )
     with pytest.raises(ValueError, match="metric='f1' is not among.*'accuracy', 'roc_auc'"):
         SparsityPathDisplay.from_search(search, metric="f1")
-
-
-def test_a_search_over_something_else_is_refused(data):
-    search = GridSearchCV(spin(), {"classify__C": [0.1, 1.0]}).fit(*data)
-    with pytest.raises(ValueError, match=r"tried \['classify__C'\].*one selector"):
-        SparsityPathDisplay.from_search(search)
+    search = clone(search).set_params(refit=False).fit(*data)
+    display = SparsityPathDisplay.from_search(search, metric="accuracy")
+    means = search.cv_results_["mean_test_accuracy"]
+    np.testing.assert_allclose(np.sort(display.score_mean), np.sort(means))
+    assert display.n_neurons is None and display.count_ax_ is None
+    assert display.ax_.get_xlabel() == "sparsity"
 
 
 def explained(tokens, values, classes=(0, 1)):
@@ -200,12 +185,15 @@ def test_tokens_are_drawn_in_reading_order_with_their_contributions():
     display = TokenContributionDisplay.from_explanation(explanation)
     assert [bar.get_width() for bar in display.bars_] == [0.5, -0.25, 0.0, 1.0]
     labels = [label.get_text() for label in display.ax_.get_yticklabels()]
-    assert labels == ["costs", r"\$5", "or", r"\$6"]
+    assert labels == ["costs", "$5", "or", "$6"]
     bottom, top = display.ax_.get_ylim()
     assert bottom > top  # the first token is on top
     assert display.ax_.get_xlabel() == "contribution to the decision value for 1"
     assert "+1.75 = tokens +1.25, intercept +0.50" in display.ax_.get_title(loc="left")
-    display.figure_.draw_without_rendering()
+    assert not any(label.get_parse_math() for label in display.ax_.get_yticklabels())
+    turned = TokenContributionDisplay.from_explanation(explanation, label=0)
+    assert [bar.get_width() for bar in turned.bars_] == [-0.5, 0.25, 0.0, -1.0]
+    assert turned.intercept == -0.5
 
 
 def test_a_long_word_leaves_room_for_the_bars():
@@ -217,13 +205,6 @@ def test_a_long_word_leaves_room_for_the_bars():
     assert display.ax_.get_position().width > 0.5
 
 
-def test_the_other_class_is_the_picture_turned_around():
-    explanation = explained(["a", "b"], [0.5, -0.25])
-    display = TokenContributionDisplay.from_explanation(explanation, label=0)
-    assert [bar.get_width() for bar in display.bars_] == [-0.5, 0.25]
-    assert display.intercept == -0.5
-
-
 def test_of_a_long_text_the_largest_contributions_are_drawn():
     values = np.arange(50.0)
     display = TokenContributionDisplay.from_explanation(explained(["w"] * 50, values))
@@ -233,19 +214,15 @@ def test_of_a_long_text_the_largest_contributions_are_drawn():
     assert display.plot(ax=axes).ax_ is axes
 
 
-def test_given_axes_are_used(selector, search):
+def test_given_axes_are_used_if_they_have_a_place_in_a_grid(selector, search):
     figure, (left, right) = plt.subplots(1, 2)
     path = SparsityPathDisplay.from_search(search, ax=left)
     layers = LayerSalienceDisplay.from_estimator(selector, ax=right)
     assert path.ax_ is left and layers.ax_ is right
     assert path.figure_ is layers.figure_ is figure
     assert len(plt.get_fignums()) == 1
-
-
-def test_axes_without_a_place_in_a_grid_are_refused(selector):
-    ax = plt.figure().add_axes((0, 0, 1, 1))
     with pytest.raises(ValueError, match=r"plt.subplots\(\)"):
-        LayerSalienceDisplay.from_estimator(selector, ax=ax)
+        LayerSalienceDisplay.from_estimator(selector, ax=figure.add_axes((0, 0, 1, 1)))
 
 
 def test_what_is_not_fitted_or_no_search_is_refused(data, search):
@@ -260,6 +237,9 @@ def test_what_is_not_fitted_or_no_search_is_refused(data, search):
         SparsityPathDisplay.from_search(search.best_estimator_)
     with pytest.raises(NotFittedError):
         SparsityPathDisplay.from_search(GridSearchCV(spin(), {"select__sparsity": SPARSITY}))
+    other = GridSearchCV(spin(), {"classify__C": [0.1, 1.0]}).fit(*data)
+    with pytest.raises(ValueError, match=r"tried \['classify__C'\].*one selector"):
+        SparsityPathDisplay.from_search(other)
 
 
 def test_missing_matplotlib_comes_with_its_fix(selector, monkeypatch):
@@ -273,3 +253,39 @@ def test_missing_matplotlib_comes_with_its_fix(selector, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(ImportError, match=r'pip install "skspin\[plot\]"'):
         LayerSalienceDisplay.from_estimator(selector)
+
+
+def test_scores_are_drawn_over_the_text():
+    text, spin = "word3 word30 word31 word7 word8", growing()
+    display = PrefixScoresDisplay.from_estimator(spin, text, threshold=0.25)
+    values = score_prefixes(spin, [text]).for_class(1)[0]
+    np.testing.assert_allclose(display.line_.get_ydata(), values, rtol=1e-5)
+    assert [label.get_text() for label in display.ax_.get_xticklabels()] == text.split()
+    assert display.ax_.get_ylabel() == "decision value for 1"
+    assert set(display.threshold_line_.get_ydata()) == {0.25}
+    scores = score_prefixes(spin, ["word1", text])
+    _, ax = plt.subplots()
+    other = PrefixScoresDisplay.from_scores(
+        scores, text=1, label=0, response_method="predict_proba", ax=ax
+    )
+    assert other.ax_ is ax and other.figure_ is ax.figure and other.threshold_line_ is None
+    assert ax.get_ylabel() == "probability of 0"
+    np.testing.assert_allclose(other.line_.get_ydata(), scores.probabilities[1][:, 0])
+
+
+def test_the_first_token_that_reaches_the_threshold_is_marked():
+    display = PrefixScoresDisplay(
+        tokens=["a", "$b$", "c"], scores=np.array([0, 2, 3]), threshold=2
+    ).plot()
+    assert display.ax_.get_title("left") == "threshold 2: reached at token 2, “$b$”"
+    assert not display.ax_.get_xticklabels()[1].get_parse_math()
+    mark = display.ax_.lines[-1]
+    assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (1, 2)
+    display.threshold = 4
+    assert display.plot().ax_.get_title("left") == "threshold 4: not reached"
+
+
+def test_of_a_long_text_tokens_are_counted():
+    display = PrefixScoresDisplay(tokens=["a"] * 300, scores=np.arange(300)).plot()
+    assert display.ax_.get_xlabel() == "tokens so far"
+    assert len(display.ax_.get_xticks()) < 20

@@ -1,4 +1,4 @@
-"""Writing a module as an ONNX graph, and in 8 bits: torch's exporter and onnxruntime's tools."""
+"""From token ids to decision values: a torch module, and the same as an ONNX graph."""
 
 from __future__ import annotations
 
@@ -10,19 +10,64 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skspin._explain import LinearForm
+
 # An example for the axes n_texts, n_windows and n_tokens: lengths that no part of a model has.
 _LENGTHS = {"n_texts": 3, "n_windows": 2, "n_tokens": 7}
 
 
-def write_graph(module: Any, inputs: Mapping[str, list[str]], path: Path) -> None:
-    """Write a `PipelineModule` as ONNX; ``inputs`` names each input's axes, all of any length.
+class PipelineModule(nn.Module):
+    """A fitted pipeline with a linear head; see `to_torch`."""
+
+    def __init__(self, columns: nn.Module, form: LinearForm, device: torch.device):
+        super().__init__()
+        self.columns = columns
+        # Columns may be far from zero, and a sum of large terms that cancel is not exact in
+        # float32. So each column is centred first, by the class that gives it the largest weight.
+        weights, offsets = form.weights, form.offsets  # (n_decision_values, n_columns)
+        heaviest = np.abs(weights).argmax(axis=0), np.arange(weights.shape[1])
+        weighs = weights[heaviest] != 0
+        center = -offsets[heaviest] / np.where(weighs, weights[heaviest], 1)  # (n_columns,)
+        bias = form.intercept + (offsets + weights * center).sum(axis=1)  # (n_decision_values,)
+        self.register_buffer("center", torch.tensor(center, dtype=torch.float32))
+        self.head = nn.Linear(*weights.shape[::-1]).requires_grad_(False)
+        self.head.weight.copy_(torch.tensor(weights))
+        self.head.bias.copy_(torch.tensor(bias))
+        self.eval().to(device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        """Compute decision values, (n_texts,) where there is one for each text.
+
+        All inputs are of shape (n_texts, n_tokens) or (n_texts, n_windows, n_tokens).
+        """
+        columns = self.columns(input_ids, attention_mask, token_type_ids, pooled)
+        values = self.head(columns - self.center)  # (n_texts, n_decision_values)
+        return values[:, 0] if values.shape[1] == 1 else values
+
+
+def write_graph(module: PipelineModule, inputs: Mapping[str, list[str]], path: Path) -> None:
+    """Write a module as ONNX; ``inputs`` names each input's axes, all of any length.
 
     The module may use another implementation of attention afterwards.
     """
-    import torch
-
-    _need_float32(module)
-    model = module.columns.model
+    formats = {w.dtype for w in module.parameters() if w.is_floating_point()}
+    if formats != {torch.float32}:
+        names = ", ".join(sorted(str(name).removeprefix("torch.") for name in formats))
+        raise ValueError(
+            f"The model in memory is in {names}, but what is written computes in float32. Pass "
+            "model.float() and fit again."
+        )
+    model: Any = module.columns.model
     attention = getattr(model.config, "_attn_implementation", None)
     try:
         with _quietly():
@@ -44,9 +89,7 @@ def write_graph(module: Any, inputs: Mapping[str, list[str]], path: Path) -> Non
         ) from error
 
 
-def _export(module: Any, inputs: Mapping[str, list[str]]) -> Any:
-    import torch
-
+def _export(module: PipelineModule, inputs: Mapping[str, list[str]]) -> Any:
     return torch.onnx.export(
         module,
         kwargs={
@@ -85,18 +128,6 @@ def write_int8(graph: Path, path: Path) -> None:
             nodes_to_exclude=head,
         )
     without_shapes.unlink()
-
-
-def _need_float32(module: Any) -> None:
-    import torch
-
-    formats = {w.dtype for w in module.parameters() if w.is_floating_point()}
-    if formats != {torch.float32}:
-        names = ", ".join(sorted(str(name).removeprefix("torch.") for name in formats))
-        raise ValueError(
-            f"The model in memory is in {names}, but what is written computes in float32. Pass "
-            "model.float() and fit again."
-        )
 
 
 @contextmanager

@@ -1,13 +1,142 @@
-"""The score of a search against sparsity, and how many neurons each sparsity keeps."""
+"""Scores over numbers of neurons: of the layers, and along a search over sparsity."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from skspin._display.axes import BLUE, ORANGE, given_or_new, legend_above, panel_below
+from skspin._display.axes import BLUE, GREEN, ORANGE, given_or_new, trim
+from skspin._pipeline import only_step
+from skspin._selector import SalientNeuronSelector
+
+_SITE_COLORS = {"hidden": BLUE, "mlp": ORANGE, "attention": GREEN}
+_LAYER_NAME = re.compile(r"(?:(encoder|decoder)_)?layer(\d+)_([a-z]+)")
+
+
+class LayerSalienceDisplay:
+    """Each layer's probe score, and how many of its neurons were selected.
+
+    It is best made with :meth:`from_estimator`. The parameters are kept as attributes. Read more in
+    the user guide, :doc:`/user_guide/explaining`.
+
+    Parameters
+    ----------
+    layer_names : list of str
+        As in ``layer_names_`` of :class:`SalientNeuronSelector`, e.g. ``"layer3_hidden"``.
+    layer_scores : ndarray of shape (n_layers,)
+        Each probe's validation score.
+    n_selected : ndarray of shape (n_layers,), int
+        Number of neurons selected in each layer.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+        The upper panel, with the scores.
+    count_ax_ : matplotlib Axes
+        The lower panel, with the numbers of neurons.
+    figure_ : matplotlib Figure
+        The figure that holds them.
+    line_ : list of matplotlib Line2D
+        The scores, one line per site and stack.
+
+    See Also
+    --------
+    SparsityPathDisplay : The score along a search over sparsity.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skspin import LayerSalienceDisplay, SalientNeuronSelector
+    >>> X = np.random.default_rng(0).normal(size=(200, 40))
+    >>> selector = SalientNeuronSelector(layer_sizes=10).fit(X, X[:, 25] > 0)
+    >>> display = LayerSalienceDisplay.from_estimator(selector)
+    >>> display.ax_.get_ylabel()
+    'probe score'
+    """
+
+    def __init__(self, *, layer_names, layer_scores, n_selected):
+        self.layer_names = layer_names
+        self.layer_scores = layer_scores
+        self.n_selected = n_selected
+
+    @classmethod
+    def from_estimator(cls, estimator, *, ax=None):
+        """Draw a fitted selector.
+
+        Parameters
+        ----------
+        estimator : SalientNeuronSelector or Pipeline
+            Fitted; a pipeline (or a ColumnTransformer or FeatureUnion) must hold one selector.
+        ax : matplotlib Axes, default=None
+            See :meth:`plot`.
+
+        Returns
+        -------
+        display : LayerSalienceDisplay
+
+        Raises
+        ------
+        ValueError
+            If there is not one selector. Of a search, pass its ``best_estimator_``.
+        NotFittedError
+            If the estimator is not fitted.
+        """
+        check_is_fitted(estimator)
+        selector = only_step(estimator, SalientNeuronSelector)
+        check_is_fitted(selector)
+        display = cls(
+            layer_names=selector.layer_names_,
+            layer_scores=selector.layer_scores_,
+            n_selected=selector.n_selected_,
+        )
+        return display.plot(ax=ax)
+
+    def plot(self, ax=None):
+        """Draw.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to draw; its space is divided into two panels, and it becomes the upper one. None
+            makes a new figure.
+
+        Returns
+        -------
+        self : LayerSalienceDisplay
+            With ``ax_`` and ``figure_``.
+        """
+        self.ax_, self.figure_ = given_or_new(ax)
+        self.count_ax_ = _panel_below(self.ax_)
+        parsed = [_LAYER_NAME.findall(name)[0] for name in self.layer_names]
+        layers = np.array([int(layer) for _, layer, _ in parsed])
+        series = [(stack, site) for stack, _, site in parsed]
+        self.line_ = []
+        floor = np.zeros(layers.max() + 1, dtype=int)  # what the bars of a layer stand on
+        for stack, site in dict.fromkeys(series):
+            rows = np.flatnonzero([member == (stack, site) for member in series])
+            at, counts = layers[rows], self.n_selected[rows]
+            color = _SITE_COLORS.get(site, BLUE)
+            line = {"color": color, "marker": "o", "markersize": 4}
+            bars = {"color": color, "edgecolor": "white", "linewidth": 0.5}
+            if stack == "decoder":  # told apart by line, marker and hatch, not by colour
+                line |= {"marker": "s", "markerfacecolor": "white", "linestyle": "--"}
+                bars |= {"color": "white", "edgecolor": color, "hatch": "////"}
+            label = f"{stack}, {site}" if stack else site
+            self.line_ += self.ax_.plot(at, self.layer_scores[rows], label=label, **line)
+            self.count_ax_.bar(at, counts, bottom=floor[at], **bars)
+            floor[at] += counts
+        self.ax_.set_ylabel("probe score")
+        self.count_ax_.set_ylabel("neurons\nselected")
+        self.count_ax_.set_xlabel("layer")
+        for axis in (self.count_ax_.xaxis, self.count_ax_.yaxis):
+            axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        self.count_ax_.set_xlim(layers.min() - 0.9, layers.max() + 0.9)
+        if len(self.line_) > 1:
+            _legend_above(self.ax_)
+        return self
 
 
 class SparsityPathDisplay:
@@ -114,9 +243,7 @@ class SparsityPathDisplay:
         best = getattr(search, "best_index_", np.argmin(results[f"rank_test_{metric}"]))
         best_params = results["params"][best]
         name = _sparsity_parameter(best_params)
-        rows = _path(results["params"], name, best_params)
-        if len(rows) == 1:
-            rows = _best_of_each(results["params"], name, results[f"mean_test_{metric}"])
+        rows = _path(results["params"], name, best_params, results[f"mean_test_{metric}"])
         sparsity = np.array(sorted(rows))
         chosen = [rows[value] for value in sparsity]
         display = cls(
@@ -153,19 +280,43 @@ class SparsityPathDisplay:
         star = {"color": ORANGE, "markeredgecolor": "black", "markersize": 13, "label": "chosen"}
         self.ax_.plot(self.sparsity[chosen], self.score_mean[chosen], "*", **star)
         self.ax_.set_ylabel(self.score_name)
-        legend_above(self.ax_)
-        bottom = self.ax_
+        _legend_above(self.ax_)
         self.count_ax_ = None
         if self.n_neurons is not None:
-            self.count_ax_ = bottom = panel_below(self.ax_)
+            self.count_ax_ = below = _panel_below(self.ax_)
             # On a linear scale, a handful of neurons would look like none beside thousands.
-            bottom.set_yscale("log", subs=())
-            bottom.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-            bottom.yaxis.set_major_formatter("{x:g}")
-            bottom.plot(self.sparsity, self.n_neurons, **line)
-            bottom.set_ylabel("neurons\nkept")
-        bottom.set_xlabel("sparsity")
+            below.set_yscale("log", subs=())
+            below.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            below.yaxis.set_major_formatter("{x:g}")
+            below.plot(self.sparsity, self.n_neurons, **line)
+            below.set_ylabel("neurons\nkept")
+        (self.count_ax_ or self.ax_).set_xlabel("sparsity")
         return self
+
+
+def _panel_below(ax: Any) -> Any:
+    """Divide the space of some axes between them and new axes below, which share the x axis."""
+    place = ax.get_subplotspec()
+    if place is None:
+        raise ValueError(
+            "ax is not part of a grid of subplots, so its space can't be divided into two panels. "
+            "Make it with plt.subplots() or figure.add_subplot()."
+        )
+    grid = place.subgridspec(2, 1, height_ratios=[3, 2], hspace=0.1)
+    ax.set_subplotspec(grid[0])
+    below = trim(ax.figure.add_subplot(grid[1], sharex=ax))
+    ax.tick_params(labelbottom=False)
+    ax.figure.align_ylabels([ax, below])
+    return below
+
+
+def _legend_above(ax: Any) -> None:
+    """Put the legend over the axes, where it can't hide a curve."""
+    n_entries = len(ax.get_legend_handles_labels()[0])
+    n_columns = 2 if n_entries == 4 else 3  # two sites of two stacks fill two columns
+    ax.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=n_columns, frameon=False, fontsize="small"
+    )
 
 
 def _sparsity_parameter(params: dict[str, Any]) -> str:
@@ -178,26 +329,24 @@ def _sparsity_parameter(params: dict[str, Any]) -> str:
     return names[0]
 
 
-def _path(candidates: list[dict[str, Any]], name: str, best: dict[str, Any]) -> dict[float, int]:
-    """Find each sparsity's row among the candidates that share the best one's other parameters."""
+def _path(
+    candidates: list[dict[str, Any]], name: str, best: dict[str, Any], scores: np.ndarray
+) -> dict[float, int]:
+    """Find each sparsity's row: that with the best one's other parameters, or its best."""
     # In successive halving, the last round, which saw most data, overwrites earlier ones.
-    return {
-        params[name]: row
+    rows = [
+        row
         for row, params in enumerate(candidates)
         if params.keys() == best.keys()
         and all(
             key == name or value is best[key] or np.array_equal(value, best[key])
             for key, value in params.items()
         )
-    }
-
-
-def _best_of_each(
-    candidates: list[dict[str, Any]], name: str, scores: np.ndarray
-) -> dict[float, int]:
-    """Find the row of each sparsity's best candidate."""
-    ascending = [row for row in np.argsort(-scores, kind="stable")[::-1] if name in candidates[row]]
-    return {candidates[row][name]: int(row) for row in ascending}  # the last, and best, one stays
+    ]
+    if len({candidates[row][name] for row in rows}) == 1:
+        ascending = np.argsort(-scores, kind="stable")[::-1].tolist()
+        rows = [row for row in ascending if name in candidates[row]]
+    return {candidates[row][name]: row for row in rows}  # the last one of a sparsity stays
 
 
 def _metric(search: Any, metric: str | None) -> str:
