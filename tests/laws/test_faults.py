@@ -199,7 +199,7 @@ def test_a_hub_that_never_answers_is_given_up_within_seconds(folder, tmp_path):
             [sys.executable, "-c", ASK_TWICE], capture_output=True, text=True, env=os.environ | hub
         )
         silent.settimeout(0)
-        silent.accept()  # it was asked
+        silent.accept()[0].close()  # it was asked
     cached, missing, seconds = run.stdout.strip().split("\n")
     assert cached == f"{commit} (2, 48)", run.stderr
     assert "some/other-bert" in missing and "offline mode, HF_HUB_OFFLINE=1" in missing
