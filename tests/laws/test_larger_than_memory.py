@@ -1,5 +1,6 @@
 """Texts that are read as they are needed, output in a file, and a selector that fits from it."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -142,29 +143,29 @@ def test_a_file_that_could_not_be_filled_is_removed_and_filled_from_the_store_la
     assert resumed.transform(list(Corpus(2))).shape == (2, 48)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs limits")
-def test_a_disk_without_room_for_the_output_is_an_error_before_anything_is_computed(tmp_path):
-    code = """
-        import pathlib, resource, sys
-        import skspin._transformer
-        from skspin import LLMActivationTransformer
-        from skspin.datasets import demo_model
-        transformer = LLMActivationTransformer(demo_model(), output_folder="out", cache=None)
-        transformer.fit(["a"])
-        del skspin._transformer.extract
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs forks and limits")
+def test_a_disk_without_room_for_the_output_is_an_error_before_anything_is_computed(
+    tmp_path, monkeypatch
+):
+    import resource
+
+    fitted = transformer(output_folder=tmp_path / "out").fit(TEXTS)
+    monkeypatch.delattr("skspin._transformer.extract")
+    processes = multiprocessing.get_context("fork")
+    here, there = processes.Pipe()
+
+    def compute():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
-            transformer.transform([str(i) for i in range(1000)])
-        except OSError as error:
-            print(error)
-        print(list(pathlib.Path("out").iterdir()))
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path
-    )
-    said, left = run.stdout.strip().split("\n")
-    assert "output_folder='out' has no room for 11 MB" in said and "Make room" in said
-    assert left == "[]"
+        with pytest.raises(OSError, match="output_folder=.* has no room for 12 MB") as error:
+            fitted.transform([str(i) for i in range(60_000)])
+        there.send(str(error.value))
+
+    child = processes.Process(target=compute)
+    child.start()
+    child.join()
+    assert here.poll() and "Make room" in here.recv()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("folder", ["a file", "a file/in it", ""])
