@@ -62,10 +62,14 @@ def test_the_examples_in_pages_run(page):
     assert doctest.DocTestRunner(checker=Checker()).run(examples).failed == 0
 
 
-def test_the_reference_lists_every_public_name():
+def test_the_reference_lists_every_public_name_and_leads_on():
     page = (ROOT / "docs/api.rst").read_text()
     listed = set(re.findall(r"^(?:   |\.\. data:: )(\w+)$", page, re.MULTILINE))
     assert listed >= {*skspin.__all__, *DATASETS}
+    for name in {*skspin.__all__, *DATASETS} - {"TRUSTED_TYPES"}:  # a value, without a docstring
+        documented = getattr(skspin if name in skspin.__all__ else skspin.datasets, name)
+        for what in ("See Also\n", "Examples\n", ":doc:`/"):
+            assert what in documented.__doc__, name
 
 
 def strings_in(path):
@@ -97,46 +101,25 @@ def test_every_example_has_a_place_in_the_course(monkeypatch):
     assert set(lessons) >= {path.name for path in (ROOT / "docs/examples").glob("*.py")}
 
 
-@pytest.mark.parametrize("name", [*skspin.__all__, *DATASETS])
-def test_the_reference_of_a_public_name_leads_on(name):
-    if name == "TRUSTED_TYPES":  # a value, which has no docstring
-        return
-    documented = getattr(skspin if name in skspin.__all__ else skspin.datasets, name)
-    for what in ("See Also\n", "Examples\n", ":doc:`/"):
-        assert what in documented.__doc__
-
-
-def code_blocks(page):
-    """Give the code blocks of a page: what follows `code-block::`, its options, its lines."""
-    pattern = r"^\.\. code-block:: (\w+)\n((?:   :.+\n)*)\n((?:   .*\n|\n)+)"
-    return re.findall(pattern, page.read_text(), re.MULTILINE)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_a_block_of_code_runs_or_says_that_it_is_only_shown(page):
-    captions = [options for language, options, _ in code_blocks(page) if language == "python"]
-    assert all(":caption: Only shown" in options for options in captions)
-
-
 @pytest.mark.parametrize("path", [*PAGES, README, *SOURCES], ids=name_of)
-def test_code_fits_the_column(path):
+def test_pages_show_code_that_runs_or_says_that_it_is_only_shown_and_fits_the_column(path):
     text = path.read_text()
     lines = re.findall(r"^ *((?:>>>|\.\.\.) .*?)(?:  # doctest: .*)?$", text, re.MULTILINE)
     lines += "\n".join(re.findall(r"```(.*?)```", text, re.DOTALL)).split("\n")
-    lines += [line[3:] for *_, block in code_blocks(path) for line in block.splitlines()]
+    pattern = r"^\.\. code-block:: (\w+)\n((?:   :.+\n)*)\n((?:   .*\n|\n)+)"
+    for language, options, block in re.findall(pattern, text, re.MULTILINE):
+        assert language != "python" or ":caption: Only shown" in options
+        lines += [line[3:] for line in block.splitlines()]
     assert [line for line in lines if len(line) > 79] == []
+    # Pictures say in words what they show.
+    options = re.findall(r"^ *\.\. (?:image|figure):: .+\n((?: +:.+\n)*)", text, re.MULTILINE)
+    assert all(":alt:" in given for given in options)
 
 
 def test_what_people_search_for_is_on_a_page():
     pages = "\n".join(page.read_text() for page in PAGES)
     terms = ("embedding", "hidden states", "GPU", "cache", "GridSearchCV", "guard")
     assert [term for term in terms if term not in pages] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_pictures_say_in_words_what_they_show(page):
-    options = re.findall(r"^ *\.\. (?:image|figure):: .+\n((?: +:.+\n)*)", page.read_text(), re.M)
-    assert all(":alt:" in given for given in options)
 
 
 def test_the_code_in_the_readme_runs(monkeypatch, capsys):
@@ -147,3 +130,11 @@ def test_the_code_in_the_readme_runs(monkeypatch, capsys):
     for block in blocks:
         exec(block, names)
     assert "select__sparsity" in capsys.readouterr().out
+
+
+def test_a_bug_report_says_what_there_is_and_what_there_is_not(capsys):
+    skspin.show_versions()
+    report = capsys.readouterr().out
+    assert f"skspin: {skspin.__version__}\n" in report
+    for word in ("python", "platform", "scikit-learn", "torch", "transformers", 'dtype="auto"'):
+        assert f"{word}: " in report

@@ -278,6 +278,20 @@ def tiny_batch(lengths: Sequence[int] = (7, 3, 1, 7, 5)) -> dict[str, torch.Tens
     return {"input_ids": ids.masked_fill(~real, PAD), "attention_mask": real.long()}
 
 
+def tiny_reader(**changes: Any) -> dict[str, Any]:
+    """Make a BERT of one block and its tokenizer, which reads every byte of a text."""
+    tokenizer = byte_tokenizer()
+    changes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, **changes}
+    return {"model": TINY["bert"].build(**changes), "tokenizer": tokenizer}
+
+
+def save_parts(parts: dict[str, Any], folder: Any) -> str:
+    """Write a model and its tokenizer into a folder."""
+    for part in parts.values():
+        part.save_pretrained(folder)
+    return str(folder)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer that gives every byte of a text a token, so that no two texts look alike."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -48,7 +47,6 @@ class Reader:
         self.values = [torch.empty(0)] * len(segments)
         self.unread = positions_by_tap(anatomy, segments)
         self._groups: dict[torch.device, list[TextGroup]] = {}  # blocks may be on several devices
-        self._n_calls: Counter[Tap] = Counter()
         self._thread = threading.get_ident()
 
     @contextmanager
@@ -56,29 +54,29 @@ class Reader:
         """Register the hooks, for as long as the ``with`` block lasts."""
         with ExitStack() as stack:
             # One hook counts the turns of a module.
-            for tap in dict.fromkeys(replace(tap, turn=0) for tap in self.unread):
-                receive = partial(self._receive, tap)
+            for tap in dict.fromkeys(replace(t, turn=0) if t.turn else t for t in self.unread):
+                turns = iter([tap, *(replace(tap, turn=n) for n in range(1, tap.n_turns))])
+                receive = partial(self._receive, tap, turns)
                 if tap.parameter is None:
                     stack.callback(watch(tap, receive).remove)
                 else:
                     stack.enter_context(_Multiplications(tap, receive))
             yield
 
-    def _receive(self, tap: Tap, activations: Tensor) -> None:
+    def _receive(self, tap: Tap, turns: Iterator[Tap], activations: Tensor) -> None:
         """Take what a tap's next turn gives, if it is asked for and of this thread's pass."""
         if threading.get_ident() != self._thread:
             return
-        turn = self._n_calls[tap]
-        if turn >= tap.n_turns:
+        turn = next(turns, None)
+        if turn is None:
             raise RuntimeError(
                 f"The model runs {type(tap.module).__name__} more often than its structure"
                 f" shows ({tap.n_turns} in one forward pass), for other tokens or in loops, so"
                 " it can't be told which run is which layer's. Choose another site or model."
             )
-        self._n_calls[tap] += 1
-        positions = self.unread.pop(replace(tap, turn=turn), None)
+        positions = self.unread.pop(turn, None)
         if positions is not None:
-            self._read(positions, as_texts(activations, self.mask, tap))
+            self._read(positions, as_texts(activations, self.mask, turn))
             if not self.unread:
                 raise PassEnds
 

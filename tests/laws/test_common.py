@@ -4,27 +4,20 @@ import pickle
 
 import numpy as np
 import pandas as pd
-import polars as pl
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from tiny_models import tiny_reader
 
 from skspin import LLMActivationTransformer, SalientNeuronSelector
 from skspin.datasets import demo_model
 
-TEXTS = [
-    "A fine film.",
-    "Two hours lost.",
-    "",
-    "naïve café 🤷 日本語",
-    "A fine film.",
-    "word " * 90,
-]
+TEXTS = ["A fine film.", "Two hours lost.", "", "naïve café 🤷 日本語", "A fine film."]
 
 
 def transformer(**params):
-    return LLMActivationTransformer(demo_model(), **{"dtype": "float32", "cache": None, **params})
+    return LLMActivationTransformer(**{**tiny_reader(), "layers": 1, "cache": None, **params})
 
 
 @pytest.mark.filterwarnings("ignore:X carries no layers:UserWarning")
@@ -32,15 +25,6 @@ def transformer(**params):
 @parametrize_with_checks([SalientNeuronSelector()])
 def test_selector_is_a_scikit_learn_estimator(estimator, check):
     check(estimator)
-
-
-def test_order_and_company_of_texts_do_not_matter():
-    X = transformer().fit_transform(TEXTS)
-    order = [5, 2, 0, 3, 1, 4]
-    np.testing.assert_allclose(
-        transformer().fit_transform([TEXTS[i] for i in order]), X[order], atol=1e-5
-    )
-    np.testing.assert_allclose(transformer().fit_transform(TEXTS[3:4]), X[3:4], atol=1e-5)
 
 
 def test_no_work_happens_before_fit():
@@ -61,12 +45,13 @@ def test_parameters_make_the_round_trip():
 def test_fitting_twice_is_fitting_once():
     once = transformer().fit(TEXTS)
     before = {**vars(once)}
-    again = once.fit(TEXTS)
-    assert vars(again) == before
+    X = once.transform(TEXTS)
+    assert vars(once.fit(TEXTS)) == before
+    np.testing.assert_array_equal(once.fit_transform(TEXTS), X)
 
 
 def test_a_pickle_holds_no_weights_before_and_after_fit():
-    fresh = transformer()
+    fresh = LLMActivationTransformer(demo_model(), layers=1, cache=None)
     fitted = clone(fresh).fit(TEXTS)
     expected = fitted.transform(TEXTS)
     for estimator in (fresh, fitted):
@@ -77,39 +62,20 @@ def test_a_pickle_holds_no_weights_before_and_after_fit():
 
 
 def test_frames_in_and_out():
-    frame = pd.DataFrame({"text": TEXTS}, index=list("abcdef"))
-    out = transformer(layers=2).set_output(transform="pandas").fit_transform(frame)
-    assert out.index.tolist() == list("abcdef")
-    assert out.columns[3] == "layer2_hidden_mean_3"
-    np.testing.assert_allclose(
-        out.to_numpy(), transformer(layers=2).fit_transform(frame["text"]), atol=1e-6
+    frame = pd.DataFrame({"text": TEXTS}, index=list("abcde"))
+    step = transformer(pooling=("mean", "last")).set_output(transform="pandas")
+    out = step.fit_transform(frame)
+    assert out.index.tolist() == list("abcde")
+    assert out.columns[3] == "layer1_hidden_mean_3"
+    assert len(set(out.columns)) == out.shape[1] == 2 * 24
+    assert clone(step).fit_transform(frame).columns.equals(out.columns)
+    np.testing.assert_array_equal(
+        out.to_numpy(), step.set_output(transform="default").transform(frame["text"])
     )
 
 
 def test_a_clone_has_the_parameters_and_nothing_learnt():
-    fitted = transformer(layers=2).fit(TEXTS)
+    fitted = transformer().fit(TEXTS)
     twin = clone(fitted)
     assert twin.get_params() == fitted.get_params()
     assert not [name for name in vars(twin) if name.endswith("_") and not name.endswith("__")]
-
-
-def test_a_clone_keeps_its_output_container():
-    twin = clone(transformer(layers=0).set_output(transform="pandas"))
-    assert isinstance(twin.fit_transform(TEXTS), pd.DataFrame)
-
-
-@pytest.mark.parametrize("container", [list, tuple, np.array, pd.Series, pl.Series])
-def test_every_container_of_texts_gives_the_same_activations(container):
-    X = transformer(layers=1).fit_transform(container(TEXTS))
-    np.testing.assert_allclose(X, transformer(layers=1).fit_transform(TEXTS), atol=1e-6)
-
-
-def test_fit_and_transform_is_fit_transform():
-    X = transformer(layers=1).fit(TEXTS).transform(TEXTS)
-    np.testing.assert_array_equal(X, transformer(layers=1).fit_transform(TEXTS))
-
-
-def test_there_are_as_many_names_as_columns():
-    fitted = transformer(layers=[0, 3], pooling=("mean", "last")).fit(TEXTS[:1])
-    assert len(fitted.get_feature_names_out()) == fitted.transform(TEXTS).shape[1] == 2 * 2 * 384
-    assert len(set(fitted.get_feature_names_out())) == 2 * 2 * 384

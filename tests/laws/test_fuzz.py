@@ -13,16 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tiny_models import TINY, byte_tokenizer
+from tiny_models import save_parts, tiny_reader
 
 from skspin import LLMActivationTransformer
+from skspin._layout import POOLINGS
 
 fuzz = settings(
     max_examples=settings().max_examples // 2,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-POOLINGS = ("mean", "max", "first", "last")
 N_POSITIONS = 48
 
 MEGABYTE = "word" * 2**18
@@ -46,7 +46,6 @@ SPECIAL = [
     MEGABYTE,
 ]
 # A lone surrogate is a character of a str, though hypothesis leaves them out of its texts.
-short_texts = st.text(st.characters(), max_size=20) | st.sampled_from(SPECIAL[:-1])
 any_texts = st.text(st.characters(), max_size=60) | st.sampled_from(SPECIAL[:-1])
 
 
@@ -61,17 +60,12 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tiny():
-    tokenizer = byte_tokenizer()
-    model = TINY["bert"].build(vocab_size=len(tokenizer), num_hidden_layers=1)
-    return {"model": model, "tokenizer": tokenizer}
+    return tiny_reader()
 
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    for part in tiny.values():
-        part.save_pretrained(folder)
-    return str(folder)
+    return save_parts(tiny, tmp_path_factory.mktemp("tiny-bert"))
 
 
 def activations_of(tiny, text):
@@ -162,7 +156,7 @@ NO_CONTAINERS = [
 @st.composite
 def containers(draw):
     """Draw a container and the texts that are in it; None if it holds something else."""
-    texts = draw(st.lists(short_texts, min_size=1, max_size=4))
+    texts = draw(st.lists(any_texts, min_size=1, max_size=4))
     kind = draw(st.sampled_from(["good"] * 4 + ["spoilt", "none"]))
     if kind == "none":
         return draw(st.sampled_from(NO_CONTAINERS)), None
@@ -233,8 +227,6 @@ BAD = {
 }
 # Parameters that are fine each by itself, and not together.
 TOGETHER = "asks for layer 0, the embeddings|leaves no room for text"
-
-
 SPOILT = [(name, value) for name, values in BAD.items() for value in values]
 
 
@@ -253,7 +245,7 @@ def one_of(table):
     params=one_of(GOOD),
     spoilt=st.none() | st.none() | st.none() | st.sampled_from(SPOILT),
     in_file=st.booleans(),
-    texts=st.lists(short_texts, min_size=1, max_size=4),
+    texts=st.lists(any_texts, min_size=1, max_size=4),
 )
 def test_any_parameters_give_each_text_its_row_or_an_error_that_names_the_one_at_fault(
     folder, tmp_path_factory, params, spoilt, in_file, texts
