@@ -1,5 +1,9 @@
 """The estimators in scikit-learn's own machinery, on the demo model and real text."""
 
+import subprocess
+import sys
+
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -110,3 +114,19 @@ def test_calibration(data):
         train, y_train
     )
     assert calibrated.score(test, y_test) > 0.75
+
+
+def test_a_fitted_pipeline_moves_to_another_process(data, tmp_path):
+    train, test, y_train, _ = data
+    pipeline = spin().fit(train, y_train)
+    joblib.dump((pipeline, test), tmp_path / "spin.joblib")
+    assert (tmp_path / "spin.joblib").stat().st_size < 2_000_000
+    code = (
+        "import joblib, sys; folder = sys.argv[1]\n"
+        "pipeline, test = joblib.load(f'{folder}/spin.joblib')\n"
+        "joblib.dump(pipeline.decision_function(test), f'{folder}/decisions.joblib')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    pipeline.set_params(activations__cache=None)  # other tests read these texts in other batches
+    decisions = joblib.load(tmp_path / "decisions.joblib")
+    np.testing.assert_allclose(decisions, pipeline.decision_function(test), atol=1e-5)
