@@ -122,6 +122,7 @@ while n_kills < 40 or (not n_torn and n_kills < 300):
         add(100 * n_kills)
         begun[:] = b"!"
         for i in range(1, 100):
+            is_there(100 * n_kills)  # used again, so that it is not evicted
             add(100 * n_kills + i)
     while not any(begun[:]):
         time.sleep(0.0005)
