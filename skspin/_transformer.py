@@ -27,7 +27,7 @@ from skspin._model import (
     token_activations,
 )
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
-from skspin._sklearn import HasMethods, Interval, StrOptions, _fit_context, diagram_block
+from skspin._sklearn import HasMethods, Hidden, Interval, StrOptions, _fit_context, diagram_block
 from skspin._store import DTYPES, fill_output, open_store
 from skspin._system import warn
 from skspin._texts import TextChunks, TextTokens, open_texts
@@ -171,7 +171,12 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     """
 
     _parameter_constraints: dict = {
-        "model": [str, os.PathLike, HasMethods(["forward", "named_modules"]), DetachedModel],
+        "model": [
+            str,
+            os.PathLike,
+            HasMethods(["forward", "named_modules"]),
+            Hidden(DetachedModel),
+        ],
         "tokenizer": [str, os.PathLike, callable, None],
         "revision": [str, None],
         "site": [StrOptions(set(SITES)), tuple, list],
@@ -270,6 +275,11 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             If ``X`` is no container of texts, the model can't be found, or it does not have a layer
             or site asked for.
         """
+        if self.long_texts == "windows" and self.overlap >= self.max_length:
+            raise ValueError(
+                f"overlap={self.overlap} must be less than max_length={self.max_length}, the "
+                "length of a window. Use a smaller overlap."
+            )
         text_params = {name: getattr(self, name) for name in _TEXT_PARAMS}
         recipe = self._recipe(open_texts(X), text_params)
         shape = model_shape(recipe.source, recipe.fingerprint, open_store(self.cache))

@@ -104,6 +104,11 @@ def test_long_texts_are_cut_with_one_warning_that_counts_them():
     assert np.isfinite(X).all()
 
 
+def test_an_overlap_that_leaves_no_window_is_refused_before_a_long_text_comes():
+    with pytest.raises(ValueError, match="overlap=8 must be less than max_length=8"):
+        transformer(long_texts="windows", max_length=8, overlap=8).fit(TEXTS[:1])
+
+
 @pytest.mark.parametrize(
     "params",
     [{"prompt": "{text}!"}, {"max_length": 4}, {"long_texts": "windows"}, {"pool_over": "text"}],

@@ -243,7 +243,7 @@ class TextEncoder:
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for text: prompt and special tokens "
                 f"take {len(around)}{f', and overlap={overlap}' * bool(overlap)}. Use a larger "
-                "max_length or a shorter prompt."
+                f"max_length{', a smaller overlap' * bool(overlap)} or a shorter prompt."
             )
         starts: Sequence[int] = range(0, len(own) - overlap, room - overlap)
         if truncates:

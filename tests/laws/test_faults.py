@@ -203,4 +203,4 @@ def test_a_hub_that_never_answers_is_given_up_within_seconds(folder, tmp_path):
     cached, missing, seconds = run.stdout.strip().split("\n")
     assert cached == f"{commit} (2, 48)", run.stderr
     assert "some/other-bert" in missing and "offline mode, HF_HUB_OFFLINE=1" in missing
-    assert float(seconds) < 30
+    assert float(seconds) < 60

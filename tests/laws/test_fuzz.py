@@ -226,7 +226,7 @@ BAD = {
     "stack": ["left", (), None, ("encoder", 3)],
 }
 # Parameters that are fine each by itself, and not together.
-TOGETHER = "asks for layer 0, the embeddings|leaves no room for text"
+TOGETHER = "asks for layer 0, the embeddings|leaves no room for text|must be less than max_length"
 SPOILT = [(name, value) for name, values in BAD.items() for value in values]
 
 
