@@ -59,17 +59,22 @@ def _find_messages(
     marked = _apply_template(
         tokenizer, [{**said, "content": m} for said, m in zip(conversation, marks, strict=True)]
     )
-    spans, at = [], 0
-    for said, mark in zip(conversation, marks, strict=True):
+    pieces = []  # of the template: before the first message, between two, after the last
+    for mark in marks:
         before, found, marked = marked.partition(mark)
-        start = at + len(before)
-        shapes = (strip(said["content"]) for strip in _STRIPS)
-        content = next((shape for shape in shapes if rendered.startswith(shape, start)), None)
-        if content is None or not (found and rendered.startswith(before, at)):
+        if not found:
             return None
-        at = start + len(content)
-        spans.append(Span(start, at, said["role"]))
-    return spans if rendered[at:] == marked else None
+        pieces.append(before)
+    spans, at = [], len(pieces[0])
+    for said, after in zip(conversation, [*pieces[1:], marked], strict=True):
+        # What follows tells the message's own blanks from the template's.
+        shapes = (strip(said["content"]) for strip in _STRIPS)
+        content = next((s for s in shapes if rendered.startswith(s + after, at)), None)
+        if content is None:
+            return None
+        spans.append(Span(at, at + len(content), said["role"]))
+        at += len(content) + len(after)
+    return spans if rendered.startswith(pieces[0]) and at == len(rendered) else None
 
 
 def _apply_template(tokenizer: Any, conversation: list[dict[str, Any]]) -> str:

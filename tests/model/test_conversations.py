@@ -32,6 +32,7 @@ CONVERSATIONS = [
     say("user"),  # as the template's own word
     say("  Is it? ", "No, it is a bore.", "Why?"),
     say("Is it a good film?", "It is."),  # again
+    say("Is it? ", "No.\n"),  # the template writes a blank here, too
 ]
 
 
