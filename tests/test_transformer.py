@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bert_files import tiny_bert
+from bert_files import tiny
 from sklearn.base import clone
 from sklearn.pipeline import FeatureUnion
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
@@ -159,7 +159,7 @@ def test_another_model_after_set_params_is_really_another(in_memory):
 
 def test_a_union_joins_the_columns_of_one_model_and_keeps_those_of_two_apart(tokenizer):
     def union(*seeds):
-        branches = zip(("mean", "max"), map(tiny_bert, seeds), strict=True)
+        branches = zip(("mean", "max"), map(tiny, seeds), strict=True)
         return FeatureUnion(
             [
                 (how, LLMActivationTransformer(m, tokenizer=tokenizer, pooling=how))
@@ -175,7 +175,7 @@ def test_a_union_joins_the_columns_of_one_model_and_keeps_those_of_two_apart(tok
 
 @pytest.fixture
 def in_memory(tokenizer):
-    return {"model": tiny_bert().eval(), "tokenizer": tokenizer}
+    return {"model": tiny(), "tokenizer": tokenizer}
 
 
 def test_a_model_in_memory_is_shared_and_comes_back_as_it_was(in_memory):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from bert_files import CONFIG, save
+from bert_files import save, tiny
 from sklearn.base import clone
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5Model
+from transformers import AutoTokenizer, T5Config, T5Model
 
 from skspin import LLMActivationTransformer
 from skspin._model.files import _ask_hub
@@ -23,14 +23,9 @@ TEXTS = ["A fine film.", "A waste of two hours and of a good cast.", "Quite so."
 COMMITS = ("0" * 40, "1" * 40)
 
 
-def bert(seed=0, **settings):
-    torch.manual_seed(seed)
-    return BertModel(BertConfig(**CONFIG | settings)).eval()
-
-
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    return save(tmp_path / "model", bert(), tokenizer)
+    return save(tmp_path / "model", tiny(), tokenizer)
 
 
 @pytest.fixture
@@ -63,11 +58,11 @@ def activations(model, store, texts=TEXTS, **params):
 
 
 def write_other_weights(folder, params):
-    save(folder, bert(seed=1))
+    save(folder, tiny(seed=1))
 
 
 def write_other_settings(folder, params):
-    bert(layer_norm_eps=0.1).config.save_pretrained(folder)
+    tiny(layer_norm_eps=0.1).config.save_pretrained(folder)
 
 
 def write_other_tokenizer(folder, params):
@@ -100,7 +95,7 @@ def set_tokenizer(**settings):
 def set_model():
     def change(folder, params):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        params.update(model=bert(), tokenizer=tokenizer, dtype="auto")
+        params.update(model=tiny(), tokenizer=tokenizer, dtype="auto")
 
     return change
 
@@ -171,7 +166,7 @@ def test_the_stack_is_in_the_key(tmp_path, tokenizer, store, read):
 def test_the_commit_of_a_hub_model_is_in_the_key(tmp_path, tokenizer, store, read):
     repository = tmp_path / "hub" / "models--org--tiny"
     for seed, commit in enumerate(COMMITS):
-        save(repository / "snapshots" / commit, bert(seed=seed), tokenizer)
+        save(repository / "snapshots" / commit, tiny(seed=seed), tokenizer)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMITS[0])
     _ask_hub.cache_clear()
@@ -229,8 +224,8 @@ def test_order_repetition_company_instance_and_clone_are_not_in_the_key(folder, 
 
 
 def test_which_objects_hold_the_same_weights_and_words_is_not_in_the_key(tokenizer, store, read):
-    model = bert()
-    for twin in (model, copy.deepcopy(model), bert()):
+    model = tiny()
+    for twin in (model, copy.deepcopy(model), tiny()):
         twin.train(twin is not model)  # runs in evaluation mode in any case
         words = copy.deepcopy(tokenizer)
         words.padding_side = "right" if twin is model else "left"
