@@ -38,7 +38,9 @@ def make_spin_pipeline(
     (:class:`SalientNeuronSelector`), ``scale`` (:class:`~sklearn.preprocessing.StandardScaler`) and
     ``classify``. The defaults are near the best values on validation parts of four data sets
     (sparsity 0, 0.1, 0.1 and 0.2; ``C`` of the head 0.003 three times, 0.1 once); search both.
-    Read more in the user guide, :doc:`/user_guide/how_it_works`, and in :doc:`/how_to/index`.
+    Texts beyond ``max_length`` are cut off, with a warning, because reading all of them in windows
+    (``long_texts="windows"``) gained less than a standard error there. Read more in the user guide,
+    :doc:`/user_guide/how_it_works`, and in :doc:`/how_to/index`.
 
     Parameters
     ----------

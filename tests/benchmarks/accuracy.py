@@ -37,7 +37,7 @@ SPIN_GRID = {
     "select__sparsity": [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6],
     "classify__C": STRENGTHS[:-1],
 }
-WINDOWS = [128, 256]  # tokens, special ones included
+WINDOWS = [128, 256, 512]  # tokens, special ones included
 
 
 def search(splits, method, pipeline, grid, texts=None, test=None):
