@@ -129,9 +129,10 @@ def test_a_forked_process_runs_the_model_too(folder):
     torch.set_num_threads(2)
     try:
         torch.rand(400, 400) @ torch.rand(400, 400)  # makes OpenMP's threads
+        time.sleep(0.2)  # until they have left MKL, which would never unlock its memory in a fork
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
-        child = context.Process(target=embed, args=(folder, queue))
+        child = context.Process(target=embed, args=(folder, queue), daemon=True)
         child.start()
         rows = queue.get(timeout=60)
         child.join()
