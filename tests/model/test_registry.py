@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
