@@ -160,7 +160,7 @@ BENCHMARKS = {
     "store": Benchmark(
         {
             "what": "{what}",
-            "ms": "{milliseconds:.0f}",
+            "ms": "{milliseconds:.3g}",
             "MB/s": "{mb_per_second:,.0f}",
             "times numpy's": "{beside_numpy:.2f}",
             "times the rows' bytes": "{of_the_rows:.3f}",
