@@ -96,7 +96,6 @@ plt.show()
 # %%
 # The mean over the text is best in the middle of the model. The last blocks
 # lose some of that again, because they turn to the next word. Asking a
-# question does not help so small a model with so broad a topic. Where the
-# answer is one word that the model would say, as with "positive" or "negative"
-# about a review, the last token of a question does better (see the accuracy
-# benchmark).
+# question and reading its last token does not help so small a model with so
+# broad a topic. On reviews, a question helps the mean (see "A real decoder" in
+# the benchmarks).
