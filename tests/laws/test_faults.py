@@ -156,7 +156,7 @@ def test_a_process_that_is_killed_is_resumed_where_it_was(folder, tmp_path, monk
         return transformer(folder, batch_tokens=256, **places).fit_transform(TEXTS + TEXTS[:5])
 
     monkeypatch.setattr(batches, "_try_batch", counting)
-    child = multiprocessing.get_context("fork").Process(target=compute)
+    child = multiprocessing.get_context("fork").Process(target=compute, daemon=True)
     child.start()
     child.join(timeout=60)
     assert child.exitcode == -signal.SIGKILL

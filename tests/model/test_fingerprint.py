@@ -91,10 +91,13 @@ def in_a_fork(folder, *calls):
 
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=make_calls, args=(send,))
+    child = context.Process(target=make_calls, args=(send,), daemon=True)
     child.start()
     send.close()
-    found = [receive.recv() for _ in calls]
+    found = []
+    for _ in calls:
+        assert receive.poll(100), "the forked process hangs"
+        found.append(receive.recv())
     child.join()
     return found
 
