@@ -175,14 +175,14 @@ def test_a_process_that_is_killed_is_resumed_where_it_was(folder, tmp_path, monk
 ASK_TWICE = """
 import time, torch, transformers
 from skspin import LLMActivationTransformer
-start = time.perf_counter()
 for name in ("some/tiny-bert", "some/other-bert"):
+    start = time.perf_counter()
     try:
         fitted = LLMActivationTransformer(name, dtype="float32", cache=None).fit(["a"])
         print(fitted.revision_, fitted.transform(["a", "b"]).shape)
     except ValueError as error:
         print(error)
-print(time.perf_counter() - start)
+    print(time.perf_counter() - start)
 """
 
 
@@ -200,7 +200,7 @@ def test_a_hub_that_never_answers_is_given_up_within_seconds(folder, tmp_path):
         )
         silent.settimeout(0)
         silent.accept()[0].close()  # it was asked
-    cached, missing, seconds = run.stdout.strip().split("\n")
+    cached, first, missing, second = run.stdout.strip().split("\n")
     assert cached == f"{commit} (2, 48)", run.stderr
     assert "some/other-bert" in missing and "offline mode, HF_HUB_OFFLINE=1" in missing
-    assert float(seconds) < 60
+    assert float(first) < 30 and float(second) < 30

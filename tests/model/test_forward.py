@@ -217,3 +217,12 @@ def test_a_decoder_reads_the_text_behind_the_token_that_generation_starts_with()
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="decoder_start_token_id"):
         read(model, [first])
+
+
+def test_a_bfloat16_model_is_pooled_in_float32():
+    model = TINY["llama"].build()
+    segments = segments_of(model, poolings=BY_HAND)
+    X = read(model, segments)
+    half = read(model.bfloat16(), segments)
+    assert half.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(X, half).min() > 0.999

@@ -84,3 +84,11 @@ def test_weights_of_zero_are_as_if_the_texts_were_not_there():
     weighted = fit(spoilt, y, weight, class_weight="balanced")
     assert weighted.classes_.tolist() == [0, 1]
     assert_same(weighted, fit(X[50:], y[50:], class_weight="balanced"))
+
+
+def test_no_probe_is_asked_about_a_text_that_it_was_fitted_to():
+    wide, y = rng.normal(size=(60, 300)), rng.integers(0, 2, 60)
+    copies = np.repeat(np.arange(60), 5)
+    selector = SalientNeuronSelector(C=10.0, layer_sizes=None, random_state=0)
+    selector.fit(wide[copies], y[copies])
+    assert selector.layer_scores_[0] < 0.8  # learnt by heart, it would be 1

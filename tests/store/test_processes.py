@@ -69,7 +69,7 @@ folder, rng = sys.argv[1], np.random.default_rng(0)
 done = mmap.mmap(-1, 8)
 n_kills = 0
 store = open_store(folder)
-for round in range(30):
+for round in range(60):
     done[:] = bytes(8)
     child = os.fork()
     if not child:
@@ -90,8 +90,8 @@ for round in range(30):
     write(store, [f"after {round}"])
 print(n_kills)
 """
-    assert finish(start(code, tmp_path)) == "30\n"
-    assert read(as_new_process(tmp_path), [f"after {i}" for i in range(30)]).all()
+    assert finish(start(code, tmp_path)) == "60\n"
+    assert read(as_new_process(tmp_path), [f"after {i}" for i in range(60)]).all()
 
 
 def test_a_kill_in_the_middle_of_a_chunk_leaves_whole_entries(tmp_path):
@@ -153,7 +153,7 @@ signal.signal(signal.SIGALRM, interrupt)
 sys.unraisablehook = lambda _: None  # it may also fall into a finaliser
 folder, rng, n_interrupts = sys.argv[1], np.random.default_rng(0), 0
 store = open_store(folder)
-for round in range(80):
+for round in range(150):
     texts = [f"{round} {k}" for k in range(20)]
     try:
         try:
@@ -167,10 +167,10 @@ for round in range(80):
     read(store, texts)
     write(store, texts)
     assert read(store, texts).all()
-assert n_interrupts > 25, n_interrupts
+assert n_interrupts > 50, n_interrupts
 """
     finish(start(code, tmp_path))
-    texts = [f"{i} {k}" for i in range(80) for k in range(20)]
+    texts = [f"{i} {k}" for i in range(150) for k in range(20)]
     assert read(as_new_process(tmp_path), texts).all()
 
 
