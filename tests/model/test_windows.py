@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bert_files import tiny
-from extracted_rows import layout_of, recipe_of, rows_of
+from extracted_rows import layout_of, recipe_of, rows_of, watching
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2Model
 
 from skspin import LLMActivationTransformer
@@ -103,6 +103,29 @@ def test_a_causal_models_shared_tokens_count_in_the_earlier_window():
         )
 
 
+def test_a_planted_word_in_a_late_window_changes_a_maximum(model, tokenizer):
+    text = "so it goes " * 40
+    planted = text + "zebra"
+    recipe = recipe_of(model, tokenizer, max_length=14, long_texts="windows")
+    layout = layout_of(poolings=("max",))
+    plain, changed = rows_of(recipe, [text, planted], layout)
+    assert (changed > plain + 1e-3).any()
+    cut = recipe_of(model, tokenizer, max_length=14)
+    np.testing.assert_array_equal(*rows_of(cut, [text, planted], layout))
+
+
+def test_equal_long_texts_are_read_once(model, tokenizer):
+    transformer = LLMActivationTransformer(
+        model, tokenizer=tokenizer, max_length=14, long_texts="windows", cache=None
+    )
+    seen = []
+    with watching(model, lambda ids: seen.append(len(ids))):
+        rows = transformer.fit_transform([TEXTS[3]] * 20)
+    n_tokens = len(tokenizer(TEXTS[3], add_special_tokens=False)["input_ids"])
+    assert sum(seen) == -(-n_tokens // 12)
+    assert (rows == rows[0]).all()
+
+
 def test_tokenizers_in_python_and_those_without_special_tokens_read_windows(model):
     tokenizer = ByT5Tokenizer()
     model = tiny(vocab_size=400)
@@ -143,11 +166,11 @@ def test_windows_that_get_nowhere_are_refused(model, tokenizer, params, message)
         transformer.fit_transform(TEXTS)
 
 
-def test_a_long_text_is_read_in_time_that_grows_with_its_length(tokenizer):
+def test_a_megabyte_is_read_in_time_that_grows_with_its_length(tokenizer):
     model = tiny(max_position_embeddings=512)
     recipe = recipe_of(model, tokenizer, long_texts="windows")
     took = []
-    for n_bytes in (2**16, 2**18):
+    for n_bytes in (2**18, 2**20):
         text = ("a fine film that nobody saw, or so they say. " * (n_bytes // 45))[:n_bytes]
         started = time.process_time()
         assert np.isfinite(rows_of(recipe, [text], layout_of(1))).all()
