@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -28,7 +27,7 @@ from skspin._model import (
 )
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
 from skspin._sklearn import HasMethods, Hidden, Interval, StrOptions, _fit_context, diagram_block
-from skspin._store import DTYPES, fill_output, open_store
+from skspin._store import DTYPES, Output, open_output, open_store
 from skspin._system import warn
 from skspin._texts import TextChunks, TextTokens, open_texts
 
@@ -330,8 +329,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         recipe = self._fitted_recipe(texts)
         shape = (len(texts), self.layout_.n_columns)
         key = f"{recipe.key}{self.layout_}{self.store_dtype}"
-        fill = partial(self._fill, texts, recipe)
-        return ActivationArray(fill_output(self.output_folder, shape, key, fill), self.layout_)
+        with open_output(self.output_folder, shape, key) as output:
+            self._fill(texts, recipe, output)
+        return ActivationArray(output.matrix, self.layout_)
 
     def get_feature_names_out(self, input_features=None):
         """Name the columns, e.g. ``layer3_hidden_mean_412``.
@@ -381,11 +381,11 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
             model_kwargs=self.model_kwargs,
         )
 
-    def _fill(self, texts: TextChunks, recipe: Recipe, out: np.ndarray) -> Iterator[list[str]]:
+    def _fill(self, texts: TextChunks, recipe: Recipe, output: Output) -> None:
         """Take rows from the store, and compute and store those that it lacks, chunk by chunk."""
         store, start, n_computed, n_truncated = open_store(self.cache), 0, 0, 0
         for chunk in texts:
-            rows = out[start : start + len(chunk)]
+            rows = output.matrix[start : start + len(chunk)]
             start += len(chunk)
             named = {"model": recipe.model_name, "dtype": self.store_dtype}
             for missing in store.look_up(recipe.key, chunk, self.layout_, rows, **named):
@@ -393,7 +393,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
                 for found in extract(recipe, missing.texts, missing.layout):
                     missing.add(found.positions, found.values)
                     n_truncated += found.n_truncated
-            yield chunk
+            output.add_texts(chunk)
         if n_truncated:
             warn(
                 f"{n_truncated} of {n_computed} texts are longer than max_length="

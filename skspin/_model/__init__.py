@@ -19,10 +19,16 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from skspin._layout import POOLINGS, SITES, STACKS, Layout, Segment
-from skspin._model.device import resolve_device, resolve_dtype, usable_device
 from skspin._model.files import Source
 from skspin._model.fingerprint import fingerprint
-from skspin._model.recipe import ModelMismatchError, Recipe, Rows
+from skspin._model.recipe import (
+    ModelMismatchError,
+    Recipe,
+    Rows,
+    resolve_device,
+    resolve_dtype,
+    usable_device,
+)
 from skspin._store import Store
 from skspin._texts import TextTokens
 
@@ -113,17 +119,17 @@ def prefix_activations(
 
 
 def open_growing_text(recipe: Recipe, layout: Layout) -> Any:
-    """Make a `growing.GrowingText`, which reads one text that arrives in pieces."""
-    from skspin._model import growing
+    """Make a `token_level.GrowingText`, which reads one text that arrives in pieces."""
+    from skspin._model import token_level
 
-    return growing.GrowingText(_load(recipe), recipe, layout)
+    return token_level.GrowingText(_load(recipe), recipe, layout)
 
 
 def speller(tokenizer: Any) -> Any:
-    """Make a `growing.Speller`, which writes token ids as text."""
-    from skspin._model import growing
+    """Make a `token_level.Speller`, which writes token ids as text."""
+    from skspin._model import token_level
 
-    return growing.Speller(tokenizer)
+    return token_level.Speller(tokenizer)
 
 
 def forget_models() -> None:

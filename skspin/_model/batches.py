@@ -8,26 +8,26 @@ are half as large. Batches consist of windows: most texts have one, long texts h
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from math import ceil, inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from skspin._layout import Layout
-from skspin._model.cores import runner, usable_cores
 from skspin._model.forward import pooled_forward
 from skspin._model.pooling import WindowMerge
 from skspin._model.recipe import Recipe, Rows
 from skspin._model.registry import Backbone
 from skspin._model.tokens import Encoded, TextEncoder, Window
-from skspin._system import return_free_memory
+from skspin._system import after_fork, return_free_memory
 
 # Texts are sorted by length within as many tokens as fill this many batches; fewer leave more
 # padding (SST-2: 11.6% with 8 batches, 3.6% with 32, 2.2% with 64 and more).
@@ -211,19 +211,18 @@ def _run(
     backbone: Backbone, group: _Group, layout: Layout, budget: TokenBudget
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Run the windows of a group; yield each batch's window numbers and activations."""
-    run = partial(_run_batches, backbone, group, layout, budget)
-    n_at_once = n_cores = min(usable_cores(backbone.device), len(group.windows))
+    n_at_once = n_cores = min(_usable_cores(backbone.device), len(group.windows))
     if n_cores > 1 and group.n_tokens_left >= _TRIAL_BATCHES * budget.tokens:
         seconds = {n_cores: inf, 1: inf}  # per token, at best
         for n_tried in (n_cores, 1, n_cores, 1):
             n_tokens, started = group.n_tokens_left, time.perf_counter()
-            found = list(run(n_tried, n_tried))
+            found = list(_run_batches(backbone, group, layout, budget, n_tried, n_tried))
             took = time.perf_counter() - started
             seconds[n_tried] = min(seconds[n_tried], took / max(1, n_tokens - group.n_tokens_left))
             yield from found
         n_at_once = min(seconds, key=seconds.__getitem__)
     while len(group.left):
-        yield from run(n_at_once)
+        yield from _run_batches(backbone, group, layout, budget, n_at_once)
         n_at_once = 1  # several batches at once, of one text each, did not fit into memory
 
 
@@ -239,22 +238,22 @@ def _run_batches(
     n_tokens = budget.share(n_at_once, group.n_tokens_left)
     # Side by side, each thread has its next batch before its last result is taken.
     ahead = _AHEAD if backbone.device.type == "cuda" else 2 * (n_at_once - 1)
-    running: deque[tuple[np.ndarray, Callable[[], Callable[[], np.ndarray] | None]]] = deque()
+    running: deque[tuple[np.ndarray, Future[_OnHost | None]]] = deque()
     n_done = 0
-    with runner(n_at_once) as run:
+    with _threads(n_at_once) as threads:
         while True:
             while len(group.left) and n_batches and len(running) <= ahead:
                 batch = group.take(budget, min(n_tokens, budget.tokens))
                 windows = [group.windows[i] for i in batch]
                 is_alone = n_at_once == 1 and len(batch) == 1
-                job = partial(_try_batch, backbone, windows, layout, is_alone)
-                running.append((batch, run(job)))
+                job = threads.submit(_try_batch, backbone, windows, layout, is_alone)
+                running.append((batch, job))
                 n_batches -= 1
             if not running:
                 return
-            batch, wait = running.popleft()
-            result = wait()
-            if result is None:
+            batch, job = running.popleft()
+            pooled = job.result()
+            if pooled is None:
                 _release_memory(backbone.device)
                 budget.halve(len(batch) * int(group.lengths[batch[0]]))
                 group.put_back(batch)
@@ -264,12 +263,12 @@ def _run_batches(
             n_done += 1
             if backbone.device.type == "cpu" and n_done % _TRIM_BATCHES == 0:
                 _release_memory(backbone.device)
-            yield batch, result()
+            yield batch, pooled.to_numpy()
 
 
 def _try_batch(
     backbone: Backbone, windows: list[Window], layout: Layout, is_alone: bool
-) -> Callable[[], np.ndarray] | None:
+) -> _OnHost | None:
     """Start a batch; None, which frees the frames of the exception, if memory was short."""
     try:
         padded = _pad(windows, backbone.device)
@@ -314,11 +313,22 @@ def _pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
-def _to_host(pooled: Tensor) -> Callable[[], np.ndarray]:
-    """Start copying a result; the function that is returned waits for it."""
+class _OnHost(NamedTuple):
+    """Pooled activations (n_windows, n_columns) that are copied to the host."""
+
+    values: Tensor
+    stream: Any = None  # of a GPU, in which the copy runs
+
+    def to_numpy(self) -> np.ndarray:
+        """Wait for the copy."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        return self.values.numpy()
+
+
+def _to_host(pooled: Tensor) -> _OnHost:
     if pooled.device.type != "cuda":
-        array = pooled.cpu().numpy()
-        return lambda: array
+        return _OnHost(pooled.cpu())
     # A stream of its own lets the next batch run meanwhile.
     stream: Any = torch.cuda.Stream(pooled.device)
     stream.wait_stream(torch.cuda.current_stream(pooled.device))
@@ -327,12 +337,7 @@ def _to_host(pooled: Tensor) -> Callable[[], np.ndarray]:
         host.copy_(pooled, non_blocking=True)
         # The next batch may reuse the result's memory only after the copy.
         pooled.record_stream(stream)
-
-    def wait() -> np.ndarray:
-        stream.synchronize()
-        return host.numpy()
-
-    return wait
+    return _OnHost(host, stream)
 
 
 def _check_finite(activations: np.ndarray, layout: Layout, dtype: str) -> None:
@@ -350,3 +355,62 @@ def _check_finite(activations: np.ndarray, layout: Layout, dtype: str) -> None:
         f"Activations of layer {segment.layer} at site {segment.site!r} are not finite in "
         f"dtype={dtype!r}. {remedy}"
     )
+
+
+# Batches on a CPU: one on each core side by side, or one after another on all of them. Threads that
+# share a batch wait for each other after every product, long on a busy machine. Threads with a
+# batch each do not, but each reads all weights, so with a large model sharing may be faster.
+
+_lock = threading.Lock()
+_n_pools = 0  # pools that run now, each for an extraction of its own
+_n_threads = 1  # torch's number of threads before the first pool, restored after the last
+
+
+def _usable_cores(device: torch.device) -> int:
+    """Count the batches that may run side by side: torch's limit on threads, shared by callers."""
+    if device.type != "cpu":
+        return 1
+    with _lock:
+        n_threads = _n_threads if _n_pools else torch.get_num_threads()
+        return max(1, n_threads // (_n_pools + 1))
+
+
+class _ThisThread(Executor):
+    """Runs each job at once."""
+
+    def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
+        """Run a job; its errors are raised here."""
+        done: Future = Future()
+        done.set_result(function(*args, **kwargs))
+        return done
+
+
+@contextmanager
+def _threads(n_at_once: int) -> Iterator[Executor]:
+    """Run jobs in the caller's thread, or several side by side on one core each."""
+    global _n_pools, _n_threads
+    if n_at_once == 1:
+        yield _ThisThread()
+        return
+    with _lock:
+        if not _n_pools:
+            _n_threads = torch.get_num_threads()
+        _n_pools += 1
+    pool = ThreadPoolExecutor(n_at_once, "skspin-core", torch.set_num_threads, (1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # no job starts after an error or an interrupt
+        # Part of the setting is per thread and part (MKL's) per process, so only the last pool can
+        # restore it.
+        with _lock:
+            _n_pools -= 1
+            if not _n_pools:
+                torch.set_num_threads(_n_threads)
+
+
+@after_fork
+def _recover_from_fork() -> None:
+    """Forget the parent's pools, whose threads do not exist in the child."""
+    global _lock, _n_pools
+    _lock, _n_pools = threading.Lock(), 0

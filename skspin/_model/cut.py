@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from skspin._layout import Layout, Segment
 from skspin._model.anatomy import Stack, bare_model
 from skspin._model.blocks import Tap, is_norm, linear_shape
-from skspin._model.forward import arguments_of, pooled_forward, shift_right
-from skspin._model.hooks import as_texts, positions_by_tap, watch
+from skspin._model.forward import (
+    arguments_of,
+    as_texts,
+    pooled_forward,
+    positions_by_tap,
+    shift_right,
+    watch,
+)
 from skspin._model.pooling import FUNCTIONS
 from skspin._model.registry import Backbone
 

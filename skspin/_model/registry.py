@@ -22,7 +22,6 @@ import transformers
 from tokenizers import Tokenizer
 
 from skspin._model.anatomy import Anatomy, find_anatomy, most_tokens
-from skspin._model.device import resolve_device, resolve_dtype, usable_device
 from skspin._model.files import (
     CONFIGURATION,
     NEUTRAL_OPTIONS,
@@ -33,6 +32,7 @@ from skspin._model.files import (
     silence,
 )
 from skspin._model.fingerprint import fingerprint
+from skspin._model.recipe import resolve_device, resolve_dtype, usable_device
 from skspin._model.trial import try_anatomy
 from skspin._system import after_fork
 

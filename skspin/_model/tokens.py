@@ -6,6 +6,7 @@ token by token what is cut, what is read in windows and what is pooled.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tokenizers import Encoding
 
-from skspin._model.prompts import Filled, Span, fill_in, replace_surrogates
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
 from skspin._texts import TextTokens
@@ -26,6 +26,8 @@ _STANDS_FOR_NOTHING = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_toke
 # A text of more characters per token than this is surely too long, so it is tokenized with offsets,
 # which cutting needs and which cost time. A shorter text gets them only if it proves too long.
 _SURELY_LONG = 8
+_MARK = "\ue000{}\ue001"  # stands for a message while the template's own characters are looked for
+_STRIPS = (str, str.strip, str.rstrip, str.lstrip)  # what templates do to a message
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokenize texts. Lone surrogates, which no tokenizer reads, count as U+FFFD."""
-        filled = [fill_in(text, self.recipe, self.tokenizer) for text in replace_surrogates(texts)]
+        filled = [_fill_in(text, self.recipe, self.tokenizer) for text in replace_surrogates(texts)]
         if self._fast is None:
             return [self._encode_slow(item) for item in filled]
         rows: dict[int, Encoded] = {}
@@ -179,7 +181,7 @@ class TextEncoder:
         return filled, encoding
 
     def _encode_one(self, text: str) -> tuple[Filled, Encoding]:
-        filled = fill_in(replace_surrogates([text])[0], self.recipe, self.tokenizer)
+        filled = _fill_in(replace_surrogates([text])[0], self.recipe, self.tokenizer)
         return filled, self._fast.encode(filled.string, **self._options)
 
     # Tokens to windows
@@ -333,3 +335,95 @@ def _spans_of(encoding: Encoding, spans: list[Span]) -> np.ndarray:
         found[(ends > span.start) & (starts < span.end)] = number
     special = np.array(encoding.special_tokens_mask, dtype=bool)
     return np.where(special, -1, found)
+
+
+# What is tokenized: a text in its prompt, or a conversation in its chat template
+
+
+class Span(NamedTuple):
+    """The user's characters in the string that is tokenized."""
+
+    start: int
+    end: int
+    role: str | None = None
+
+
+class Filled(NamedTuple):
+    """The string that is tokenized, and where in it the user's texts or messages are."""
+
+    string: str
+    spans: list[Span]
+
+
+def _fill_in(text: str, recipe: Recipe, tokenizer: Any) -> Filled:
+    """Write a text in its prompt, or a conversation (JSON) with the chat template."""
+    if recipe.conversations:
+        conversation = json.loads(text)
+        rendered = _apply_template(tokenizer, conversation)
+        spans = _find_messages(rendered, conversation, tokenizer)
+        if spans is None and recipe.pool_over != "all":
+            raise ValueError(
+                f"pool_over={recipe.pool_over!r} needs to know which characters are whose, "
+                "but the tokenizer's chat template changes the messages of a conversation (such as "
+                f"{rendered[:80]!r}). Use pool_over='all'."
+            )
+        return Filled(rendered, spans or [Span(0, len(rendered))])
+    if recipe.prompt is None:
+        return Filled(text, [Span(0, len(text))])
+    string, *parts = recipe.prompt.split("{text}")
+    spans = []
+    for part in parts:
+        spans.append(Span(len(string), len(string) + len(text)))
+        string += text + part
+    return Filled(string, spans)
+
+
+def _find_messages(
+    rendered: str, conversation: list[dict[str, Any]], tokenizer: Any
+) -> list[Span] | None:
+    """Find the messages in a conversation as written; None if the template changes them."""
+    # Rendered once more with marks for messages: what is not a mark is the template's.
+    marks = [_MARK.format(number) for number in range(len(conversation))]
+    marked = _apply_template(
+        tokenizer, [{**said, "content": m} for said, m in zip(conversation, marks, strict=True)]
+    )
+    pieces = []  # of the template: before the first message, between two, after the last
+    for mark in marks:
+        before, found, marked = marked.partition(mark)
+        if not found:
+            return None
+        pieces.append(before)
+    spans, at = [], len(pieces[0])
+    for said, after in zip(conversation, [*pieces[1:], marked], strict=True):
+        # What follows tells the message's own blanks from the template's.
+        shapes = (strip(said["content"]) for strip in _STRIPS)
+        content = next((s for s in shapes if rendered.startswith(s + after, at)), None)
+        if content is None:
+            return None
+        spans.append(Span(at, at + len(content), said["role"]))
+        at += len(content) + len(after)
+    return spans if rendered.startswith(pieces[0]) and at == len(rendered) else None
+
+
+def _apply_template(tokenizer: Any, conversation: list[dict[str, Any]]) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"X holds conversations, but {type(tokenizer).__name__} of this model has no "
+            "chat template. Use an instruct model, set tokenizer.chat_template, or pass texts."
+        )
+    try:
+        return tokenizer.apply_chat_template(conversation, tokenize=False)
+    except Exception as error:  # A template is a program, and may raise whatever it likes.
+        roles = [message["role"] for message in conversation]
+        raise ValueError(
+            f"The model's chat template refuses a conversation with the roles {roles}: {error}"
+        ) from error
+
+
+def replace_surrogates(texts: Sequence[str]) -> list[str]:
+    """Replace lone surrogates by U+FFFD, and two that make a pair by their character."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
+    return list(texts)

@@ -8,14 +8,20 @@ written once. Chunks live in memory or in a folder; everything else is the same 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
-from skspin._store.chunk import DTYPES
-from skspin._store.output import fill_output
+import numpy as np
+import xxhash
+
+from skspin._store.chunk import DTYPES, text_digests
 from skspin._store.storage import Folder, Memory
 from skspin._store.store import Store, StoreInfo
 from skspin._system import machine_memory
 
-__all__ = ["DTYPES", "Store", "StoreInfo", "fill_output", "open_store"]
+__all__ = ["DTYPES", "Output", "Store", "StoreInfo", "open_output", "open_store"]
 
 # One bound for everything that this process keeps in memory, whatever folder it was meant for.
 _MEMORY = Store(Memory(machine_memory() // 4))
@@ -68,3 +74,72 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
         store = Store(Folder(folder), _MEMORY)
         _FOLDERS[folder] = store, os.path.isdir(folder)
     return store
+
+
+class Output:
+    """The matrix that a call fills: in memory, or in a file where it is larger than memory."""
+
+    def __init__(self, matrix: np.ndarray, digest: xxhash.xxh3_128 | None = None) -> None:
+        self.matrix = matrix  # float32
+        self._digest = digest  # of a file's texts
+
+    def add_texts(self, texts: Sequence[str]) -> None:
+        """Say which texts the next rows are of."""
+        if self._digest is not None:
+            self._digest.update(b"".join(text_digests(texts)))
+
+
+@contextmanager
+def open_output(
+    folder: str | os.PathLike[str] | None, shape: tuple[int, int], key: str
+) -> Iterator[Output]:
+    """Make room for a matrix; it is complete after the ``with`` block.
+
+    One in a folder is then mapped from its file, read-only; its name tells the texts and the
+    ``key``. A file in ``folder`` is always whole: one that is being filled ends in ".part", and is
+    removed if that fails (a process that is killed leaves it behind).
+    """
+    if folder is None:
+        yield Output(np.empty(shape, np.float32))
+        return
+    if not os.fspath(folder):
+        raise ValueError("output_folder='' names no folder. Give one, or None to use memory.")
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"output_folder={str(folder)!r}, but {error.filename} is a file. Give a folder, which "
+            "is made if it is not there."
+        ) from error
+    handle, path = tempfile.mkstemp(suffix=".part", prefix="activations-", dir=folder)
+    part, digest = Path(path), xxhash.xxh3_128(key.encode())
+    try:
+        output = Output(_map_file(handle, part, shape), digest)
+        yield output
+        output.matrix.flush()  # type: ignore[attr-defined]
+        del output.matrix  # some systems do not rename a mapped file
+        whole = folder / f"activations-{digest.hexdigest()}.npy"
+        os.replace(part, whole)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    output.matrix = np.load(whole, mmap_mode="r")
+
+
+def _map_file(handle: int, part: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Map a new file, of which the disk has all room, into memory."""
+    with os.fdopen(handle, "r+b") as file:
+        try:
+            matrix = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+            if hasattr(os, "posix_fallocate"):
+                # Writing to a mapped file when the disk is full would kill the process.
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"output_folder={str(part.parent)!r} has no room for "
+                f"{4 * shape[0] * shape[1] / 1e6:,.0f} MB of activations ({error.strerror}). Make "
+                "room, give another folder, or ask for fewer layers, sites or poolings",
+            ) from error
+    return matrix

@@ -35,7 +35,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from skspin import LLMActivationTransformer
 from skspin._model import Source
-from skspin._model.device import multiplies_bfloat16
+from skspin._model.recipe import multiplies_bfloat16
 from skspin._model.registry import load_backbone
 from skspin.datasets import demo_llm, demo_model
 

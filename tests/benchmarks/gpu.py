@@ -47,7 +47,7 @@ from transformers.utils import is_flash_attn_2_available
 from skspin import LLMActivationTransformer, make_spin_pipeline
 from skspin._model import Source, forget_models
 from skspin._model.batches import TokenBudget
-from skspin._model.device import multiplies_bfloat16
+from skspin._model.recipe import multiplies_bfloat16
 from skspin._model.registry import load_backbone
 from skspin.datasets import demo_llm, demo_model, load_docstrings
 

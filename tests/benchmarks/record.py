@@ -28,7 +28,7 @@ def describe_machine():
     """Describe processor, cores, what else runs on them, and the packages' versions."""
     import torch  # here, because measuring how long an import takes must not begin with this one
 
-    from skspin._model.device import multiplies_bfloat16
+    from skspin._model.recipe import multiplies_bfloat16
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -110,7 +110,7 @@ def fill_as_transformer(folder, data):
 
 
 def measure_transformer(folder, data):
-    import skspin._model.device
+    import skspin._model.recipe
     import skspin._model.fingerprint  # noqa: F401
 
     texts = real_texts(data)

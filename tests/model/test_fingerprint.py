@@ -142,7 +142,7 @@ def test_the_fingerprint_needs_no_torch(folder, cache):
     code = f"""
 import sys
 from skspin._model.fingerprint import fingerprint
-from skspin._model.device import resolve_device, resolve_dtype
+from skspin._model.recipe import resolve_device, resolve_dtype
 from skspin._model.files import Source
 fingerprint(Source({str(folder)!r}))
 fingerprint(Source("org/tiny", model_kwargs={cache!r}))

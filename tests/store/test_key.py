@@ -205,7 +205,7 @@ DECIDES_NOTHING = {
 
 @pytest.mark.parametrize("change", DECIDES_NOTHING.values(), ids=DECIDES_NOTHING)
 def test_what_decides_no_number_is_not_in_the_key(folder, store, read, change, monkeypatch):
-    monkeypatch.setattr("skspin._model.device.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("skspin._model.recipe.multiplies_bfloat16", lambda device: False)
     params = {"model": folder}
     expected = activations(folder, store)
     change(folder, params)
