@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from skspin._display.axes import BLUE, GREEN, ORANGE, given_or_new, trim
 from skspin._pipeline import only_step
 from skspin._selector import SalientNeuronSelector
 
+# Okabe and Ito's palette: told apart under every common kind of colour blindness, and in print.
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _SITE_COLORS = {"hidden": BLUE, "mlp": ORANGE, "attention": GREEN}
 _LAYER_NAME = re.compile(r"(?:(encoder|decoder)_)?layer(\d+)_([a-z]+)")
 
@@ -294,6 +295,27 @@ class SparsityPathDisplay:
         return self
 
 
+def given_or_new(ax: Any, **options: Any) -> tuple[Any, Any]:
+    """Take the axes given, or those of a new figure made with options."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            'Displays need matplotlib, which is not installed. Run: pip install "skspin[plot]"'
+        ) from error
+    if ax is None:
+        _, ax = plt.subplots(layout="constrained", **options)
+    return _trim(ax), ax.figure
+
+
+def _trim(ax: Any) -> Any:
+    """Leave out what distracts from the data."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3, linewidth=0.5)
+    ax.set_axisbelow(True)
+    return ax
+
+
 def _panel_below(ax: Any) -> Any:
     """Divide the space of some axes between them and new axes below, which share the x axis."""
     place = ax.get_subplotspec()
@@ -304,7 +326,7 @@ def _panel_below(ax: Any) -> Any:
         )
     grid = place.subgridspec(2, 1, height_ratios=[3, 2], hspace=0.1)
     ax.set_subplotspec(grid[0])
-    below = trim(ax.figure.add_subplot(grid[1], sharex=ax))
+    below = _trim(ax.figure.add_subplot(grid[1], sharex=ax))
     ax.tick_params(labelbottom=False)
     ax.figure.align_ylabels([ax, below])
     return below

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from skspin._display.axes import BLUE, VERMILION, given_or_new
+from skspin._display.scores import BLUE, VERMILION, given_or_new
 from skspin._explain import explain_tokens
 from skspin._serving import score_prefixes
 

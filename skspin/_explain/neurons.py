@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from skspin._explain.html import page_to_html, token_to_html
+from skspin._explain.tokens import page_to_html, token_to_html
 from skspin._pipeline import only_step, read_texts
 from skspin._transformer import LLMActivationTransformer
 

@@ -8,8 +8,14 @@ here knows a language model.
 """
 
 from skspin._probes.columns import is_tensor, to_host
-from skspin._probes.layer import ProbeSettings, fit_layers, probe_cache
-from skspin._probes.salience import CRITERIA, SALIENCES, most_salient
+from skspin._probes.layer import (
+    CRITERIA,
+    SALIENCES,
+    ProbeSettings,
+    fit_layers,
+    most_salient,
+    probe_cache,
+)
 from skspin._probes.solver import solve_probes
 from skspin._probes.targets import encode_targets, validation_rows
 

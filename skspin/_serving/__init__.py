@@ -1,8 +1,7 @@
 """A fitted pipeline in use: as a torch module or ONNX, and on a text while it grows."""
 
+from skspin._serving.export import export_onnx, to_torch
 from skspin._serving.growing import PrefixScorer, PrefixStreamer
-from skspin._serving.module import to_torch
-from skspin._serving.onnx import export_onnx
 from skspin._serving.prefixes import PrefixScores, score_prefixes
 
 __all__ = [

@@ -212,7 +212,7 @@ def small():
 
 
 def test_nothing_is_left_behind_when_the_check_fails(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("skspin._serving.onnx._TOLERANCE", -1)
+    monkeypatch.setattr("skspin._serving.export._TOLERANCE", -1)
     with pytest.raises(RuntimeError, match="the text 'A fine film.*differs.*Nothing was left"):
         export_onnx(small, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
