@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -20,16 +19,12 @@ from skspin._model import (
     extract,
     fingerprint,
     model_shape,
-    open_growing_text,
-    prefix_activations,
-    text_encoder,
-    token_activations,
 )
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
 from skspin._sklearn import HasMethods, Hidden, Interval, StrOptions, _fit_context, diagram_block
 from skspin._store import DTYPES, Output, open_output, open_store
 from skspin._system import warn
-from skspin._texts import TextChunks, TextTokens, open_texts
+from skspin._texts import TextChunks, open_texts
 
 # Parameters that decide how a text is read. Like site, layers and pooling, `fit` takes them over.
 _TEXT_PARAMS = ("prompt", "max_length", "long_texts", "overlap", "pool_over")
@@ -280,7 +275,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
                 "length of a window. Use a smaller overlap."
             )
         text_params = {name: getattr(self, name) for name in _TEXT_PARAMS}
-        recipe = self._recipe(open_texts(X), text_params)
+        recipe = self._recipe(open_texts(X).conversations, text_params)
         shape = model_shape(recipe.source, recipe.fingerprint, open_store(self.cache))
         layout = shape.layout(
             stack=self.stack, site=self.site, layers=self.layers, pooling=self.pooling
@@ -326,7 +321,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         """
         check_is_fitted(self, "layout_")
         texts = open_texts(X)
-        recipe = self._fitted_recipe(texts)
+        recipe = self._fitted_recipe(texts.conversations)
         shape = (len(texts), self.layout_.n_columns)
         key = f"{recipe.key}{self.layout_}{self.store_dtype}"
         with open_output(self.output_folder, shape, key) as output:
@@ -349,16 +344,16 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         check_is_fitted(self, "layout_")
         return self.layout_.feature_names()
 
-    def _recipe(self, texts: TextChunks, text_params: dict[str, Any]) -> Recipe:
+    def _recipe(self, conversations: bool, text_params: dict[str, Any]) -> Recipe:
         """Gather what decides the numbers, and how they are computed."""
-        pool_over = _check_text_params(texts, **text_params)
+        pool_over = _check_text_params(conversations, **text_params)
         source = self._source()
         max_length = min(text_params["max_length"], source.longest or text_params["max_length"])
         return Recipe(
             source,
             fingerprint(source, open_store(self.cache)),
             **text_params | {"max_length": max_length, "pool_over": pool_over},
-            conversations=texts.conversations,
+            conversations=conversations,
             device=self.device,
             dtype=self.dtype,
             batch_tokens=self.batch_tokens,
@@ -407,23 +402,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         narrowed.layout_ = self.layout_.keep(columns)
         return narrowed
 
-    def _read_tokens(self, texts: TextChunks) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-        """Compute activations (n_tokens, n_columns) at the pooled tokens of each distinct text."""
-        recipe = self._fitted_recipe(texts)
-        return token_activations(recipe, texts.distinct().to_list(), self.layout_)
-
-    def _read_prefixes(self, texts: TextChunks) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-        """Compute the same, or raise if a token's activations depend on the tokens after it."""
-        recipe = self._fitted_recipe(texts)
-        return prefix_activations(recipe, texts.distinct().to_list(), self.layout_)
-
-    def _open_growing_text(self, conversations: bool) -> Any:
-        """Begin to read a text, or a conversation, that arrives in pieces."""
-        recipe = self._fitted_recipe(TextChunks(0, conversations, None, []))
-        return open_growing_text(recipe, self.layout_)
-
-    def _fitted_recipe(self, texts: TextChunks) -> Recipe:
-        recipe = self._recipe(texts, self.text_params_)
+    def _fitted_recipe(self, conversations: bool) -> Recipe:
+        recipe = self._recipe(conversations, self.text_params_)
         recipe.check_fingerprint(self.model_fingerprint_)
         return recipe
 
@@ -434,10 +414,6 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         recipe = Recipe(source, name, device=self.device, dtype=self.dtype)
         recipe.check_fingerprint(self.model_fingerprint_)
         return cut_model(recipe, self.layout_)
-
-    def _text_encoder(self, texts: TextChunks) -> Any:
-        """Make the encoder that turns texts into the model's inputs."""
-        return text_encoder(self._fitted_recipe(texts))
 
     def _sk_visual_block_(self):
         facts = _layout_facts(self.layout_) if hasattr(self, "layout_") else []
@@ -467,7 +443,7 @@ def _layout_facts(layout: Layout) -> list[str]:
 
 
 def _check_text_params(
-    texts: TextChunks,
+    conversations: bool,
     *,
     prompt: str | None,
     max_length: int,
@@ -480,7 +456,7 @@ def _check_text_params(
         raise ValueError(
             f"prompt={prompt!r} has no place for the text. Write {{text}} where it goes."
         )
-    if prompt is not None and texts.conversations:
+    if prompt is not None and conversations:
         raise ValueError(
             f"prompt={prompt!r}, but X holds conversations, which the tokenizer's chat "
             "template writes. Leave prompt=None, or pass texts."
@@ -499,7 +475,7 @@ def _check_text_params(
             f"pool_over={over!r} must be 'all', 'text', a role of a conversation such as "
             "'user', or a tuple of roles."
         )
-    if not texts.conversations:
+    if not conversations:
         raise ValueError(
             f"pool_over={over!r} names roles of conversations, but X holds texts. Use 'all' or "
             "'text'."

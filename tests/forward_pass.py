@@ -33,7 +33,7 @@ def read(model, segments=None, batch=None, anatomy=None):
     """Read a batch's pooled activations."""
     segments = segments_of(model) if segments is None else segments
     batch = tiny_batch() if batch is None else batch
-    return pooled_forward(model, anatomy or tried(model), batch, segments)
+    return pooled_forward(anatomy or tried(model), batch, segments)
 
 
 def tried(model, fingerprint="any"):

@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._explain.tokens import page_to_html, token_to_html
+from skspin._model import token_activations
 from skspin._pipeline import only_step, read_texts
 from skspin._transformer import LLMActivationTransformer
 
@@ -151,7 +152,8 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     texts = read_texts(estimator, texts)
     number_of = {text: number for number, text in reversed(list(enumerate(texts.to_list())))}
     written: dict[str, str] = {}  # a conversation as its chat template has it
-    for text, tokens, activations in narrowed._read_tokens(texts):
+    recipe = transformer._fitted_recipe(texts.conversations)
+    for text, tokens, activations in token_activations(recipe, [*number_of], narrowed.layout_):
         written[text] = tokens.text
         inside = np.flatnonzero(tokens.in_text)
         if not len(inside):

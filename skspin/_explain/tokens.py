@@ -12,6 +12,7 @@ import numpy as np
 
 from skspin._explain.linear import LinearForm, classes_of, place_of, to_linear_form
 from skspin._layout import Layout
+from skspin._model import token_activations
 from skspin._pipeline import fitted_pipeline, flatten, read_texts
 from skspin._texts import TextTokens, tabulate
 
@@ -256,8 +257,9 @@ def explain_tokens(pipeline, texts):
     distinct = texts.distinct()
     rows = np.asarray(transformer.transform(distinct))
     pooled = dict(zip(distinct.to_list(), rows, strict=True))
+    recipe = transformer._fitted_recipe(texts.conversations)
     found: dict[str, tuple[TextTokens, np.ndarray]] = {}
-    for text, tokens, activations in transformer._read_tokens(distinct):
+    for text, tokens, activations in token_activations(recipe, [*pooled], transformer.layout_):
         # Two passes through the model differ by rounding, which a scaler may magnify. So the pooled
         # pass, which the classifier sees, gives the values, and this one only each token's share.
         found[text] = tokens, _split(transformer.layout_, activations, pooled[text], form)

@@ -61,7 +61,7 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
     """
     from skspin._model import batches, parallel
 
-    if parallel.n_workers(recipe) == 1:
+    if recipe.n_workers == 1:
         found = batches.extract(_load(recipe), recipe, texts, layout)
     else:
         found = parallel.extract(recipe, texts, layout)

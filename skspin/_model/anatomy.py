@@ -54,6 +54,7 @@ class Stack:
 class Anatomy:
     """What is where in a model."""
 
+    model: Any = field(repr=False)  # without what activations of text do not need; see `bare_model`
     stacks: dict[str | None, Stack]  # by name
     # In a batch of more tokens per text than this, texts change each other's activations, whatever
     # the attention mask says; 0 if padding does so in any batch.
@@ -81,7 +82,7 @@ def find_anatomy(model: Any) -> Anatomy:
     model = bare_model(model)
     stacks = {name: _dissect(name, half, model.config) for name, half in _halves_of(model).items()}
     mixes_padding = any(stack.architecture.mixes_padding for stack in stacks.values())
-    return Anatomy(stacks, 0 if mixes_padding else inf)
+    return Anatomy(model, stacks, 0 if mixes_padding else inf)
 
 
 def bare_model(model: Any) -> Any:

@@ -271,8 +271,8 @@ def _try_batch(
 ) -> _OnHost | None:
     """Start a batch; None, which frees the frames of the exception, if memory was short."""
     try:
-        padded = _pad(windows, backbone.device)
-        return _to_host(pooled_forward(backbone.model, backbone.anatomy, padded, layout.segments))
+        padded = pad(windows, backbone.device)
+        return _to_host(pooled_forward(backbone.anatomy, padded, layout.segments))
     except (MemoryError, RuntimeError) as error:
         # Torch says it in words on all devices, and by a class of its own on some.
         if isinstance(error, RuntimeError) and not any(s in str(error) for s in _OUT_OF_MEMORY):
@@ -293,7 +293,7 @@ def _release_memory(device: torch.device) -> None:
         return_free_memory()
 
 
-def _pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
+def pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
     """Pad windows, the longest first, on the right to tensors (n_windows, n_tokens)."""
     lengths = np.array([len(window) for window in windows])
     real = np.arange(lengths[0]) < lengths[:, None]  # (n_windows, n_tokens)

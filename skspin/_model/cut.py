@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from skspin._layout import Layout, Segment
-from skspin._model.anatomy import Stack, bare_model
+from skspin._model.anatomy import Stack
 from skspin._model.blocks import Tap, is_norm, linear_shape
 from skspin._model.forward import (
     arguments_of,
@@ -172,7 +172,7 @@ def _depths(backbone: Backbone, layout: Layout) -> dict[str | None, tuple[int, b
 
 def _sample(backbone: Backbone) -> dict[str, Tensor]:
     """Make a batch of two texts, one of them padded, of tokens that are not special."""
-    n_words = bare_model(backbone.model).get_input_embeddings().num_embeddings
+    n_words = backbone.anatomy.model.get_input_embeddings().num_embeddings
     ids = n_words // 2 + torch.arange(10).reshape(2, 5) % (n_words // 2)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
@@ -194,7 +194,7 @@ def _run_whole(
         for stack in stacks:
             hooks.callback(stack.blocks[0].register_forward_hook(count).remove)
         segments = [*layout.segments, *ends]
-        values = pooled_forward(backbone.model, backbone.anatomy, sample, segments)
+        values = pooled_forward(backbone.anatomy, sample, segments)
     return values[:, : layout.n_columns], n_outputs
 
 
@@ -206,7 +206,7 @@ def _cut(
     n_outputs: dict[nn.Module, int],
     sample: dict[str, Tensor],
 ) -> CutModel:
-    model = bare_model(backbone.model)
+    model = backbone.anatomy.model
     if set(depths) == {"encoder"}:
         model = model.get_encoder()
     memo: dict[int, Any] = {}

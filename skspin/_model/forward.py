@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skspin._layout import Segment
-from skspin._model.anatomy import Anatomy, bare_model, is_encoder_decoder
+from skspin._model.anatomy import Anatomy, is_encoder_decoder
 from skspin._model.blocks import Tap
 from skspin._model.pooling import TextGroup, group_texts, pool
 from skspin._system import after_fork
@@ -32,7 +32,7 @@ _LARGEST = 2**14
 
 
 def pooled_forward(
-    model: Any, anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
+    anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
 ) -> Tensor:
     """Read the pooled activations (n_texts, n_columns) of a batch, float32 on the inputs' device.
 
@@ -43,7 +43,7 @@ def pooled_forward(
     runs meanwhile is neither read nor stopped.
     """
     if inputs["attention_mask"].shape[1] <= anatomy.mixes_beyond:
-        return torch.cat(_read(model, anatomy, inputs, segments), dim=1)
+        return torch.cat(_read(anatomy, inputs, segments), dim=1)
     # Where texts in a batch change each other, only texts of one length are run together.
     lengths = inputs["attention_mask"].sum(1)  # (n_texts,)
     groups = lengths.where(lengths > anatomy.mixes_beyond, 0)  # short texts make one group
@@ -52,12 +52,11 @@ def pooled_forward(
         rows = groups == group
         n_tokens = int(lengths[rows].max())
         alike = {name: values[rows, :n_tokens] for name, values in inputs.items()}
-        columns[rows] = torch.cat(_read(model, anatomy, alike, segments), dim=1)
+        columns[rows] = torch.cat(_read(anatomy, alike, segments), dim=1)
     return columns
 
 
 def token_forward(
-    model: Any,
     anatomy: Anatomy,
     inputs: dict[str, Tensor],
     segments: Sequence[Segment],
@@ -67,14 +66,13 @@ def token_forward(
 
     With a key-value cache, which is for one text only, the tokens come after those that it holds.
     """
-    return torch.cat(_read(model, anatomy, inputs, segments, by_token=True, cache=cache), dim=2)
+    return torch.cat(_read(anatomy, inputs, segments, by_token=True, cache=cache), dim=2)
 
 
 # Not inference mode: whatever a model keeps from a pass (a table of positions, say) could then not
 # be used in training.
 @torch.no_grad()
 def _read(
-    model: Any,
     anatomy: Anatomy,
     inputs: dict[str, Tensor],
     segments: Sequence[Segment],
@@ -82,8 +80,7 @@ def _read(
     by_token: bool = False,
     cache: Any = None,
 ) -> list[Tensor]:
-    model = bare_model(model)
-    inputs = dict(inputs)
+    model, inputs = anatomy.model, dict(inputs)
     mask = inputs["attention_mask"].bool()
     pooled = inputs.pop("pooled", mask)
     if cache is not None:

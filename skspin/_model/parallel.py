@@ -31,18 +31,6 @@ _TEXT_COST = 16  # bytes that a text costs beyond its own, for special tokens an
 _TOKEN_BYTES = 8  # few tokens are longer, so what is beyond max_length of these will be truncated
 
 
-def n_workers(recipe: Recipe) -> int:
-    """Count the workers that a recipe asks for: one for each device, or joblib's."""
-    if len(recipe.devices) == 1:
-        return effective_n_jobs(recipe.n_jobs)
-    if recipe.n_jobs not in (None, 1):
-        raise ValueError(
-            f"device={recipe.device!r} and n_jobs={recipe.n_jobs} both say how many workers there "
-            "are. Leave n_jobs=None to have one for each device, or name one device."
-        )
-    return len(recipe.devices)
-
-
 def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Rows]:
     """Run texts through a model, shard by shard, in whatever order the workers are done."""
     source = recipe.source
@@ -62,7 +50,7 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
             free.put(device)
     shards = cut_into_shards(
         [len(text.encode("utf-8", "surrogatepass")) for text in texts],
-        n_workers(recipe),
+        recipe.n_workers,
         most_bytes=_TOKEN_BYTES * recipe.max_length,
         row_bytes=4 * layout.n_columns,
     )

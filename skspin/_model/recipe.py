@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from joblib import effective_n_jobs
 
 from skspin._model.files import Source
 
@@ -81,6 +82,18 @@ class Recipe:
                 "['cuda:0', 'cuda:1']. Leave device=None to have one chosen."
             )
         return list(self.device)
+
+    @property
+    def n_workers(self) -> int:
+        """Number of workers: one for each device, or joblib's."""
+        if len(self.devices) == 1:
+            return effective_n_jobs(self.n_jobs)
+        if self.n_jobs not in (None, 1):
+            raise ValueError(
+                f"device={self.device!r} and n_jobs={self.n_jobs} both say how many workers there "
+                "are. Leave n_jobs=None to have one for each device, or name one device."
+            )
+        return len(self.devices)
 
     @cached_property
     def number_format(self) -> str:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from skspin._layout import Layout, Segment
 from skspin._model.anatomy import most_tokens
-from skspin._model.batches import TokenBudget
+from skspin._model.batches import TokenBudget, pad
 from skspin._model.forward import token_forward
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
@@ -76,14 +76,8 @@ def prefix_activations(
 
 def _read(backbone: Backbone, windows: list[Window], layout: Layout) -> np.ndarray:
     """Read activations (n_windows, n_tokens, n_columns) of windows of one length."""
-    inputs = {
-        name: torch.from_numpy(np.stack([window.inputs[name] for window in windows])).long()
-        for name in windows[0].inputs
-    }
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs = {name: values.to(backbone.device) for name, values in inputs.items()}
-    values = token_forward(backbone.model, backbone.anatomy, inputs, layout.segments)
-    return values.cpu().numpy()
+    inputs = pad(windows, backbone.device)
+    return token_forward(backbone.anatomy, inputs, layout.segments).cpu().numpy()
 
 
 # Conditions under which one pass gives the activations of every prefix of a text
@@ -283,7 +277,7 @@ class GrowingText:
             inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
             if self._encoder.has_types:
                 inputs["token_type_ids"] = torch.zeros_like(tensor)  # of one text all are 0
-            values = token_forward(backbone.model, backbone.anatomy, inputs, self._segments, cache)
+            values = token_forward(backbone.anatomy, inputs, self._segments, cache)
             parts.append(values[0, :, : self._n_columns].cpu().numpy())
         return np.concatenate(parts)
 

@@ -16,7 +16,6 @@ from skspin._layout import Segment
 from skspin._model.anatomy import (
     Anatomy,
     Stack,
-    bare_model,
     find_anatomy,
     longest_unscaled,
     most_tokens,
@@ -52,7 +51,7 @@ def try_anatomy(model: Any, device: torch.device, fingerprint: str) -> Anatomy:
         return anatomy
     known, found = _found.get(model, ("", _Trial()))
     if known != fingerprint:
-        trials = [_try(model, anatomy, stack, device) for stack in anatomy.stacks.values()]
+        trials = [_try(anatomy, stack, device) for stack in anatomy.stacks.values()]
         found = _Trial(*map(any, zip(*trials, strict=True)))
         _found[model] = fingerprint, found
     return replace(
@@ -63,14 +62,15 @@ def try_anatomy(model: Any, device: torch.device, fingerprint: str) -> Anatomy:
     )
 
 
-def _try(model: Any, anatomy: Anatomy, stack: Stack, device: torch.device) -> _Trial:
+def _try(anatomy: Anatomy, stack: Stack, device: torch.device) -> _Trial:
     """Compare a text alone with the same text in a batch, padded in two ways, and a longer text."""
+    model = anatomy.model
     n_tokens = most_tokens(model, _MOST_TOKENS)
     n_real = n_tokens // 2
     if not n_real:
         return _Trial(mixes_padding=False)
     # Ids from the middle of the vocabulary, where no special tokens are.
-    embeddings = bare_model(model).get_input_embeddings()
+    embeddings = model.get_input_embeddings()
     n_words = getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
     longer = (n_words // 2 + torch.arange(n_tokens, device=device)) % n_words
     batch = longer.repeat(3, 1)  # (3, n_tokens)
@@ -83,7 +83,7 @@ def _try(model: Any, anatomy: Anatomy, stack: Stack, device: torch.device) -> _T
     def states(ids: Tensor, mask: Tensor) -> list[list[Tensor]]:
         """Read each text's hidden states (n_real, n_neurons) by layer."""
         inputs = {"input_ids": ids, "attention_mask": mask}
-        values = token_forward(model, anatomy, inputs, segments)[:, :n_real]
+        values = token_forward(anatomy, inputs, segments)[:, :n_real]
         return [list(text.split([segment.width for segment in segments], 1)) for text in values]
 
     try:

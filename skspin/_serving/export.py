@@ -16,6 +16,7 @@ import numpy as np
 from sklearn.utils import Bunch
 
 from skspin._explain import LinearForm, to_linear_form
+from skspin._model import text_encoder
 from skspin._pickling import shallow_copy
 from skspin._pipeline import fitted_pipeline, flatten
 from skspin._serving.model_card import settings_of, write_card
@@ -275,7 +276,7 @@ def _open_sample(transformer: LLMActivationTransformer, texts: Any) -> tuple[Any
             f"{reads} conversations, which need the tokenizer's chat template, and that can't be "
             "exported. Use to_torch, or fit on texts that the chat template has written."
         )
-    encoder = transformer._text_encoder(chunks)
+    encoder = text_encoder(transformer._fitted_recipe(chunks.conversations))
     if texts is not None:
         return encoder, chunks.to_list()
     n_repeats = 1 + min(encoder.max_length, _LONGEST) // len(_SENTENCE.split())

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from skspin._model import speller
+from skspin._model import open_growing_text, speller
 from skspin._pipeline import flatten
 from skspin._serving.prefixes import Crossing, PrefixHead, PrefixScores, RunningPools
 from skspin._system import warn
@@ -113,7 +113,8 @@ class PrefixScorer:
         if not is_text:
             open_texts([[*conversation, {"role": role, "content": ""}]])  # or raise
         if self._growing is None or is_text != (self._conversation is None):
-            self._growing = self._transformer._open_growing_text(not is_text)
+            recipe = self._transformer._fitted_recipe(conversations=not is_text)
+            self._growing = open_growing_text(recipe, self._transformer.layout_)
         self._growing.begin([dict(message) for message in conversation or ()], role)
         self._conversation, self._role = conversation, role
         self._pools = RunningPools(self._transformer.layout_)

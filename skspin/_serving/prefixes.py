@@ -10,6 +10,7 @@ import numpy as np
 
 from skspin._explain import classes_of, place_of
 from skspin._layout import ActivationArray, Layout
+from skspin._model import prefix_activations
 from skspin._pipeline import fitted_pipeline, flatten, instead_of, read_texts
 from skspin._prune import prune
 from skspin._sklearn import _wrap_data_with_container
@@ -228,7 +229,8 @@ def score_prefixes(pipeline, texts):
     head = PrefixHead(pipeline, "score_prefixes")
     transformer, texts = head.transformer, read_texts(head.pipeline, texts)
     found: dict[str, tuple[TextTokens, _Scores]] = {}
-    for text, tokens, activations in transformer._read_prefixes(texts):
+    recipe, distinct = transformer._fitted_recipe(texts.conversations), texts.distinct().to_list()
+    for text, tokens, activations in prefix_activations(recipe, distinct, transformer.layout_):
         scored = tokens.messages >= 0  # (n_tokens,); the prompt's tokens are no prefix's end
         places = (tokens.starts[scored], tokens.ends[scored], tokens.messages[scored])
         names = list(compress(tokens.tokens, scored))

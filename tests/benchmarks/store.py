@@ -24,7 +24,6 @@ from record import write_record
 
 from skspin._layout import Layout, Segment
 from skspin._store import open_store
-from skspin._texts import open_texts
 
 TEXTS = [f"a text that is about as long as a sentence of a film review, {i}" for i in range(9613)]
 LAYOUT = Layout(tuple(Segment(None, layer, "hidden", "mean", 384) for layer in range(7)))
@@ -104,13 +103,12 @@ def fill_as_transformer(folder, data):
         values,
         texts,
         fitted.layout_,
-        fitted._fitted_recipe(open_texts(texts)).key,
+        fitted._fitted_recipe(conversations=False).key,
     )
     np.save(folder / "real.npy", values)
 
 
 def measure_transformer(folder, data):
-    import skspin._model.recipe
     import skspin._model.fingerprint  # noqa: F401
 
     texts = real_texts(data)

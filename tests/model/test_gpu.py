@@ -67,7 +67,7 @@ def test_neurons_are_chosen_on_the_device_and_nothing_is_copied_before(name):
         for segment in segments_of(model, poolings=EVERYTHING["pooling"])
     ]
     with NoPadding() as copied:
-        rows = pooled_forward(model, find_anatomy(model), batch, some)
+        rows = pooled_forward(find_anatomy(model), batch, some)
     assert rows.device.type == "meta" and rows.shape == (5, 3 * len(some))
     assert copied.to_host == 0
     assert copied.n_asked <= len(find_anatomy(model).stacks) + 1

@@ -18,7 +18,6 @@ from sklearn.model_selection import GridSearchCV
 from skspin import LLMActivationTransformer, make_spin_pipeline
 from skspin._model import extract
 from skspin._model.parallel import cut_into_shards
-from skspin._texts import open_texts
 
 TEXTS = [f"text {i} " + "word " * (i % 40) for i in range(120)] + ["text 7 " + "word " * 7, ""]
 
@@ -96,7 +95,7 @@ def test_two_counts_of_workers_are_one_too_many(folder):
 
 def work_on(folder):
     fitted = transformer(folder).fit(TEXTS)
-    return fitted._fitted_recipe(open_texts(TEXTS)), fitted.layout_
+    return fitted._fitted_recipe(conversations=False), fitted.layout_
 
 
 def test_a_worker_refuses_other_weights(folder):

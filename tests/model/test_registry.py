@@ -13,8 +13,8 @@ import torch
 from bert_files import SIZES
 from transformers import BertConfig, BertModel
 
-from skspin._model.recipe import multiplies_bfloat16, resolve_device, resolve_dtype
 from skspin._model.files import Source
+from skspin._model.recipe import multiplies_bfloat16, resolve_device, resolve_dtype
 from skspin._model.registry import forget_models, load_backbone, resolve_placement
 
 # One shared copy

@@ -6,7 +6,7 @@ from growing_texts import POOL, POOLINGS
 from tiny_models import TINY, tiny_tokenizer
 
 from skspin import LLMActivationTransformer
-from skspin._texts import open_texts
+from skspin._model import token_activations
 
 # Absolute, learnt, rotary and relative positions, mixing without attention, one stack and two.
 NAMES = ["bert", "roberta", "deberta-v2", "gpt2", "llama", "gemma2", "xlnet", "fnet", "t5", "bart"]
@@ -46,8 +46,8 @@ def fitted(name, prompt, padding_side):
 def test_tokens_pool_to_the_transformers_output(name, prompt, padding_side):
     transformer = fitted(name, prompt, padding_side)
     pooled = np.asarray(transformer.transform(TEXTS))
-    seen = set()
-    for text, tokens, activations in transformer._read_tokens(open_texts(TEXTS)):
+    recipe, seen = transformer._fitted_recipe(conversations=False), set()
+    for text, tokens, activations in token_activations(recipe, TEXTS, transformer.layout_):
         seen.add(text)
         row = pooled[TEXTS.index(text)]
         assert len(tokens.tokens) == len(activations) <= 12
