@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from joblib.externals.loky import get_reusable_executor
 from reports import Report
 from reviews import reviews
 from sklearn.model_selection import GridSearchCV
@@ -109,6 +110,7 @@ def test_a_search_in_four_processes_has_no_model_in_any(texts_and_labels, tmp_pa
     reports = tmp_path / "reports"
     reports.mkdir()
     grid = {"select__sparsity": SPARSITIES[::3]}
+    get_reusable_executor().shutdown(wait=True)  # workers of other tests may hold models
     search = GridSearchCV(
         pipeline, grid, cv=3, n_jobs=N_PROCESSES, scoring=Report(reports, N_PROCESSES), refit=False
     ).fit(texts, y)
