@@ -29,6 +29,11 @@ def segments_of(model, sites=SITES, poolings=("mean",), layers=None):
     ]
 
 
+def n_blocks(model):
+    """Count the blocks of a model's deeper stack."""
+    return max(len(stack.blocks) for stack in find_anatomy(model).stacks.values())
+
+
 def read(model, segments=None, batch=None, anatomy=None):
     """Read a batch's pooled activations."""
     segments = segments_of(model) if segments is None else segments

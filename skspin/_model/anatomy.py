@@ -59,19 +59,8 @@ class Anatomy:
     # In a batch of more tokens per text than this, texts change each other's activations, whatever
     # the attention mask says; 0 if padding does so in any batch.
     mixes_beyond: float = inf
-
     # Whether a token's activations do not depend on the tokens after it.
     is_causal: bool = False
-
-    @property
-    def mixes_padding(self) -> bool:
-        """Whether padding changes the activations of real tokens, however few they are."""
-        return self.mixes_beyond == 0
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks; of the deeper stack where there are two."""
-        return max(len(stack.blocks) for stack in self.stacks.values())
 
 
 def find_anatomy(model: Any) -> Anatomy:

@@ -84,7 +84,7 @@ class TokenBudget:
             self._least = 1
         self._wanted = int(batch_tokens)
         # Where padding leaks into real tokens, a pass takes texts of one length only.
-        self._start_share = 0.0 if anatomy.mixes_padding else _START_SHARE
+        self._start_share = 0.0 if anatomy.mixes_beyond == 0 else _START_SHARE
 
     @property
     def tokens(self) -> int:

@@ -139,7 +139,7 @@ def _thread() -> int:
 
 def _why_not(backbone: Backbone, layout: Layout, taps: dict[Tap, list[int]]) -> str | None:
     stacks = [backbone.anatomy.stacks[segment.stack] for segment in layout.segments]
-    if backbone.anatomy.mixes_padding:
+    if backbone.anatomy.mixes_beyond == 0:
         return "padding changes what it makes of a text, so it takes no batches."
     if any(tap.n_turns > 1 for tap in taps):
         return "it runs through the same blocks several times."

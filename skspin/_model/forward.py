@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skspin._layout import Segment
-from skspin._model.anatomy import Anatomy, is_encoder_decoder
+from skspin._model.anatomy import Anatomy
 from skspin._model.blocks import Tap
 from skspin._model.pooling import TextGroup, group_texts, pool
 from skspin._system import after_fork
@@ -110,7 +110,7 @@ def arguments_of(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> di
         for name, values in inputs.items()
         if name in accepted or name in common or takes_any_input
     }
-    if is_encoder_decoder(model):
+    if "decoder_input_ids" in accepted:
         arguments["decoder_input_ids"] = shift_right(inputs["input_ids"], model.config)
     # The pass collects no further outputs, whatever the configuration says. (use_mems is XLNet's.)
     for switch in ("use_cache", "use_mems", "output_hidden_states", "output_attentions"):
@@ -148,7 +148,7 @@ def positions_by_tap(anatomy: Anatomy, segments: Sequence[Segment]) -> dict[Tap,
     """Find the taps that segments are read at, and the positions of the segments of each."""
     found: dict[Tap, list[int]] = {}
     for position, segment in enumerate(segments):
-        tap = anatomy.stacks[segment.stack].tap(segment.layer, segment.site)
+        tap = anatomy.stacks[segment.stack].taps[segment.layer, segment.site]
         found.setdefault(tap, []).append(position)
     return found
 

@@ -61,7 +61,7 @@ def test_the_home_folder_is_found(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     monkeypatch.setenv("USERPROFILE", str(folder.parent))
     source = Source("~/tiny", tokenizer="~/tiny")
-    assert load_backbone(source).anatomy.n_layers == 2
+    assert len(load_backbone(source).anatomy.stacks[None].blocks) == 2
     assert source == Source(folder, tokenizer=folder)
 
 

@@ -223,4 +223,4 @@ def test_an_adapter_is_part_of_a_model(model, tokenizer):
         switched_off = fingerprint(source)
     assert len({plain, switched_on, switched_off}) == 3
     assert fingerprint(source) == switched_on
-    assert load_backbone(source).anatomy.n_layers == 2
+    assert len(load_backbone(source).anatomy.stacks[None].blocks) == 2

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 import transformers
-from forward_pass import BY_HAND, CLOSE, alone, assert_pooled, columns, read, segments_of
+from forward_pass import BY_HAND, CLOSE, alone, assert_pooled, columns, n_blocks, read, segments_of
 from tiny_models import ALL, TINY, tiny_batch
 
 from skspin._layout import Segment
@@ -70,7 +70,7 @@ def test_neurons_are_what_goes_into_the_named_linear_module(name):
     batch = tiny_batch()
     sites = [site for site in ("mlp", "attention") if getattr(ALL[name], site)]
     segments = segments_of(model, sites, BY_HAND)
-    layers = range(1, find_anatomy(model).n_layers + 1)
+    layers = range(1, n_blocks(model) + 1)
     assert {(s.layer, s.site) for s in segments} == set(product(layers, sites))
     X = read(model, segments, batch)
     paths = {place_of(s): ALL[name].path(s.stack, s.site, s.layer) for s in segments}
@@ -121,7 +121,7 @@ def test_neurons_that_no_one_linear_module_takes(name, site, record):
     for row in range(len(X)):
         vectors.clear()
         alone(model, batch, row)
-        assert len(vectors) == find_anatomy(model).n_layers == len(segments) / 2
+        assert len(vectors) == n_blocks(model) == len(segments) / 2
         assert_pooled(X[row], segments, lambda segment: vectors[segment.layer - 1])
 
 

@@ -163,7 +163,7 @@ def test_a_file_comes_from_the_hub(file, cache, new_process):
     shutil.copy(file, os.path.join(repository, "q8"))
     source = Source("org/tiny", model_kwargs=cache | {"gguf_file": "q8/tiny.gguf"})
     assert fingerprint(source) == f"hub:org/tiny/q8/tiny.gguf@{COMMIT}"
-    assert read_anatomy(source).n_layers == 2
+    assert len(read_anatomy(source).stacks[None].blocks) == 2
     assert type(load_backbone(source).model) is LlamaModel
     assert load_backbone(source).tokenizer.chat_template == TEMPLATE
 
