@@ -259,7 +259,8 @@ class ActivationArray(np.ndarray):
 
     Choosing rows keeps the layout, and joining the poolings of one model side by side joins
     layouts. Whatever else may change columns or values (choosing columns, arithmetic, a scaler)
-    gives an array without one, because a layout that is silently wrong is worse than none.
+    gives an array without one, because a layout that is silently wrong is worse than none. Only
+    what is written through a view of the array, such as ``X.T``, is not seen.
     """
 
     layout: Layout | None  # None where the columns are no longer known
@@ -286,8 +287,11 @@ class ActivationArray(np.ndarray):
         return getattr(ufunc, method)(*(_plain(array) for array in inputs), **kwargs)
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Join layouts where a FeatureUnion joins columns."""
+        """Join layouts where a FeatureUnion joins columns; what is written over loses its own."""
         result = super().__array_function__(func, types, args, kwargs)
+        for array in (kwargs.get("out"), *(args[:1] if result is None else ())):
+            if isinstance(array, ActivationArray):
+                array.layout = None
         if func is not np.concatenate or (*args[1:], kwargs.get("axis"))[0] not in (1, -1):
             return result
         joined = _join([layout_of(array) for array in args[0]])

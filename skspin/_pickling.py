@@ -64,6 +64,7 @@ class DetachedModel:
 
     def __init__(self, name: str):
         self.name = name
+        self.fingerprint = ""  # tells models apart where a pickle is a key, as in joblib's Memory
 
     def __repr__(self) -> str:
         """Say what is missing."""

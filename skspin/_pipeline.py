@@ -202,6 +202,17 @@ class PrunedStep(SelectorMixin, BaseEstimator):
         self.left_, self.support_ = clone(self.step).fit(X, y, **params), None
         return self
 
+    def fit_transform(self, X, y=None, **params):
+        """Fit the step as it was before pruning, and transform as it does in training."""
+        if not hasattr(self.step, "fit_transform"):
+            return self.fit(X, y, **params).transform(X)
+        self.left_, self.support_ = clone(self.step), None
+        return self.left_.fit_transform(X, y, **params)
+
+    def get_metadata_routing(self):
+        """Ask for the metadata that the step asks for."""
+        return self.step.get_metadata_routing()
+
     def transform(self, X):
         """Compute the columns that are kept, in the same kind of array, sparse matrix or frame."""
         X = X if self.left_ is None else self.left_.transform(X)

@@ -205,9 +205,13 @@ def _(step: ColumnTransformer, need: Need) -> tuple[Any, Need]:
     narrowed.transformers_, start = [], 0
     narrowed.output_indices_ = dict.fromkeys(step.output_indices_, slice(0, 0))
     for name, member, columns in step.transformers_:
-        member, n_given = _narrow_branch(member, need, step.output_indices_[name])
+        given = step.output_indices_[name]
+        n_before = given.stop - given.start
+        member, n_given = _narrow_branch(member, need, given)
         narrowed.transformers_.append((name, member, columns))
         narrowed.output_indices_[name] = slice(start, start := start + n_given)
+        if member == "drop" and n_before:  # maybe the only sparse columns
+            narrowed.sparse_output_ = False
     return narrowed, Need(None, type(step).__name__)
 
 
@@ -215,13 +219,35 @@ def _(step: ColumnTransformer, need: Need) -> tuple[Any, Need]:
 def _(step: FeatureUnion, need: Need) -> tuple[Any, Need]:
     narrowed = _copy(step)
     narrowed.transformer_list, end = [], 0
-    for name, member in step.transformer_list:
-        start = end
-        if need.columns is not None and member != "drop":
-            end += len(member.get_feature_names_out())
+    n_columns = [0] * len(step.transformer_list)
+    if need.columns is not None:
+        n_columns = _count_columns(step, len(need.columns))
+    for (name, member), n_given in zip(step.transformer_list, n_columns, strict=True):
+        start, end = end, end + n_given
         member, _ = _narrow_branch(member, need, slice(start, end))
         narrowed.transformer_list.append((name, member))
     return narrowed, Need(None, type(step).__name__)
+
+
+def _count_columns(union: FeatureUnion, n_columns: int) -> list[int]:
+    """Count the columns of each member of a union; one that does not name them has the rest."""
+    counts = {name: _count_names(member) for name, member in union.transformer_list}
+    unnamed = [name for name, count in counts.items() if count is None]
+    if len(unnamed) > 1:
+        raise ValueError(
+            f"The members {unnamed} of a FeatureUnion do not name their columns, so it can't be "
+            "told how many each has. Give them get_feature_names_out (a FunctionTransformer has "
+            "feature_names_out=), or use a ColumnTransformer."
+        )
+    rest = n_columns - sum(count or 0 for count in counts.values())
+    return [rest if count is None else count for count in counts.values()]
+
+
+def _count_names(member: Any) -> int | None:
+    try:
+        return 0 if member == "drop" else len(member.get_feature_names_out())
+    except (AttributeError, ValueError):  # so says a step that does not know them
+        return None
 
 
 def _narrow_branch(member: Any, need: Need, given: slice) -> tuple[Any, int]:

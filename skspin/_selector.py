@@ -333,7 +333,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         return str(X.device)
 
     def _resolve_C(self) -> tuple[float, ...]:
-        values = [self.C] if isinstance(self.C, Real) else list(self.C)
+        values = list(np.ravel(self.C))
         if not values or not all(isinstance(C, Real) and 0 < float(C) < np.inf for C in values):
             raise ValueError(f"C={self.C!r} must be a positive number or a sequence of them.")
         return tuple(sorted({float(C) for C in values}))

@@ -105,7 +105,9 @@ def _check(items: list[Any], start: int, conversations: bool) -> list[str]:
                 f"X[{position}] is a {type(text).__name__} ({_shorten(text)}), but every text must "
                 f"be a str. {_advice(text)}"
             )
-    return [str(text) for text in items]  # numpy.str_ is a str, but not the tokenizers' kind
+    # Subclasses, such as numpy.str_, are not the tokenizers' kind of str; str(text) would give the
+    # name of a member of an Enum.
+    return [str.__str__(text) for text in items]
 
 
 def _to_json(conversation: Any, at: str) -> str:

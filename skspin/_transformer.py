@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -414,6 +415,14 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         recipe = Recipe(source, name, device=self.device, dtype=self.dtype)
         recipe.check_fingerprint(self.model_fingerprint_)
         return cut_model(recipe, self.layout_)
+
+    def __getstate__(self):
+        """Say which model in memory is left out: joblib's Memory takes equal pickles for equal."""
+        state = super().__getstate__()
+        if state["model"] is not self.model:
+            with suppress(TypeError, ValueError):  # no model, or one that can't be told from others
+                state["model"].fingerprint = fingerprint(self._source())
+        return state
 
     def _sk_visual_block_(self):
         facts = _layout_facts(self.layout_) if hasattr(self, "layout_") else []

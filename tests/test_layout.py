@@ -215,6 +215,12 @@ MOVED = {
     "partition": lambda X: X.partition(3, axis=1),
     "put": lambda X: X.put([0, 1], [1, 0]),
     "arithmetic into it": lambda X: np.multiply(X, 2, out=X),
+    "copyto": lambda X: np.copyto(X, np.asarray(X)[:, ::-1].copy()),
+    "putmask": lambda X: np.putmask(X, X > 3, np.asarray(X)[:, ::-1].copy()),
+    "place": lambda X: np.place(X, X > 3, [1, 2]),
+    "columns taken into it": lambda X: np.take(
+        np.asarray(X).copy(), np.arange(X.shape[1])[::-1], axis=1, out=X, mode="clip"
+    ),
     "arithmetic at places": lambda X: np.add.at(X, (0, [0, 1]), [1, 2]),
 }
 STILL = {

@@ -1,5 +1,7 @@
 """Texts come in any container, and are refused with the position at fault."""
 
+import enum
+
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -9,10 +11,12 @@ import pytest
 from skspin._texts import open_texts
 
 TEXTS = ["one", "two, zwei", "三"]
+Number = enum.Enum("Number", [(f"N{i}", text) for i, text in enumerate(TEXTS)], type=str)
 CONTAINERS = {
     "list": TEXTS,
     "tuple": tuple(TEXTS),
     "array": np.array(TEXTS),
+    "members of an Enum": list(Number),
     "object array": np.array(TEXTS, dtype=object),
     "column": np.array(TEXTS, dtype=object)[:, None],
     "pandas": pd.Series(TEXTS, index=[7, 7, 1]),

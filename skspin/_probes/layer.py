@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 from sklearn.utils import gen_batches
 
-from skspin._probes.columns import is_tensor, mean_and_deviation
+from skspin._probes.columns import is_tensor, mean_and_deviation, to_host
 from skspin._probes.solver import ProbeSolution, solve_probes
 from skspin._probes.targets import Targets
 from skspin._system import after_fork
@@ -83,11 +83,6 @@ def _fit_layer(
     block: Any, targets: Targets, validation: np.ndarray, settings: ProbeSettings
 ) -> LayerProbe:
     """Solve the problems of one layer, whose activations ``block`` holds, (n_texts, n_neurons)."""
-    with np.errstate(over="ignore"):  # infinite values are refused below, in clearer words
-        if is_tensor(block):
-            block = block.float().contiguous()
-        else:
-            block = np.ascontiguousarray(block, dtype=np.float32)
     largest = max(-float(block.min()), float(block.max()))
     if not largest <= _LARGEST:
         raise ValueError(
@@ -95,11 +90,21 @@ def _fit_layer(
             f"of squares of values above {_LARGEST:.0e} may overflow. Scale or drop the columns "
             "that hold them."
         )
+    # Far from zero, float32 has fewer digits than float64 activations. Where columns are centred is
+    # of no importance, as the intercept has no penalty.
+    center: Any = 0.0
+    if block.itemsize > 4:
+        center = block.mean(0)  # (n_neurons,)
+        block = block - center
+    if is_tensor(block):
+        block, center = block.float().contiguous(), to_host(center)
+    else:
+        block = np.ascontiguousarray(block, dtype=np.float32)
     # Mean and scale of all rows, validation rows included: they do not depend on labels.
     mean: Any = 0.0
     scale: Any = 1.0
     if settings.standardize:
-        mean, scale = _mean_and_scale(block, targets.row_weights, settings.eps)
+        mean, scale = _mean_and_scale(block, center, targets.row_weights, settings.eps)
 
     def solve(tasks: list[tuple[float, np.ndarray]]) -> list[ProbeSolution]:
         """Solve all problems, for each pair of a value of C and weights of the rows."""
@@ -141,15 +146,15 @@ def _fit_layer(
 
 
 def _mean_and_scale(
-    block: Any, row_weights: np.ndarray, eps: float
+    block: Any, center: Any, row_weights: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measure each column; a constant one gets an infinite scale, which makes it 0."""
+    """Measure each column, less its centre; a constant one gets an infinite scale: it becomes 0."""
     mean, scale = mean_and_deviation(block, row_weights)
-    # A column that differs only in the last float32 digits counts as constant: divided by so small
-    # a scale, rounding would look like signal. So does the column of a dead neuron, whose squares
-    # are too small for float32.
+    # A column that differs only in its last digits counts as constant: divided by so small a scale,
+    # rounding would look like signal. So does the column of a dead neuron, whose squares are too
+    # small for float32.
     float32 = np.finfo(np.float32)
-    rounding = np.maximum(8 * float32.eps * np.abs(mean), np.sqrt(float32.tiny) / float32.eps)
+    rounding = np.maximum(8 * eps * np.abs(center + mean), np.sqrt(float32.tiny) / float32.eps)
     varies = scale > rounding
     if varies.any():
         # A nearly dead neuron holds rounding of the large numbers that it is computed from: GELU

@@ -152,6 +152,11 @@ def validation_rows(
     order = order[np.argsort(strata[order], kind="stable")]
     chosen = np.zeros(len(order), dtype=bool)
     chosen[order[np.diff(np.ceil(np.arange(len(order) + 1) * fraction)) > 0]] = True
+    if chosen.all() and len(chosen) > 1:
+        raise ValueError(
+            f"validation_fraction={fraction} holds out all {len(chosen)} distinct rows, so none is "
+            "left to fit a probe to. Use a smaller one."
+        )
     return np.flatnonzero(chosen[numbers])
 
 

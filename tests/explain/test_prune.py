@@ -4,15 +4,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from reviews import reviews
-from sklearn.base import clone
+from sklearn import config_context
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.feature_selection import SelectFromModel
+from sklearn.feature_selection import SelectFromModel, SelectKBest
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import (
+    FunctionTransformer,
     MaxAbsScaler,
     MinMaxScaler,
     Normalizer,
@@ -166,6 +169,72 @@ def test_inside_a_feature_union(data):
     assert_same_predictions(
         prune(whole).fit(train[:40], y_train[:40]), whole.fit(train[:40], y_train[:40]), test
     )
+
+
+def test_inside_a_column_transformer_whose_only_sparse_columns_are_not_used(data):
+    train, test, y_train, _ = data
+    train, test = (pd.DataFrame({"text": texts}) for texts in (train, test))
+    columns = ColumnTransformer(
+        [
+            ("spin", make_pipeline(activations(), select()), "text"),
+            ("words", TfidfVectorizer(), "text"),
+        ],
+        sparse_threshold=1,
+    )
+    whole = make_pipeline(columns, SelectKBest(k=3), LogisticRegression()).fit(train, y_train)
+    pruned = prune(whole)
+    assert pruned[0].named_transformers_["words"] == "drop"
+    np.testing.assert_allclose(pruned.decision_function(test), whole.decision_function(test))
+    again = clone(pruned).fit(train, y_train)
+    np.testing.assert_allclose(again.decision_function(test), whole.decision_function(test))
+
+
+def lengths(texts):
+    return [[len(text)] for text in texts]
+
+
+def test_one_member_of_a_union_need_not_name_its_columns(data):
+    train, test, y_train, _ = data
+    members = [("spin", make_pipeline(activations(), select()))]
+    members += [(name, FunctionTransformer(lengths)) for name in ("length", "again")]
+    head = make_pipeline(SelectKBest(k=3), LogisticRegression())
+    whole = make_pipeline(FeatureUnion(members[:2]), *head).fit(train, y_train)
+    assert_same_predictions(prune(whole), whole, test)
+    whole = make_pipeline(FeatureUnion(members), *head).fit(train, y_train)
+    with pytest.raises(ValueError, match=r"\['length', 'again'\].* get_feature_names_out"):
+        prune(whole)
+
+
+class Centred(BaseEstimator, TransformerMixin):
+    """Adds something in training that it does not add later, as target encoders do."""
+
+    def fit(self, X, y, sample_weight):
+        self.weight_ = sample_weight.sum()
+        return self
+
+    def fit_transform(self, X, y, sample_weight):
+        return self.fit(X, y, sample_weight).transform(X) + y[:, None] * self.weight_
+
+    def transform(self, X):
+        return np.asarray(X)
+
+
+@config_context(enable_metadata_routing=True)
+def test_a_wrapped_step_is_fitted_again_as_it_was(data):
+    train, test, y_train, _ = data
+    weights = np.arange(len(train)) % 4
+    centred = Centred().set_fit_request(sample_weight=True)
+    whole = make_pipeline(activations(layers=2), select(), centred, SelectKBest(k=3))
+    whole = make_pipeline(*whole, LogisticRegression())
+    for step in whole:
+        if hasattr(step, "set_fit_request") and step is not centred:
+            step.set_fit_request(sample_weight=False)
+    whole.fit(train, y_train, sample_weight=weights)
+    pruned = prune(whole)
+    assert isinstance(pruned[2].step, Centred)
+    again = clone(pruned).fit(train, y_train, sample_weight=weights)
+    assert again[2].weight_ == whole[2].weight_
+    np.testing.assert_allclose(again[-1].coef_, whole[-1].coef_)
 
 
 def test_frames_keep_their_names(data):

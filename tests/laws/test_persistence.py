@@ -131,6 +131,17 @@ def test_a_model_in_memory_stays_out_and_comes_back_by_hand(tiny):
     np.testing.assert_allclose(loaded.decision_function(TEXTS), expected, rtol=1e-5)
 
 
+def test_joblib_memory_tells_models_in_memory_apart(tiny, tmp_path):
+    other = tiny_reader()
+    with_other_weights(other)
+    heads = []
+    for parts in (tiny, other):
+        steps = (LLMActivationTransformer(**parts), SalientNeuronSelector(C=10, tol=0.01))
+        pipeline = make_pipeline(*steps, LogisticRegression(), memory=str(tmp_path))
+        heads.append(pipeline.fit(TEXTS, LABELS)[-1].coef_)
+    assert not np.array_equal(*heads)
+
+
 def test_a_copy_shares_the_model_in_memory(tiny):
     pipeline = fitted(**tiny)
     expected = pipeline.decision_function(TEXTS)

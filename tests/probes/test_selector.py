@@ -272,6 +272,22 @@ def test_a_column_without_digits_to_tell_is_never_salient(name):
         assert selector.fit(X.astype(np.float64), y).salience_[21] > 0
 
 
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("shift", [1e6, -1e9])
+def test_float64_columns_may_be_far_from_zero(shift, standardize):
+    X, y = planted()
+    X = np.array(X, dtype=np.float64)
+    selector = SalientNeuronSelector(0.0, C=1.0, layer_sizes=20, standardize=standardize)
+    expected = selector.fit(X, y).coef_
+    np.testing.assert_allclose(selector.fit(X + shift, y).coef_, expected, atol=1e-4)
+
+
+def test_a_row_is_left_to_fit_probes_to():
+    X, y = np.random.default_rng(0).normal(size=(10, 3)), np.arange(10) % 2
+    with pytest.raises(ValueError, match="validation_fraction=0.95 holds out all 10.* smaller"):
+        SalientNeuronSelector(layer_sizes=None, validation_fraction=0.95).fit(X, y)
+
+
 def test_one_column_is_selected_where_no_probe_has_weight():
     X, y = planted()
     with pytest.warns(UserWarning, match="No probe puts weight on any column.*larger C"):
