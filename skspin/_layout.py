@@ -111,7 +111,7 @@ class Layout:
             for key, taken in members.items()
         ]
 
-    def keep(self, support: np.ndarray) -> Layout:
+    def select(self, support: np.ndarray) -> Layout:
         """Drop the columns where ``support`` is False, and the segments that are left empty."""
         kept = []
         for segment, columns in zip(self.segments, self.slices, strict=True):
@@ -296,10 +296,6 @@ class ActivationArray(np.ndarray):
             return result
         joined = _join([layout_of(array) for array in args[0]])
         return result if joined is None else ActivationArray(result, joined)
-
-    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
-        """Return plain arrays and scalars from functions that are no ufuncs."""
-        return np.asarray(array)[()]  # a scalar where there is no dimension left
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Write values; the layout stays only where they can't have come from other columns."""

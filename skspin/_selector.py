@@ -380,7 +380,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         narrowed.layer_columns_ = [numbers[own[columns[own]]] for own in self.layer_columns_]
         narrowed.n_selected_ = np.array([columns[own].sum() for own in self.layer_columns_])
         if self.layout_ is not None:
-            narrowed.layout_ = self.layout_.keep(columns)
+            narrowed.layout_ = self.layout_.select(columns)
         narrowed.n_features_in_ = int(columns.sum())
         return narrowed
 

@@ -20,7 +20,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
-    """Warn at the nearest line that is neither skspin's nor scikit-learn's."""
+    """Warn at the nearest line that is neither skspin's nor scikit-learn's nor joblib's."""
     if (held := getattr(_held, "messages", None)) is not None:
         held.append(str(message))
         return

@@ -270,6 +270,26 @@ class TextTokens:
         return TextTokens(self.text, names, starts, ends, messages, self.is_truncated)
 
 
+class Speller:
+    """Writes token ids as text, one by one; a character of several tokens comes with its last."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # those that the next one's spelling may depend on
+        self._n_written = 0  # of these
+
+    def add(self, token: int) -> str:
+        """Give the characters that a token adds."""
+        self._ids.append(token)
+        written = self._tokenizer.decode(self._ids[: self._n_written])
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd") or len(text) <= len(written):
+            return ""
+        self._ids = self._ids[self._n_written :]
+        self._n_written = len(self._ids)
+        return text[len(written) :]
+
+
 def tabulate(
     parts: Sequence[TextTokens], classes: np.ndarray, name: str, values: Sequence[np.ndarray]
 ) -> Any:

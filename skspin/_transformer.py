@@ -27,7 +27,8 @@ from skspin._store import DTYPES, Output, open_output, open_store
 from skspin._system import warn
 from skspin._texts import TextChunks, open_texts
 
-# Parameters that decide how a text is read. Like site, layers and pooling, `fit` takes them over.
+# Parameters that decide how a text is read. `fit` copies them into `text_params_`, so a later
+# `set_params` has no effect before the next `fit`.
 _TEXT_PARAMS = ("prompt", "max_length", "long_texts", "overlap", "pool_over")
 
 
@@ -400,7 +401,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
     def _restrict_to(self, columns: np.ndarray) -> LLMActivationTransformer:
         """Copy this transformer, sharing the model, to one that returns only some columns."""
         narrowed = shallow_copy(self)
-        narrowed.layout_ = self.layout_.keep(columns)
+        narrowed.layout_ = self.layout_.select(columns)
         return narrowed
 
     def _fitted_recipe(self, conversations: bool) -> Recipe:

@@ -115,7 +115,7 @@ def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:
     """Load docstrings of five libraries, to be told apart by what they talk about.
 
     The sources are parsed, not imported. Every call gives the same texts in the same order, as long
-    as the installed libraries stay the same. All pages of :doc:`/how_to/index` use it.
+    as the installed libraries stay the same. Most pages of :doc:`/how_to/index` use it.
 
     Parameters
     ----------

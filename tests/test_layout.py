@@ -126,10 +126,10 @@ def test_what_carries_no_layers_is_one_layer_with_a_warning_that_says_why(names,
 def test_kept_columns_keep_their_names():
     support = np.zeros(20, dtype=bool)
     support[[1, 13, 15]] = True
-    kept = LAYOUT.keep(support)
+    kept = LAYOUT.select(support)
     assert kept.feature_names().tolist() == LAYOUT.feature_names()[support].tolist()
     assert kept.n_columns == 3
-    assert LAYOUT.keep(np.ones(20, dtype=bool)) == LAYOUT
+    assert LAYOUT.select(np.ones(20, dtype=bool)) == LAYOUT
 
 
 ROWS = {

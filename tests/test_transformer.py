@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from skspin import LLMActivationTransformer, ModelMismatchError
 from skspin._layout import layout_of
-from skspin._model import forget_models
+from skspin._model.registry import forget_models
 from skspin.datasets import demo_model
 
 TEXTS = [

@@ -1,4 +1,4 @@
-"""Scores over numbers of neurons: of the layers, and along a search over sparsity."""
+"""Displays of a selector's layers and of a search over sparsity, and axes as all displays have."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class LayerSalienceDisplay:
         """
         self.ax_, self.figure_ = given_or_new(ax)
         self.count_ax_ = _panel_below(self.ax_)
-        parsed = [_LAYER_NAME.findall(name)[0] for name in self.layer_names]
+        parsed = [_LAYER_NAME.findall(name)[-1] for name in self.layer_names]
         layers = np.array([int(layer) for _, layer, _ in parsed])
         series = [(stack, site) for stack, _, site in parsed]
         self.line_ = []

@@ -1,10 +1,10 @@
-"""Explanations of a fitted pipeline: what each token adds, what a neuron responds to."""
+"""A fitted pipeline, understood: what tokens add, what neurons respond to, its linear form."""
 
 from skspin._explain.linear import (
     LinearForm,
     classes_of,
+    column_and_sign,
     linear_members,
-    place_of,
     to_linear_form,
     weights_of,
 )
@@ -18,7 +18,7 @@ __all__ = [
     "explain_neurons",
     "explain_tokens",
     "linear_members",
-    "place_of",
+    "column_and_sign",
     "to_linear_form",
     "weights_of",
 ]

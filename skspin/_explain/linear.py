@@ -53,7 +53,7 @@ def classes_of(head: Any) -> np.ndarray:
     return names
 
 
-def place_of(label: Any, classes: np.ndarray, n_values: int) -> tuple[int, int]:
+def column_and_sign(label: Any, classes: np.ndarray, n_values: int) -> tuple[int, int]:
     """Find a class's column among decision values, and its sign there (-1: against the class)."""
     labels = classes.tolist()
     if label not in labels:

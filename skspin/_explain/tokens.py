@@ -1,4 +1,4 @@
-"""What each token adds to a linear classifier's decision values."""
+"""What each token adds to a linear classifier's decision values, and tokens in colour as HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skspin._explain.linear import LinearForm, classes_of, place_of, to_linear_form
+from skspin._explain.linear import LinearForm, classes_of, column_and_sign, to_linear_form
 from skspin._layout import Layout
 from skspin._model import token_activations
 from skspin._pipeline import fitted_pipeline, flatten, read_texts
@@ -75,7 +75,10 @@ class TokenExplanation:
 
     def __getitem__(self, texts) -> TokenExplanation:
         """Choose one text by its number, or several by a slice."""
-        chosen = texts if isinstance(texts, slice) else slice(texts, texts + 1 or None)
+        chosen = texts
+        if not isinstance(texts, slice):
+            number = range(len(self))[texts]  # or IndexError
+            chosen = slice(number, number + 1)
         return replace(self, tokens=self.tokens[chosen], contributions=self.contributions[chosen])
 
     def merge_words(self) -> TokenExplanation:
@@ -117,12 +120,12 @@ class TokenExplanation:
         list of ndarray of shape (n_tokens,)
             One array per text.
         """
-        column, sign = place_of(label, self.classes, len(self.intercept))
+        column, sign = column_and_sign(label, self.classes, len(self.intercept))
         return [sign * part[:, column] for part in self.contributions]
 
     def intercept_for_class(self, label) -> float:
         """Look up the intercept in favour of one class."""
-        column, sign = place_of(label, self.classes, len(self.intercept))
+        column, sign = column_and_sign(label, self.classes, len(self.intercept))
         return float(sign * self.intercept[column])
 
     @property

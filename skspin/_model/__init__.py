@@ -2,10 +2,10 @@
 
 A `Recipe` says which numbers a text gets, and how they are computed. `model_shape` says what there
 is to read, from the configuration alone; `extract` puts texts through the model;
-`token_activations` reads chosen neurons at every token, and `prefix_activations` does so for models
-that do not look ahead; `cut_model` copies the part of the model that some columns need. The other
-files import torch and transformers; these functions import them when they are called, so that
-neither is loaded before it is needed.
+`token_activations` reads chosen neurons at every token, also as they are in each prefix;
+`open_growing_text` reads a text that arrives in pieces; `cut_model` copies the part of the model
+that some columns need. These functions import torch, transformers and the files that need them when
+they are called, so that nothing is loaded before it is needed.
 """
 
 from __future__ import annotations
@@ -41,13 +41,10 @@ __all__ = [
     "cut_model",
     "extract",
     "fingerprint",
-    "forget_models",
     "model_shape",
     "open_growing_text",
-    "prefix_activations",
     "resolve_device",
     "resolve_dtype",
-    "speller",
     "text_encoder",
     "token_activations",
     "usable_device",
@@ -77,12 +74,17 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
 
 
 def token_activations(
-    recipe: Recipe, texts: Sequence[str], layout: Layout
+    recipe: Recipe, texts: Sequence[str], layout: Layout, *, of_prefixes: bool = False
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-    """Read activations (n_tokens, n_columns) at the tokens of each text, in any order."""
+    """Read activations (n_tokens, n_columns) at the tokens of each text, in any order.
+
+    With ``of_prefixes`` they are those of the prefix that ends with the token, or a ValueError says
+    why the model can't do that, e.g. because it looks ahead.
+    """
     from skspin._model import token_level
 
-    return token_level.token_activations(_load(recipe), recipe, texts, layout)
+    read = token_level.prefix_activations if of_prefixes else token_level.token_activations
+    return read(_load(recipe), recipe, texts, layout)
 
 
 def cut_model(recipe: Recipe, layout: Layout) -> Any:
@@ -106,37 +108,11 @@ def _load(recipe: Recipe) -> Any:
     return registry.load_backbone(recipe.source, device, recipe.number_format, recipe.fingerprint)
 
 
-def prefix_activations(
-    recipe: Recipe, texts: Sequence[str], layout: Layout
-) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-    """Read activations at each token as they are in the prefix that ends there.
-
-    A ValueError says why the model can't do that, e.g. because it looks ahead.
-    """
-    from skspin._model import token_level
-
-    return token_level.prefix_activations(_load(recipe), recipe, texts, layout)
-
-
 def open_growing_text(recipe: Recipe, layout: Layout) -> Any:
     """Make a `token_level.GrowingText`, which reads one text that arrives in pieces."""
     from skspin._model import token_level
 
     return token_level.GrowingText(_load(recipe), recipe, layout)
-
-
-def speller(tokenizer: Any) -> Any:
-    """Make a `token_level.Speller`, which writes token ids as text."""
-    from skspin._model import token_level
-
-    return token_level.Speller(tokenizer)
-
-
-def forget_models() -> None:
-    """Release the loaded models; one that is in use is freed after its use."""
-    from skspin._model import registry
-
-    registry.forget_models()
 
 
 def model_shape(source: Source, fingerprint: str, store: Store) -> ModelShape:

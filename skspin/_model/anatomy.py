@@ -155,6 +155,12 @@ def _takers(
     return blocks
 
 
+def n_token_ids(model: Any) -> int:
+    """Count the token ids that a model has embeddings for."""
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
+
+
 # Positions
 
 

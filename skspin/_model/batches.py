@@ -16,6 +16,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from math import ceil, inf
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ _AHEAD = 2  # batches that are queued on a GPU after the one whose results are f
 _WIDEST_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 _OTHER_DEVICE_BYTES = 64 << 20
 _START_SHARE = 1 / 128  # of a full batch's time: what starting one costs
+# By model, half of the smallest batch that did not fit into memory.
+_token_limits: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -89,7 +92,7 @@ class TokenBudget:
     @property
     def tokens(self) -> int:
         """Tokens in a batch at most, unless one text alone has more."""
-        return min(self._wanted, self._backbone.token_limit or self._wanted)
+        return min(self._wanted, _token_limits.get(self._backbone.model, self._wanted))
 
     def share(self, n_at_once: int, n_left: int) -> int:
         """Tokens in each of several batches that run at once, so that they end about together."""
@@ -111,7 +114,7 @@ class TokenBudget:
 
     def halve(self, n_tokens: int) -> None:
         """Allow half as many tokens, because a batch of ``n_tokens`` was too large."""
-        self._backbone.lower_token_limit(min(self.tokens, n_tokens // 2))
+        _token_limits[self._backbone.model] = max(1, min(self.tokens, n_tokens // 2))
 
 
 class _Group:

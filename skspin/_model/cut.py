@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from skspin._layout import Layout, Segment
-from skspin._model.anatomy import Stack
+from skspin._model.anatomy import Stack, n_token_ids
 from skspin._model.blocks import Tap, is_norm, linear_shape
 from skspin._model.forward import (
     arguments_of,
@@ -172,7 +172,7 @@ def _depths(backbone: Backbone, layout: Layout) -> dict[str | None, tuple[int, b
 
 def _sample(backbone: Backbone) -> dict[str, Tensor]:
     """Make a batch of two texts, one of them padded, of tokens that are not special."""
-    n_words = backbone.anatomy.model.get_input_embeddings().num_embeddings
+    n_words = n_token_ids(backbone.anatomy.model)
     ids = n_words // 2 + torch.arange(10).reshape(2, 5) % (n_words // 2)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     inputs = {"input_ids": ids * mask, "attention_mask": mask}

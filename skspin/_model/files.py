@@ -51,7 +51,7 @@ class Source:
     longest: int | None = field(default=None, init=False)  # a SentenceTransformer's max_seq_length
 
     def __post_init__(self) -> None:
-        """Refuse what names no model."""
+        """Expand paths, unwrap a SentenceTransformer, and refuse what names no model."""
         for name in ("model", "tokenizer"):
             if isinstance(value := getattr(self, name), str | os.PathLike):
                 object.__setattr__(self, name, os.path.expanduser(os.fspath(value)))

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _SAFE_WEIGHTS = {".safetensors"}
 _PICKLED_WEIGHTS = {".bin", ".pt", ".pth"}
-_YOUNG_NS = 2_000_000_000
-_GLANCES = 16
+_YOUNG_NS = 2_000_000_000  # ns: a file written more lately may change and keep its times
+_N_SAMPLED = 16  # values of a tensor that are compared
 # Settings that say how or where a model runs, or who saved it, but change no number.
 _NEUTRAL_SETTINGS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 # Attributes that, besides its parameters, decide what an adapter's layer does.
@@ -142,7 +142,7 @@ def _digest_model(model: Any) -> str:
     # values written through `.data`, which the counter does not see, can go unnoticed.
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors = dict(chain.from_iterable(starmap(_plain_tensors, named)))
-    seen = (_settings(model), [_glance(tensor) for tensor in tensors.values()])
+    seen = (_settings(model), [_sample(tensor) for tensor in tensors.values()])
     known = _known_models.get(model)
     if known is None or known[0] != seen:
         digest = xxhash.xxh3_128(seen[0].encode())
@@ -167,15 +167,15 @@ def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
-def _glance(tensor: Tensor) -> tuple[int, int | None, bytes]:
+def _sample(tensor: Tensor) -> tuple[int, int | None, bytes]:
     import torch
 
     version = None if tensor.is_inference() else tensor._version
-    sample = torch.atleast_1d(tensor)
-    if tensor.numel() > _GLANCES:
-        spread = np.linspace(0, tensor.numel() - 1, _GLANCES).astype(np.intp)
-        sample = sample[tuple(torch.from_numpy(i) for i in np.unravel_index(spread, sample.shape))]
-    return tensor.data_ptr(), version, _bytes(sample).tobytes()
+    values = torch.atleast_1d(tensor)
+    if tensor.numel() > _N_SAMPLED:
+        spread = np.linspace(0, tensor.numel() - 1, _N_SAMPLED).astype(np.intp)
+        values = values[tuple(torch.from_numpy(i) for i in np.unravel_index(spread, values.shape))]
+    return tensor.data_ptr(), version, _bytes(values).tobytes()
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -43,7 +43,7 @@ def pooled_forward(
     runs meanwhile is neither read nor stopped.
     """
     if inputs["attention_mask"].shape[1] <= anatomy.mixes_beyond:
-        return torch.cat(_read(anatomy, inputs, segments), dim=1)
+        return read(anatomy, inputs, segments)
     # Where texts in a batch change each other, only texts of one length are run together.
     lengths = inputs["attention_mask"].sum(1)  # (n_texts,)
     groups = lengths.where(lengths > anatomy.mixes_beyond, 0)  # short texts make one group
@@ -52,34 +52,25 @@ def pooled_forward(
         rows = groups == group
         n_tokens = int(lengths[rows].max())
         alike = {name: values[rows, :n_tokens] for name, values in inputs.items()}
-        columns[rows] = torch.cat(_read(anatomy, alike, segments), dim=1)
+        columns[rows] = read(anatomy, alike, segments)
     return columns
-
-
-def token_forward(
-    anatomy: Anatomy,
-    inputs: dict[str, Tensor],
-    segments: Sequence[Segment],
-    cache: Any = None,
-) -> Tensor:
-    """Read activations (n_texts, n_tokens, n_columns) at every token; see `pooled_forward`.
-
-    With a key-value cache, which is for one text only, the tokens come after those that it holds.
-    """
-    return torch.cat(_read(anatomy, inputs, segments, by_token=True, cache=cache), dim=2)
 
 
 # Not inference mode: whatever a model keeps from a pass (a table of positions, say) could then not
 # be used in training.
 @torch.no_grad()
-def _read(
+def read(
     anatomy: Anatomy,
     inputs: dict[str, Tensor],
     segments: Sequence[Segment],
     *,
     by_token: bool = False,
     cache: Any = None,
-) -> list[Tensor]:
+) -> Tensor:
+    """Run one batch as it is; ``by_token`` gives (n_texts, n_tokens, n_columns), without pooling.
+
+    With a key-value cache, which is for one text only, the tokens come after those that it holds.
+    """
     model, inputs = anatomy.model, dict(inputs)
     mask = inputs["attention_mask"].bool()
     pooled = inputs.pop("pooled", mask)
@@ -94,7 +85,7 @@ def _read(
             f"{type(model).__name__} ended its forward pass without these layers: {sorted(unread)}."
             " Were its modules replaced after loading?"
         )
-    return reader.values
+    return torch.cat(reader.values, dim=-1)
 
 
 def arguments_of(model: Any, inputs: dict[str, Tensor], cache: Any = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which numbers a text gets, and how they are computed, in one frozen object."""
+"""Which numbers a text gets, on which device and in which format, in one frozen object."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class ModelMismatchError(ValueError):
 class Recipe:
     """A model, what is done with its texts, and where and how it runs.
 
-    The fields from ``prompt`` on are parameters of `LLMActivationTransformer`.
+    The fields from ``prompt`` on are parameters of `LLMActivationTransformer`, but for
+    ``conversations``.
     """
 
     source: Source

@@ -6,7 +6,6 @@ import copy
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,20 +56,9 @@ class Backbone:
         """The most tokens that the model has positions for."""
         return most_tokens(self.model, sys.maxsize)
 
-    @property
-    def token_limit(self) -> int | None:
-        """Half of the smallest batch that did not fit into memory; None while all did."""
-        return _token_limits.get(self.model)
-
-    def lower_token_limit(self, n_tokens: int) -> None:
-        """Remember, for all that run the model, how large a batch may be."""
-        _token_limits[self.model] = n_tokens
-
 
 _lock = threading.RLock()
 _loaded: dict[tuple[Source, str, str], Backbone] = {}
-# Weak, so that it does not keep a model alive that was passed in memory.
-_token_limits: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 @after_fork

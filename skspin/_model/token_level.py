@@ -18,13 +18,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from skspin._layout import Layout, Segment
-from skspin._model.anatomy import most_tokens
+from skspin._model.anatomy import most_tokens, n_token_ids
 from skspin._model.batches import TokenBudget, pad
-from skspin._model.forward import token_forward
+from skspin._model.forward import read
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
-from skspin._model.tokens import OpenTokens, TextEncoder, Window, replace_surrogates
-from skspin._texts import TextTokens
+from skspin._model.tokens import OpenTokens, TextEncoder, replace_surrogates
+from skspin._texts import Speller, TextTokens
 
 _MOST_VALUES = 2**24  # in a batch: 64 MiB of float32
 _STRETCH = 512  # tokens in a pass
@@ -47,18 +47,20 @@ def token_activations(
     for text, (windows, _) in found.items():
         for number, window in enumerate(windows):
             by_length[len(window)].append((text, number))
-    read: dict[str, dict[int, np.ndarray]] = defaultdict(dict)  # of unfinished texts
+    rows: dict[str, dict[int, np.ndarray]] = defaultdict(dict)  # of unfinished texts
     budget = min(TokenBudget(backbone).tokens, _MOST_VALUES // layout.n_columns)
     for length, alike in by_length.items():
         size = max(1, budget // length)
         for start in range(0, len(alike), size):
             batch = alike[start : start + size]
             windows = [found[text][0][number] for text, number in batch]
-            activations = _read(backbone, windows, layout)
+            inputs = pad(windows, backbone.device)
+            tensor = read(backbone.anatomy, inputs, layout.segments, by_token=True)
+            activations = tensor.cpu().numpy()  # (n_windows, n_tokens, n_columns)
             for (text, number), window, values in zip(batch, windows, activations, strict=True):
-                read[text][number] = values if window.pooled is None else values[window.pooled]
-                if len(read[text]) == len(found[text][0]):
-                    parts = [part for _, part in sorted(read.pop(text).items())]
+                rows[text][number] = values if window.pooled is None else values[window.pooled]
+                if len(rows[text]) == len(found[text][0]):
+                    parts = [part for _, part in sorted(rows.pop(text).items())]
                     yield text, found[text][1], np.concatenate(parts)
 
 
@@ -72,12 +74,6 @@ def prefix_activations(
         _check_end(recipe, bool(has_text and tokens.messages[-1] < 0))
         _check_cut(tokens.is_truncated, backbone.tokenizer.truncation_side)
         yield text, tokens, activations
-
-
-def _read(backbone: Backbone, windows: list[Window], layout: Layout) -> np.ndarray:
-    """Read activations (n_windows, n_tokens, n_columns) of windows of one length."""
-    inputs = pad(windows, backbone.device)
-    return token_forward(backbone.anatomy, inputs, layout.segments).cpu().numpy()
 
 
 # Conditions under which one pass gives the activations of every prefix of a text
@@ -141,7 +137,7 @@ class GrowingText:
         self._backbone, self._recipe, self._n_columns = backbone, recipe, layout.n_columns
         self._encoder = TextEncoder(backbone, recipe)
         self._encoder.need_offsets("A growing text")
-        self.tokenizer = self._encoder.tokenizer
+        self.tokenizer, self.max_length = self._encoder.tokenizer, self._encoder.max_length
         self._segments = list(layout.segments)
         _check_prefixes(backbone, recipe)
         if all(segment.layer == 0 for segment in self._segments):
@@ -192,7 +188,7 @@ class GrowingText:
 
     def add_ids(self, ids: np.ndarray) -> Added:
         """Read token ids (n_tokens,) as they are."""
-        n_known = self._backbone.model.get_input_embeddings().num_embeddings
+        n_known = n_token_ids(self._backbone.anatomy.model)
         if not ((ids >= 0) & (ids < n_known)).all():
             raise ValueError(f"piece={ids.tolist()} has token ids outside 0 to {n_known - 1}.")
         if self._speller is None:
@@ -216,10 +212,10 @@ class GrowingText:
 
     def _open_window(self, ids: np.ndarray, pooled: np.ndarray) -> None:
         """Begin a window with the tokens (n_before,) that come before the text."""
-        self._room = self._encoder.max_length - len(ids) - self._n_after
+        self._room = self.max_length - len(ids) - self._n_after
         if self._room <= self._recipe.overlap:
             raise ValueError(
-                f"max_length={self._encoder.max_length} leaves no room for text: what comes "
+                f"max_length={self.max_length} leaves no room for text: what comes "
                 f"before and after takes {len(ids) + self._n_after} tokens. Use a larger one."
             )
         self._before = ids, pooled
@@ -256,7 +252,7 @@ class GrowingText:
             return False
         if self._recipe.conversations:
             raise ValueError(
-                f"A conversation has more than max_length={self._encoder.max_length} tokens, and "
+                f"A conversation has more than max_length={self.max_length} tokens, and "
                 "can't go on in windows while it grows. Use score_prefixes, or a larger max_length."
             )
         overlap = self._recipe.overlap
@@ -277,7 +273,7 @@ class GrowingText:
             inputs = {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
             if self._encoder.has_types:
                 inputs["token_type_ids"] = torch.zeros_like(tensor)  # of one text all are 0
-            values = token_forward(backbone.anatomy, inputs, self._segments, cache)
+            values = read(backbone.anatomy, inputs, self._segments, by_token=True, cache=cache)
             parts.append(values[0, :, : self._n_columns].cpu().numpy())
         return np.concatenate(parts)
 
@@ -301,26 +297,6 @@ class GrowingText:
             f"model={self._recipe.model_name!r} can't read a text in pieces with a key-value cache "
             f"({reason}). Use score_prefixes on the text so far."
         ) from cause
-
-
-class Speller:
-    """Writes token ids as text, one by one; a character of several tokens comes with its last."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []  # those that the next one's spelling may depend on
-        self._n_written = 0  # of these
-
-    def add(self, token: int) -> str:
-        """Give the characters that a token adds."""
-        self._ids.append(token)
-        written = self._tokenizer.decode(self._ids[: self._n_written])
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") or len(text) <= len(written):
-            return ""
-        self._ids = self._ids[self._n_written :]
-        self._n_written = len(self._ids)
-        return text[len(written) :]
 
 
 class _RoomyLayer(DynamicLayer):

@@ -1,4 +1,4 @@
-"""Texts to token ids: windows of a long text, and which tokens are pooled.
+"""Texts, in their prompt or chat template, to token ids; windows; which tokens are pooled.
 
 Offsets tell the tokens of a user's text from those of the prompt or the template, so it is decided
 token by token what is cut, what is read in windows and what is pooled.

@@ -19,8 +19,9 @@ from skspin._model.anatomy import (
     find_anatomy,
     longest_unscaled,
     most_tokens,
+    n_token_ids,
 )
-from skspin._model.forward import token_forward
+from skspin._model.forward import read
 
 # Relative differences that are more than rounding, in float32 and in shorter formats. Batches of
 # the same shape round alike; batches of another shape round differently (by 0.8% in thirty blocks
@@ -70,8 +71,7 @@ def _try(anatomy: Anatomy, stack: Stack, device: torch.device) -> _Trial:
     if not n_real:
         return _Trial(mixes_padding=False)
     # Ids from the middle of the vocabulary, where no special tokens are.
-    embeddings = model.get_input_embeddings()
-    n_words = getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
+    n_words = n_token_ids(model)
     longer = (n_words // 2 + torch.arange(n_tokens, device=device)) % n_words
     batch = longer.repeat(3, 1)  # (3, n_tokens)
     batch[0, n_real:] = 0  # as batches are padded; the second is padded with the longer text's end
@@ -83,7 +83,7 @@ def _try(anatomy: Anatomy, stack: Stack, device: torch.device) -> _Trial:
     def states(ids: Tensor, mask: Tensor) -> list[list[Tensor]]:
         """Read each text's hidden states (n_real, n_neurons) by layer."""
         inputs = {"input_ids": ids, "attention_mask": mask}
-        values = token_forward(anatomy, inputs, segments)[:, :n_real]
+        values = read(anatomy, inputs, segments, by_token=True)[:, :n_real]
         return [list(text.split([segment.width for segment in segments], 1)) for text in values]
 
     try:

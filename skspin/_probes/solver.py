@@ -23,8 +23,8 @@ from skspin._probes.penalties import PENALTIES, Penalty
 # Added to a Gram matrix's diagonal, as a share of it: more than rounding can take from the smallest
 # eigenvalue, and too little to change a Newton step.
 _RIDGE = {np.dtype("float32"): 1e-6, np.dtype("float64"): 1e-12}
-_TINY = 1e-300
-_IDLE_STEPS = 3
+_TINY = 1e-300  # a lower bound, so that logarithms and shares exist
+_IDLE_STEPS = 3  # in a row, after which a problem is given up
 _FARTHEST = 1e18  # no solution has such a coefficient; float32 could not hold much more
 
 

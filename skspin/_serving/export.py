@@ -173,8 +173,8 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     ------
     ImportError
         If onnx, onnxruntime or onnxscript is missing: ``pip install "skspin[onnx]"``.
-    FileExistsError
-        If ``folder`` exists and is not empty.
+    FileExistsError, FileNotFoundError
+        If ``folder`` exists and is not empty, or the folder that it is to be in does not exist.
     TypeError, ValueError
         If :func:`to_torch` does not take the pipeline, or it reads conversations, which need a
         chat template; if the tokenizer has no ``tokenizer.json``; if a model in memory is not in
@@ -215,9 +215,10 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     True
     """
     _check_options(score, quantize, texts)
+    folder = Path(folder).expanduser()
     transformer, form = _linear_parts(pipeline, "export_onnx")
     encoder, sample = _open_sample(transformer, texts)
-    with _new_folder(Path(folder)) as unfinished:
+    with _new_folder(folder) as unfinished:
         from skspin._serving.graph import write_graph, write_int8
 
         module = _module_of(transformer, form)
@@ -228,7 +229,7 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
         write_graph(module, settings["inputs"], unfinished / "model.onnx")
         written = kind(unfinished)
         report = Bunch(
-            folder=Path(folder),
+            folder=folder,
             n_texts=len(sample),
             difference=_compare(written, transformer, form, sample),
             n_changed=None,

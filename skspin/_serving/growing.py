@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from skspin._model import open_growing_text, speller
+from skspin._model import open_growing_text
 from skspin._pipeline import flatten
 from skspin._serving.prefixes import Crossing, PrefixHead, PrefixScores, RunningPools
 from skspin._system import warn
-from skspin._texts import TextTokens, open_texts
+from skspin._texts import Speller, TextTokens, open_texts
 
 
 class PrefixScorer:
@@ -165,7 +165,7 @@ class PrefixScorer:
         self._scores += scores
         if growing.is_cut and not was_cut:
             warn(
-                f"The text is longer than max_length={self._transformer.max_length} tokens, or "
+                f"The text is longer than max_length={growing.max_length} tokens, or "
                 "than the model has positions: further tokens have no scores. Set "
                 "long_texts='windows' to go on."
             )
@@ -286,7 +286,7 @@ class PrefixStreamer:
         self._n_given += len(ids)
         if not self._n_read:
             self.scorer.reset()
-            self._speller = None if self._as_ids else speller(self.tokenizer)
+            self._speller = None if self._as_ids else Speller(self.tokenizer)
             self.crossing_ = None
             self._n_read = self._n_given
         elif self._n_given > self._n_read:

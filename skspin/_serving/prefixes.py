@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from skspin._explain import classes_of, place_of
+from skspin._explain import classes_of, column_and_sign
 from skspin._layout import ActivationArray, Layout
-from skspin._model import prefix_activations
+from skspin._model import token_activations
 from skspin._pipeline import fitted_pipeline, flatten, instead_of, read_texts
 from skspin._prune import prune
 from skspin._sklearn import _wrap_data_with_container
@@ -99,7 +100,7 @@ class PrefixScores:
     def _of_class(self, label: Any, response_method: str) -> tuple[str, list[np.ndarray]]:
         method, values = self._chosen(response_method)
         label = self.classes[1] if label is None and len(self.classes) == 2 else label
-        column, sign = place_of(label, self.classes, values[0].shape[1])
+        column, sign = column_and_sign(label, self.classes, values[0].shape[1])
         return f"{_METHODS[method]} {label}", [sign * part[:, column] for part in values]
 
     def _chosen(self, response_method: str) -> tuple[str, list[np.ndarray]]:
@@ -230,7 +231,8 @@ def score_prefixes(pipeline, texts):
     transformer, texts = head.transformer, read_texts(head.pipeline, texts)
     found: dict[str, tuple[TextTokens, _Scores]] = {}
     recipe, distinct = transformer._fitted_recipe(texts.conversations), texts.distinct().to_list()
-    for text, tokens, activations in prefix_activations(recipe, distinct, transformer.layout_):
+    found_in = token_activations(recipe, distinct, transformer.layout_, of_prefixes=True)
+    for text, tokens, activations in found_in:
         scored = tokens.messages >= 0  # (n_tokens,); the prompt's tokens are no prefix's end
         places = (tokens.starts[scored], tokens.ends[scored], tokens.messages[scored])
         names = list(compress(tokens.tokens, scored))
@@ -241,7 +243,7 @@ def score_prefixes(pipeline, texts):
     if n_truncated:
         warn(
             f"{n_truncated} of {len(found)} texts are longer than max_length="
-            f"{transformer.max_length} tokens, or than the model has positions, and were "
+            f"{recipe.max_length} tokens, or than the model has positions, and were "
             "truncated: tokens after the cut have no scores. Set long_texts='windows' to read them."
         )
     return head.gather([found[text] for text in texts.to_list()])
@@ -252,28 +254,25 @@ class PrefixHead:
 
     def __init__(self, pipeline: Any, caller: str):
         pipeline = fitted_pipeline(pipeline, caller)
-        steps = list(flatten(pipeline))
-        if not any(isinstance(step, LLMActivationTransformer) for step in steps):
+        with suppress(ValueError):  # A step needs all columns.
+            pipeline = prune(pipeline)
+        self.pipeline, steps = pipeline, list(flatten(pipeline))
+        is_reader = [isinstance(step, LLMActivationTransformer) for step in steps]
+        if not any(is_reader):
             raise ValueError(
                 f"{caller} needs a pipeline in which an LLMActivationTransformer is a step by "
                 "itself, not inside a ColumnTransformer or FeatureUnion: other columns do not grow "
                 "by token."
             )
-        head = steps[-1]
+        *steps, head = steps
         self._methods = [method for method in _METHODS if hasattr(head, method)]
         if not self._methods:
             raise ValueError(
                 f"The pipeline ends in a {type(head).__name__}, which has neither decision_function"
                 f" nor predict_proba. Use a classifier.{instead_of(head)}"
             )
-        self._classes = np.asarray(classes_of(head))
-        try:
-            pipeline = prune(pipeline)
-        except ValueError:  # A step needs all columns.
-            pass
-        self.pipeline = pipeline
-        *steps, self._head = flatten(pipeline)
-        at = next(i for i, step in enumerate(steps) if isinstance(step, LLMActivationTransformer))
+        self._head, self._classes = head, np.asarray(classes_of(head))
+        at = is_reader.index(True)
         self.transformer, self._steps = steps[at], steps[at + 1 :]
 
     def scores(

@@ -3,6 +3,7 @@
 A store knows no language model: it finds activations by a text, a layout and a key, a string that
 stands for whatever else decides the numbers. It holds chunks: some texts, one layout, their rows,
 written once. Chunks live in memory or in a folder; everything else is the same for both.
+`open_output` makes room for a call's result, in a file where it is larger than memory.
 """
 
 from __future__ import annotations

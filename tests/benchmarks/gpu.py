@@ -45,10 +45,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 from transformers.utils import is_flash_attn_2_available
 
 from skspin import LLMActivationTransformer, make_spin_pipeline
-from skspin._model import Source, forget_models
+from skspin._model import Source, batches
 from skspin._model.batches import TokenBudget
 from skspin._model.recipe import multiplies_bfloat16
-from skspin._model.registry import load_backbone
+from skspin._model.registry import forget_models, load_backbone
 from skspin.datasets import demo_llm, demo_model, load_docstrings
 
 COLUMNS = {
@@ -290,7 +290,7 @@ def batch_sizes(setting):
     backbone = load_backbone(Source(demo_model()), setting.device, "float32")
     with short_memory(setting, backbone):
         rows = transformer.transform(texts)
-    limit = backbone.token_limit
+    limit = batches._token_limits.get(backbone.model)
     forget_models()  # and the limit with it
     if limit is None:
         raise RuntimeError("Memory did not fall short.")

@@ -17,7 +17,8 @@ import torch
 from tiny_models import save_parts, tiny_reader
 
 from skspin import LLMActivationTransformer, open_store
-from skspin._model import batches, forget_models
+from skspin._model import batches
+from skspin._model.registry import forget_models
 
 TEXTS = [f"text {i} " + "word " * (i % 20) for i in range(60)]
 

@@ -13,6 +13,7 @@ import torch
 from bert_files import SIZES
 from transformers import BertConfig, BertModel
 
+from skspin._model import batches
 from skspin._model.files import Source
 from skspin._model.recipe import multiplies_bfloat16, resolve_device, resolve_dtype
 from skspin._model.registry import forget_models, load_backbone, resolve_placement
@@ -95,7 +96,7 @@ def test_a_model_passed_in_is_used_as_it_is(model, tokenizer):
 
 def test_a_model_passed_in_is_not_kept(tokenizer):
     model = BertModel(BertConfig(**SIZES))
-    load_backbone(Source(model, tokenizer=tokenizer)).lower_token_limit(8)
+    batches.TokenBudget(load_backbone(Source(model, tokenizer=tokenizer))).halve(16)
     alive = weakref.ref(model)
     del model
     gc.collect()
