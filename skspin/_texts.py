@@ -223,7 +223,7 @@ class TextTokens:
         As the tokenizer writes them, special tokens and the prompt's tokens included.
     starts, ends : ndarray of shape (n_tokens,), int
         Characters of ``text`` that each token stands for, the end not included; 0 and 0 for a
-        token that is not in the text.
+        token that is not in the text. Some tokenizers give a token of blanks only its end.
     messages : ndarray of shape (n_tokens,), int
         Number of the message of a conversation that each token belongs to, 0 for a plain text; -1
         for special tokens and those of a prompt or a chat template.

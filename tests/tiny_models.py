@@ -232,6 +232,10 @@ TINY = {
     "xlm": Tiny(
         "XLM", {"emb_dim": 24, "n_layers": 3, "n_heads": 4}, "ffns.{}.lin2", "attentions.{}.out_lin"
     ),
+    "clip-text": Tiny("CLIPText", _BERT),
+    "xmod": Tiny(
+        "Xmod", _BERT | {"languages": ["en_XX"], "default_language": "en_XX"}, *_BERT_SITES
+    ),
 }
 
 # No neurons that every token shares, or none at all.

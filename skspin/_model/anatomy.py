@@ -9,6 +9,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
@@ -139,6 +140,9 @@ def _dissect(name: str | None, stack: nn.Module, model_config: Any) -> Stack:
         if path.endswith("project_out"):
             width = module.out_features
     taps[len(blocks), "hidden"] = Tap(stack, width, output=True)
+    if architecture.late_norm:
+        owner = next(part for part in stack.modules() if hasattr(part, architecture.late_norm))
+        taps[len(blocks), "hidden"] = Tap(getattr(owner, architecture.late_norm), width)
     return Stack(name, tuple(blocks), taps, missing, architecture)
 
 
@@ -157,8 +161,10 @@ def _takers(
 
 def n_token_ids(model: Any) -> int:
     """Count the token ids that a model has embeddings for."""
-    embeddings = model.get_input_embeddings()
-    return getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
+    n_known = model.config.get_text_config().vocab_size
+    with suppress(NotImplementedError):  # so says a decoder taken out of its model
+        return getattr(model.get_input_embeddings(), "num_embeddings", n_known)
+    return n_known
 
 
 # Positions

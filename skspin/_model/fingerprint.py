@@ -107,8 +107,9 @@ def _digest_tokenizer(tokenizer: Any) -> str:
     """Digest what decides which token ids a text becomes."""
     # Neither the side of the padding, nor the length and padding that an earlier call left in a
     # tokenizer, change an activation.
-    tokens = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id", "truncation_side")
-    settings = {name: getattr(tokenizer, name, None) for name in tokens}
+    names = ["bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id"]
+    names += ["split_special_tokens", "truncation_side"]
+    settings = {name: getattr(tokenizer, name, None) for name in names}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}

@@ -131,6 +131,10 @@ def shift_right(ids: Tensor, config: Any) -> Tensor:
 # Hooks that read a running model at its taps
 
 
+class HiddenLoopError(RuntimeError):
+    """A model runs a module more often than its structure shows."""
+
+
 class PassEnds(BaseException):
     """Everything has been read; no Exception, because a model's own code might catch that."""
 
@@ -180,7 +184,7 @@ class Reader:
             return
         turn = next(turns, None)
         if turn is None:
-            raise RuntimeError(
+            raise HiddenLoopError(
                 f"The model runs {type(tap.module).__name__} more often than its structure"
                 f" shows ({tap.n_turns} in one forward pass), for other tokens or in loops, so"
                 " it can't be told which run is which layer's. Choose another site or model."

@@ -137,12 +137,14 @@ def _input_device(model: Any) -> torch.device:
 def _bare_copy(tokenizer: Any) -> Tokenizer | None:
     """Copy the Rust part of a tokenizer, without truncation and padding; None if it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None else _parse(backend.to_str())
+    splits = bool(getattr(tokenizer, "split_special_tokens", False))
+    return None if backend is None else _parse(backend.to_str(), splits)
 
 
 @lru_cache(maxsize=4)  # a tokenizer in memory is copied in every call, and may have changed
-def _parse(definition: str) -> Tokenizer:
+def _parse(definition: str, split_special_tokens: bool) -> Tokenizer:
     copy = Tokenizer.from_str(definition)
+    copy.encode_special_tokens = split_special_tokens  # which the definition does not say
     # Both are settings of the original object, left by its last call, and another thread may change
     # them there at any time.
     copy.no_truncation()

@@ -139,8 +139,7 @@ class TextEncoder:
             return encoded.windows, TextTokens(string, names, nowhere, nowhere, nowhere - 1)
         messages = _spans_of(encoding, spans)[places]  # (n_tokens,)
         starts, ends = (np.array(encoding.offsets)[places] - begin).clip(0, len(string)).T
-        outside = (messages < 0) | (starts == ends)
-        starts, ends = np.where(outside, 0, starts), np.where(outside, 0, ends)
+        starts, ends = np.where(messages < 0, 0, starts), np.where(messages < 0, 0, ends)
         names = np.array(encoding.tokens, object)[places].tolist()
         located = TextTokens(string, names, starts, ends, messages, encoded.is_truncated)
         return encoded.windows, located
@@ -330,6 +329,7 @@ def _spans_of(encoding: Encoding, spans: list[Span]) -> np.ndarray:
     if not encoding.ids:
         return np.empty(0, dtype=int)
     starts, ends = np.array(encoding.offsets).T  # (n_tokens,)
+    starts = starts - (starts == ends)  # some tokenizers give a token of blanks only its end
     found = np.full(len(starts), -1)
     for number, span in enumerate(spans):
         found[(ends > span.start) & (starts < span.end)] = number

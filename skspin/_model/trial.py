@@ -21,7 +21,7 @@ from skspin._model.anatomy import (
     most_tokens,
     n_token_ids,
 )
-from skspin._model.forward import read
+from skspin._model.forward import HiddenLoopError, read
 
 # Relative differences that are more than rounding, in float32 and in shorter formats. Batches of
 # the same shape round alike; batches of another shape round differently (by 0.8% in thirty blocks
@@ -90,6 +90,8 @@ def _try(anatomy: Anatomy, stack: Stack, device: torch.device) -> _Trial:
         (alone,) = states(batch[:1, :n_real], mask[2:, :n_real])
         padded, other_padding, longer_text = states(batch, mask)
         (again,) = states(batch[:1, :n_real], mask[2:, :n_real])
+    except HiddenLoopError:
+        raise
     except Exception:
         # A model that fails here, e.g. on padding, may still read texts of one length.
         return _Trial()
@@ -100,7 +102,10 @@ def _try(anatomy: Anatomy, stack: Stack, device: torch.device) -> _Trial:
             " so none can be relied on. It draws random numbers in evaluation mode, or remembers"
             " what it has read. Switch that off in its configuration, or choose another model."
         )
-    looks_ahead = _differ(longer_text, other_padding, _SAME_SHAPE[shorter])
+    # A model that ignores the mask sees what comes behind it, so both paddings are compared.
+    looks_ahead = any(
+        _differ(longer_text, text, _SAME_SHAPE[shorter]) for text in (padded, other_padding)
+    )
     if _differ(padded, other_padding, _SAME_SHAPE[shorter]):
         return _Trial(looks_ahead=looks_ahead)
     # In 8-bit products, rounding alone changes a token by a tenth. (Parameters of quantised models

@@ -190,6 +190,7 @@ def settings_of(pipeline: Pipeline, layout: Layout, encoder: Any, columns: Any) 
         "pool_over": recipe.pool_over,
         "pooling": list(dict.fromkeys(segment.pooling for segment in layout.segments)),
         "truncation_side": getattr(encoder.tokenizer, "truncation_side", "right"),
+        "split_special_tokens": bool(getattr(encoder.tokenizer, "split_special_tokens", False)),
         "is_causal": encoder.is_causal,
         "empty_text": empty_text,
         "inputs": {name: axes for name in names},

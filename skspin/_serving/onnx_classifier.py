@@ -23,6 +23,7 @@ class Classifier:
         folder = Path(folder)
         self.settings = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.encode_special_tokens = self.settings["split_special_tokens"]
         self.session = onnxruntime.InferenceSession(
             str(folder / model), providers=["CPUExecutionProvider"]
         )
@@ -85,6 +86,7 @@ class WindowClassifier(Classifier):
         types = np.array(found.type_ids or [0] * len(ids))
         own = np.zeros(len(ids), dtype=bool)  # which tokens are the text's, not the prompt's
         for number, (begin, end) in enumerate(found.offsets):
+            begin -= begin == end  # some tokenizers give a token of blanks only its end
             inside = any(end > start and begin < stop for start, stop in spans)
             own[number] = inside and not found.special_tokens_mask[number]
         pooled = own if settings["pool_over"] == "text" and own.any() else np.ones_like(own)

@@ -128,6 +128,20 @@ def test_adapted_linear_modules_are_linear_modules():
 
 
 @peft_warns
+@pytest.mark.parametrize("disabled", [False, True])
+def test_of_several_copies_of_a_module_the_one_that_runs_is_read(disabled):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])
+    model = peft.get_peft_model(TINY["llama"].build(), config)
+    model.add_adapter("other", config)
+    if disabled:
+        model.base_model.disable_adapter_layers()
+    copies = model.base_model.model.layers[1].mlp
+    in_use = copies.original_module if disabled else copies.modules_to_save["default"]
+    assert find_anatomy(model).stacks[None].tap(2, "mlp").module is in_use.down_proj
+
+
+@peft_warns
 def test_a_learned_prompt_is_refused():
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

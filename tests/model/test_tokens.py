@@ -9,6 +9,7 @@ import pytest
 import torch
 from bert_files import tiny
 from extracted_rows import TEXTS, expected_row, layout_of, recipe_of, rows_of, watching
+from tiny_models import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
@@ -20,6 +21,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from skspin._model import text_encoder
 from skspin.datasets import demo_model
 
 LONG = "one two three four five six seven eight nine"
@@ -44,6 +46,29 @@ def test_truncation_is_the_tokenizers_own(max_length, side):
     texts = [LONG, "one", "", LONG * 50, "a\0b", "naïve 🤷", "\ufffd"]
     expected = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     assert seen_ids(tiny(), tokenizer, texts, max_length=max_length) == expected
+
+
+def test_special_tokens_in_a_text_are_split_if_the_tokenizer_says_so():
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    texts = ["one [SEP] two", "[MASK]"]
+    for splits in (True, False):
+        tokenizer.split_special_tokens = splits
+        expected = tokenizer(texts)["input_ids"]
+        assert seen_ids(tiny(), tokenizer, texts) == expected
+
+
+def test_tokens_of_blanks_that_only_have_an_end_are_the_texts():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    spans = tokenizer("a  b ", return_offsets_mapping=True)["offset_mapping"]
+    assert spans == [(0, 1), (2, 2), (3, 3), (3, 4), (5, 5)]
+    for prompt, end in ((None, 5), ("A: {text}", 5), ("A: {text} B", 5)):
+        model = GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2))
+        recipe = recipe_of(model, tokenizer, prompt=prompt, pool_over="text")
+        windows, tokens = text_encoder(recipe).locate("a  b ")
+        assert tokens.starts.tolist() == [0, 2, 3, 3, 5] and tokens.ends.tolist()[-1] == end
+        assert tokens.in_text.tolist() == [True, False, False, True, False]
+        assert windows[0].n_pooled == 5
 
 
 def test_a_prompt_stays_whole_and_keeps_its_end(tokenizer):

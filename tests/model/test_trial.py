@@ -46,6 +46,13 @@ def test_padding_is_found_to_change_a_text_only_where_it_does(name, dtype):
     assert (tried(model).mixes_beyond == 0) == (name in CHANGED_BY_PADDING)
 
 
+def test_blocks_that_run_in_hidden_loops_are_refused():
+    model = TINY["gpt2"].build()
+    model.h[2].register_forward_hook(lambda block, args, output: model.h[1](*args) and None)
+    with pytest.raises(RuntimeError, match="GPT2Block more often than its structure shows"):
+        tried(model)
+
+
 class _Around(torch.nn.Module):
     """A feed-forward part with something before it that no list of names knows of."""
 

@@ -156,7 +156,7 @@ def test_chunks_of_rows_and_frames_change_nothing(monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "xlnet", "t5", "deberta-v2"])
+@pytest.mark.parametrize("name", ["bert", "xlnet", "t5", "deberta-v2", "fnet"])
 def test_a_model_that_looks_ahead_is_refused(name):
     spin = growing(name, stack="decoder") if name == "t5" else growing(name)
     with pytest.raises(ValueError, match="looks ahead"):
