@@ -17,14 +17,6 @@ from skspin._pipeline import fitted_pipeline, flatten, read_texts
 from skspin._texts import TextTokens, tabulate
 
 _MOST_SHOWN = 20  # texts in a notebook
-# Okabe and Ito's sky blue and vermilion, half transparent: on light and dark pages, text in the
-# page's own colour stays legible over them.
-_FOR, _AGAINST = "86,180,233", "213,94,0"
-_DEEPEST = 0.65
-_AROUND = 60  # characters before and after a single token
-_LINE = "line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere"
-_OUTSIDE = ";font-size:75%;border:1px dotted rgba(128,128,128,0.8);padding:0 3px;margin:0 2px"
-_NOTE = '<div style="font-size:85%;opacity:0.75">'
 
 
 class TopToken(NamedTuple):
@@ -305,6 +297,15 @@ _TAKES_ALL = {
 
 
 # Texts with coloured tokens, as HTML that reads well on light and on dark pages
+
+# Okabe and Ito's sky blue and vermilion, half transparent: on light and dark pages, text in the
+# page's own colour stays legible over them.
+_FOR, _AGAINST = "86,180,233", "213,94,0"
+_DEEPEST = 0.65
+_AROUND = 60  # characters before and after a single token
+_LINE = "line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere"
+_OUTSIDE = ";font-size:75%;border:1px dotted rgba(128,128,128,0.8);padding:0 3px;margin:0 2px"
+_NOTE = '<div style="font-size:85%;opacity:0.75">'
 
 
 def _text_to_html(tokens: TextTokens, values: np.ndarray) -> str:

@@ -101,6 +101,13 @@ def text_encoder(recipe: Recipe) -> Any:
     return tokens.TextEncoder(_load(recipe), recipe)
 
 
+def open_growing_text(recipe: Recipe, layout: Layout) -> Any:
+    """Make a `token_level.GrowingText`, which reads one text that arrives in pieces."""
+    from skspin._model import token_level
+
+    return token_level.GrowingText(_load(recipe), recipe, layout)
+
+
 def _load(recipe: Recipe) -> Any:
     from skspin._model import registry
 
@@ -108,11 +115,7 @@ def _load(recipe: Recipe) -> Any:
     return registry.load_backbone(recipe.source, device, recipe.number_format, recipe.fingerprint)
 
 
-def open_growing_text(recipe: Recipe, layout: Layout) -> Any:
-    """Make a `token_level.GrowingText`, which reads one text that arrives in pieces."""
-    from skspin._model import token_level
-
-    return token_level.GrowingText(_load(recipe), recipe, layout)
+# What there is to read: layers and widths, and the columns that parameters name
 
 
 def model_shape(source: Source, fingerprint: str, store: Store) -> ModelShape:

@@ -37,6 +37,9 @@ _SENTENCE = "The hall was full, the play was new, and nobody had told us how it 
 _LONGEST = 600  # words
 
 
+# As a torch module
+
+
 def to_torch(pipeline):
     """Turn a fitted pipeline with a linear head into a torch module.
 
@@ -134,6 +137,9 @@ def _linear_parts(pipeline: Any, caller: str) -> tuple[LLMActivationTransformer,
     if not transformer._source().in_memory:
         transformer.dtype = "float32"
     return transformer, form
+
+
+# As a folder with ONNX
 
 
 def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
