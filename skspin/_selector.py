@@ -333,7 +333,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         return str(X.device)
 
     def _resolve_C(self) -> tuple[float, ...]:
-        values = list(np.ravel(self.C))
+        values = [self.C] if np.ndim(self.C) == 0 else list(self.C)
         if not values or not all(isinstance(C, Real) and 0 < float(C) < np.inf for C in values):
             raise ValueError(f"C={self.C!r} must be a positive number or a sequence of them.")
         return tuple(sorted({float(C) for C in values}))

@@ -144,4 +144,4 @@ def test_any_numbers_give_a_finite_salience_that_is_kept_or_an_error_that_says_w
 
 
 # What random data may lack. (Labels that are all the same, and so on.)
-NOT_FOR_PROBES = ["has one class", "as large as", "one non-zero number"]
+NOT_FOR_PROBES = ["has one class", "as large as", "one non-zero number", "none is left to fit"]
