@@ -83,7 +83,8 @@ def prune(pipeline):
     TypeError, NotFittedError
         If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
-        If it has no activation transformer, or needs all columns of one.
+        If it has no activation transformer, or needs all columns of one, or if several members of a
+        FeatureUnion do not name their columns.
 
     See Also
     --------
