@@ -97,6 +97,10 @@ def test_sites_and_stacks_are_told_apart_by_more_than_colour():
     display = LayerSalienceDisplay(
         layer_names=names, layer_scores=np.linspace(0.5, 0.9, 8), n_selected=np.arange(1, 9)
     ).plot()
+    deep = LayerSalienceDisplay(
+        layer_names=["layer9_deep__layer3_mlp"], layer_scores=np.ones(1), n_selected=np.ones(1, int)
+    ).plot()
+    assert deep.line_[0].get_xdata().tolist() == [3] and deep.line_[0].get_label() == "mlp"
     labels = [text.get_text() for text in display.ax_.get_legend().get_texts()]
     assert labels == ["encoder, hidden", "encoder, mlp", "decoder, hidden", "decoder, mlp"]
     looks = {(line.get_color(), line.get_marker()) for line in display.line_}

@@ -160,6 +160,9 @@ def test_an_explanation_is_read_by_words_classes_and_texts():
         explanation.for_class("good")
     assert len(explanation) == 4 and len(explanation[1:3]) == 2
     assert explanation[-1].tokens[0].text == NEW[-1]
+    assert [one.tokens[0].text for one in explanation] == NEW
+    with pytest.raises(IndexError):
+        explanation[len(NEW)]
     assert repr(explanation[0]) == "<TokenExplanation of 1 texts for the classes [0, 1]>"
 
 

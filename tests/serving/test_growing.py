@@ -157,6 +157,7 @@ def test_windows_of_a_long_text_are_merged_for_every_prefix(overlap):
 
 def test_a_text_that_is_cut_has_scores_up_to_there():
     spin = growing("gpt2", max_length=7)
+    spin.set_params(activations__max_length=99)  # has no effect before the next fit
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than max_length=7"):
         scores = score_prefixes(spin, [NEW, "word5 unknown word9"])
     assert scores.tokens[0].surfaces() == NEW.split()[:6]
