@@ -240,7 +240,7 @@ class TextTokens:
 
     @property
     def in_text(self) -> np.ndarray:
-        """True for tokens of the text itself, False for special tokens and the prompt's."""
+        """True for tokens that the text shows: not special ones, the prompt's, or blanks' ends."""
         return self.ends > self.starts  # (n_tokens,)
 
     def surfaces(self) -> list[str]:

@@ -119,7 +119,7 @@ _ROLES = {
 _GATE = re.compile(r"gate|^g_proj$")
 # A norm may have a small network of its own, which is not the block's.
 _NORM = re.compile(r"norm$", re.I)
-_EXPERTS = re.compile(r"(^|[._])experts?($|[._])|(^|\.)router($|[._])")
+_EXPERTS = re.compile(r"(^|[._])experts?($|[._])|(^|\.)router($|\.)")
 
 
 def find_blocks(stack: nn.Module, config: Any, architecture: Architecture) -> list[nn.Module]:

@@ -127,6 +127,19 @@ def test_adapted_linear_modules_are_linear_modules():
     assert "lora" in type(find_anatomy(adapted).stacks[None].tap(1, "mlp").module).__module__
 
 
+def test_a_router_of_something_else_makes_no_mixture_of_experts():
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_shared_layers": 0}
+    sizes |= {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "vocab_size": 60}
+    sparsity = {"activation_sparsity_pattern": [0.0, 0.0], "vocab_size_per_layer_input": 60}
+    layers = {"layer_types": ["full_attention"] * 2}
+    config = transformers.Gemma3nTextConfig(**sizes, **heads, **sparsity, **layers)
+    with torch.device("meta"):
+        model = transformers.Gemma3nTextModel(config)
+    tap = find_anatomy(model).stacks[None].tap(2, "mlp")
+    assert tap.module is model.layers[1].mlp.down_proj and tap.width == 40
+
+
 @peft_warns
 @pytest.mark.parametrize("disabled", [False, True])
 def test_of_several_copies_of_a_module_the_one_that_runs_is_read(disabled):

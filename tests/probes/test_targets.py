@@ -5,7 +5,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.exceptions import DataConversionWarning
@@ -100,9 +100,13 @@ def test_classes_that_weigh_nothing_are_scored_all_the_same():
     st.integers(0, 9),
 )
 def test_every_stratum_gives_its_share_of_distinct_rows_to_within_one(y, n_copies, fraction, seed):
-    assume(np.ceil(fraction * len(y)) < len(y))  # or none is left, which is refused
+    is_left = np.ceil(len(y) * fraction) < len(y)
     y, X = np.tile(y, n_copies), np.tile(np.arange(len(y)), n_copies)[:, None] / 7
     targets = encode_targets(y)
+    if not is_left:
+        with pytest.raises(ValueError, match=r"none is left to fit a probe to\. Use a smaller one"):
+            validation_rows(X, targets, fraction, np.random.RandomState(seed))
+        return
     rows = validation_rows(X, targets, fraction, np.random.RandomState(seed))
     assert rows.tolist() == sorted(set(rows.tolist()))
     assert 1 <= len(rows) < len(y)
