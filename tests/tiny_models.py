@@ -190,6 +190,18 @@ TINY = {
     "bart": Tiny("Bart", _BART, *_BART_SITES),
     # What is not on the list of supported architectures, but has a twist of its own.
     "cohere": Tiny("Cohere", _BERT | {"num_key_value_heads": 2}, *_LLAMA_SITES),
+    # Its last hidden state has another width.
+    "embedding-gemma2": Tiny(
+        "EmbeddingGemma2Text",
+        {
+            **_LLAMA,
+            "embedding_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 4,
+        },
+        *_LLAMA_SITES,
+    ),
     "falcon": Tiny(
         "Falcon",
         {k: v for k, v in _BERT.items() if k != "intermediate_size"} | {"ffn_hidden_size": 40},
@@ -200,6 +212,12 @@ TINY = {
     "big-bird": Tiny("BigBird", {**_BERT, "block_size": 4, "num_random_blocks": 1}, *_BERT_SITES),
     "convbert": Tiny("ConvBert", {**_BERT, "embedding_size": 16, "head_ratio": 2}, *_BERT_SITES),
     "fnet": Tiny("FNet", _BERT, _BERT_SITES[0]),
+    # Its decoder returns words' scores.
+    "fsmt": Tiny(
+        "FSMT",
+        {**_BART, "langs": ["en", "de"], "src_vocab_size": N_WORDS, "tgt_vocab_size": N_WORDS},
+        *_BART_SITES,
+    ),
     "gptj": Tiny("GPTJ", _GPTJ, "h.{}.mlp.fc_out", "h.{}.attn.out_proj"),
     "led": Tiny(
         "LED",

@@ -23,6 +23,8 @@ from skspin._model.blocks import Architecture, Tap, architecture_of, find_blocks
 _N_POSITIONS = ("max_position_embeddings", "max_{}_position_embeddings", "max_seq_len")
 # A table of positions, such as "wpe", "embed_positions" or "position_embeddings".
 _TABLE = re.compile(r"(^|[._])(wpe|pos|positions?|positional)(_(emb\w*|encod\w*))?$")
+# Names of a linear module behind the last block and its norm.
+_LAST_PROJECTIONS = ("project_out", "embedding_projection")
 _UNSCALED = re.compile(r"'original_max_position_embeddings': (\d+)")
 
 
@@ -40,14 +42,15 @@ class Stack:
         """Return where ``site`` of ``layer`` is read; a ValueError says why there is none."""
         if (layer, site) in self.taps:
             return self.taps[layer, site]
-        if layer == 0:
+        if layer == 0 and site != "hidden":
             raise ValueError(
                 f"layer 0 (the embeddings) has no site={site!r}. Choose layers from 1 to"
                 f" {len(self.blocks)}, or site='hidden'."
             )
+        name = type(self.blocks[layer - 1]).__name__ if layer else "the embeddings"
         raise ValueError(
-            f"layer {layer} ({type(self.blocks[layer - 1]).__name__}) has no site={site!r}:"
-            f" {self.missing[layer, site]} Choose site='hidden', or other layers."
+            f"layer {layer} ({name}) has no site={site!r}: {self.missing[layer, site]}"
+            " Choose another site, or other layers."
         )
 
 
@@ -112,7 +115,8 @@ def _halves_of(model: Any) -> dict[str | None, Any]:
 def _dissect(name: str | None, stack: nn.Module, model_config: Any) -> Stack:
     config: Any = getattr(stack, "config", model_config)
     architecture = architecture_of(config)
-    width = config.get_text_config().hidden_size
+    # In transformers 4, the half of FSMT that get_text_config returns does not know its width.
+    width = getattr(config.get_text_config(), "hidden_size", None) or config.hidden_size
     blocks = find_blocks(stack, config, architecture)
     taps = {
         (layer, "hidden"): Tap(module, width)
@@ -135,14 +139,11 @@ def _dissect(name: str | None, stack: nn.Module, model_config: Any) -> Stack:
             n_turns=n_turns[tap],
         )
         turns[tap] += 1
-    # OPT-350m narrows the last hidden state by one more projection.
+    # One more projection may change the last hidden state's width, as in OPT-350m.
     for path, module in stack.named_modules():
-        if path.endswith("project_out"):
+        if path.endswith(_LAST_PROJECTIONS):
             width = module.out_features
     taps[len(blocks), "hidden"] = Tap(stack, width, output=True)
-    if architecture.late_norm:
-        owner = next(part for part in stack.modules() if hasattr(part, architecture.late_norm))
-        taps[len(blocks), "hidden"] = Tap(getattr(owner, architecture.late_norm), width)
     return Stack(name, tuple(blocks), taps, missing, architecture)
 
 

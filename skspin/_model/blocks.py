@@ -34,8 +34,6 @@ class Architecture:
     # The hidden states that the model returns begin after block 1, and end with one before and
     # one after the norm of this name.
     early_norm: str | None = None
-    # The name of a norm behind the last hidden state that the model returns.
-    late_norm: str | None = None
     # Inside the stack, the model may add tokens at the end.
     rounds_up: bool = False
     # Padding changes the activations of real tokens, but a trial's texts are too short to show it.
@@ -45,42 +43,28 @@ class Architecture:
 
 
 _PLAIN = Architecture()
-# The text half of models of text and image.
-_BESIDE_IMAGES = Architecture(late_norm="final_layer_norm")
 # By a configuration's model_type, one line each.
 _EXCEPTIONS = {
-    "aimv2_text_model": Architecture(late_norm="rms_norm"),
     "albert": Architecture(shared_groups="albert_layers"),
     # The length of a batch decides how its tokens attend to each other, if it is long enough.
     "big_bird": Architecture(rounds_up=True, mixes_padding=True),
     "bigbird_pegasus": Architecture(rounds_up=True, mixes_padding=True),
-    "clip_text_model": _BESIDE_IMAGES,
-    "clipseg_text_model": _BESIDE_IMAGES,
     "falcon_mamba": Architecture(early_norm="norm_f"),
     "flaubert": Architecture(parallel_lists=("attentions", "ffns")),
-    "flava_text_model": Architecture(late_norm="layernorm"),
     "fsmt": Architecture(time_major=True),
-    "groupvit_text_model": _BESIDE_IMAGES,
     "led": Architecture(rounds_up=True),
     "longformer": Architecture(rounds_up=True),
     "mega": Architecture(time_major=True),
     "mamba": Architecture(early_norm="norm_f"),
     "mamba2": Architecture(early_norm="norm_f"),
-    "metaclip_2_text_model": _BESIDE_IMAGES,
     # A block has bottlenecks and small feed-forward parts around the main one.
     "mobilebert": Architecture(
         paths={"mlp": "output.dense", "attention": "attention.output.dense"}
     ),
-    "owlv2_text_model": _BESIDE_IMAGES,
-    "owlvit_text_model": _BESIDE_IMAGES,
     "pegasus_x": Architecture(rounds_up=True),
     # Several streams of tokens, the text itself first; the others are ahead of it.
     "prophetnet": Architecture(rounds_up=True, n_ahead=1),
     "rwkv": Architecture(early_norm="ln_out"),
-    "siglip2_text_model": _BESIDE_IMAGES,
-    "siglip_text_model": _BESIDE_IMAGES,
-    "tipsv2_text_model": _BESIDE_IMAGES,
-    "xclip_text_model": _BESIDE_IMAGES,
     "xlm": Architecture(parallel_lists=("attentions", "ffns")),
     # The attention's output projection is a parameter, used in an einsum.
     "xlnet": Architecture(paths={"attention": "rel_attn.o"}, time_major=True),

@@ -143,7 +143,7 @@ def positions_by_tap(anatomy: Anatomy, segments: Sequence[Segment]) -> dict[Tap,
     """Find the taps that segments are read at, and the positions of the segments of each."""
     found: dict[Tap, list[int]] = {}
     for position, segment in enumerate(segments):
-        tap = anatomy.stacks[segment.stack].taps[segment.layer, segment.site]
+        tap = anatomy.stacks[segment.stack].tap(segment.layer, segment.site)
         found.setdefault(tap, []).append(position)
     return found
 
@@ -288,7 +288,7 @@ def as_texts(activations: Tensor, mask: Tensor, tap: Tap) -> Tensor:
 # The model stays as it was
 
 
-class _Use:
+class Use:
     """The state that the passes of one model share."""
 
     def __init__(self) -> None:
@@ -298,7 +298,7 @@ class _Use:
         self.restoring = ExitStack()
 
 
-_uses: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
+_uses: WeakKeyDictionary[nn.Module, Use] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -319,11 +319,11 @@ def _unchanged(model: Any) -> Iterator[None]:
     depend on texts read before. Threads may share the model, but take turns if it changes itself.
     """
     with _lock:
-        use = _uses.setdefault(model, _Use())
+        use = _uses.setdefault(model, Use())
     with use.turn if use.changes_itself else nullcontext():
         with _lock:
             if not use.n_passes:
-                use.restoring.enter_context(_restored(model, use))
+                use.restoring.enter_context(restored(model, use))
             use.n_passes += 1
         try:
             yield
@@ -335,7 +335,8 @@ def _unchanged(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: Any, use: _Use) -> Iterator[None]:
+def restored(model: Any, use: Use) -> Iterator[None]:
+    """Put a model in evaluation mode, and its state back at the end; note if it changed itself."""
     modules = list(model.modules())
     training = [module for module in modules if module.training]
     if training:

@@ -53,6 +53,32 @@ def test_blocks_that_run_in_hidden_loops_are_refused():
         tried(model)
 
 
+def test_hidden_states_that_the_model_does_not_return_are_refused():
+    model = TINY["gpt2"].build()
+
+    def change(model, args, output):
+        if output.hidden_states:
+            states = output.hidden_states
+            return output | {"hidden_states": (states[0], states[1] + 1, *states[2:])}
+
+    model.register_forward_hook(change)
+    anatomy = tried(model)
+    with pytest.raises(ValueError, match=r"layer 1 \(GPT2Block\) has no site='hidden': .* returns"):
+        read(model, segments_of(model, ["hidden"]), anatomy=anatomy)
+    assert anatomy.mixes_beyond > 0 and anatomy.is_causal
+    assert read(model, segments_of(model, ["hidden"], layers=[0, 2, 3]), anatomy=anatomy).all()
+    assert read(model, segments_of(model, ["mlp"]), anatomy=anatomy).isfinite().all()
+
+
+def test_a_model_is_not_changed_by_what_it_is_asked_for():
+    model = TINY["llama"].build()
+    tried(model)
+    hooks = [module._forward_hooks for module in model.modules()]
+    assert not any(hooks)
+    states = alone(model, tiny_batch(), 0).hidden_states
+    assert len(states) == 4
+
+
 class _Around(torch.nn.Module):
     """A feed-forward part with something before it that no list of names knows of."""
 
@@ -114,11 +140,11 @@ def test_a_model_in_memory_is_tried_once_as_long_as_its_weights_stay(tokenizer):
     model.register_forward_pre_hook(count)
     for _ in range(3):
         load_backbone(Source(model, tokenizer=tokenizer))
-    assert n_passes == 3
+    assert n_passes == 4
     with torch.no_grad():
         model.wte.weight += 1
     load_backbone(Source(model, tokenizer=tokenizer))
-    assert n_passes == 6
+    assert n_passes == 8
 
 
 # Positions
