@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from skspin._layout import Layout
-from skspin._model.forward import pooled_forward
+from skspin._model.forward import pooled_forward, read
 from skspin._model.pooling import WindowMerge
 from skspin._model.recipe import Recipe, Rows
 from skspin._model.registry import Backbone
@@ -64,7 +64,7 @@ def extract(
     groups = _groups(chunks, TextEncoder(backbone, recipe), budget)
     for group in _ahead(groups) if len(chunks) > 1 else groups:
         for batch, values in _run(backbone, group, layout, budget):
-            _check_finite(values, layout, backbone.dtype)
+            check_finite(values, layout, backbone.dtype)
             yield group.rows(batch, values, layout)
 
 
@@ -114,6 +114,7 @@ class TokenBudget:
 
     def halve(self, n_tokens: int) -> None:
         """Allow half as many tokens, because a batch of ``n_tokens`` was too large."""
+        _release_memory(self._backbone.device)
         _token_limits[self._backbone.model] = max(1, min(self.tokens, n_tokens // 2))
 
 
@@ -241,7 +242,7 @@ def _run_batches(
     n_tokens = budget.share(n_at_once, group.n_tokens_left)
     # Side by side, each thread has its next batch before its last result is taken.
     ahead = _AHEAD if backbone.device.type == "cuda" else 2 * (n_at_once - 1)
-    running: deque[tuple[np.ndarray, Future[_OnHost | None]]] = deque()
+    running: deque[tuple[np.ndarray, Future[OnHost | None]]] = deque()
     n_done = 0
     with _threads(n_at_once) as threads:
         while True:
@@ -249,7 +250,7 @@ def _run_batches(
                 batch = group.take(budget, min(n_tokens, budget.tokens))
                 windows = [group.windows[i] for i in batch]
                 is_alone = n_at_once == 1 and len(batch) == 1
-                job = threads.submit(_try_batch, backbone, windows, layout, is_alone)
+                job = threads.submit(try_batch, backbone, windows, layout, is_alone)
                 running.append((batch, job))
                 n_batches -= 1
             if not running:
@@ -257,7 +258,6 @@ def _run_batches(
             batch, job = running.popleft()
             pooled = job.result()
             if pooled is None:
-                _release_memory(backbone.device)
                 budget.halve(len(batch) * int(group.lengths[batch[0]]))
                 group.put_back(batch)
                 if len(batch) == 1:
@@ -269,12 +269,18 @@ def _run_batches(
             yield batch, pooled.to_numpy()
 
 
-def _try_batch(
-    backbone: Backbone, windows: list[Window], layout: Layout, is_alone: bool
-) -> _OnHost | None:
+def try_batch(
+    backbone: Backbone,
+    windows: list[Window],
+    layout: Layout,
+    is_alone: bool,
+    by_token: bool = False,
+) -> OnHost | None:
     """Start a batch; None, which frees the frames of the exception, if memory was short."""
     try:
         padded = pad(windows, backbone.device)
+        if by_token:
+            return _to_host(read(backbone.anatomy, padded, layout.segments, by_token=True))
         return _to_host(pooled_forward(backbone.anatomy, padded, layout.segments))
     except (MemoryError, RuntimeError) as error:
         # Torch says it in words on all devices, and by a class of its own on some.
@@ -311,13 +317,15 @@ def pad(windows: list[Window], device: torch.device) -> dict[str, Tensor]:
             if window.pooled is not None:
                 row[: len(window)] = window.pooled
     tensors = {name: torch.from_numpy(values) for name, values in padded.items()}
-    if device.type == "cuda":
+    # Without pinned memory, a copy that is not waited for may read memory that is free by then.
+    pins = device.type == "cuda"
+    if pins:
         tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=pins) for name, tensor in tensors.items()}
 
 
-class _OnHost(NamedTuple):
-    """Pooled activations (n_windows, n_columns) that are copied to the host."""
+class OnHost(NamedTuple):
+    """Activations that are copied to the host."""
 
     values: Tensor
     stream: Any = None  # of a GPU, in which the copy runs
@@ -329,9 +337,9 @@ class _OnHost(NamedTuple):
         return self.values.numpy()
 
 
-def _to_host(pooled: Tensor) -> _OnHost:
+def _to_host(pooled: Tensor) -> OnHost:
     if pooled.device.type != "cuda":
-        return _OnHost(pooled.cpu())
+        return OnHost(pooled.cpu())
     # A stream of its own lets the next batch run meanwhile.
     stream: Any = torch.cuda.Stream(pooled.device)
     stream.wait_stream(torch.cuda.current_stream(pooled.device))
@@ -340,10 +348,11 @@ def _to_host(pooled: Tensor) -> _OnHost:
         host.copy_(pooled, non_blocking=True)
         # The next batch may reuse the result's memory only after the copy.
         pooled.record_stream(stream)
-    return _OnHost(host, stream)
+    return OnHost(host, stream)
 
 
-def _check_finite(activations: np.ndarray, layout: Layout, dtype: str) -> None:
+def check_finite(activations: np.ndarray, layout: Layout, dtype: str) -> None:
+    """Raise a ValueError if activations (n_rows, n_columns) are not all finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         # A sum is finite only if all its terms are, and takes a fraction of the time.
         if np.isfinite(activations.sum()) or np.isfinite(activations).all():

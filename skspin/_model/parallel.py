@@ -6,6 +6,7 @@ model from shard to shard, because the registry of loaded models lives as long a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -37,8 +38,10 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
     if source.in_memory:
         _check_shareable(recipe)
     else:
-        # A worker may be on another machine, where a branch may be another commit by now.
-        source = replace(source, revision=source.commit)
+        # A worker may be in another folder, or on another machine, where a branch may be another
+        # commit by now.
+        model, tokenizer = map(_absolute, (source.model, source.tokenizer))
+        source = replace(source, model=model, tokenizer=tokenizer, revision=source.commit)
     # "auto" may be another format there, too.
     recipe = replace(recipe, source=source, dtype=recipe.number_format)
     free: SimpleQueue[str | None] | None = None
@@ -51,7 +54,8 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
     shards = cut_into_shards(
         [len(text.encode("utf-8", "surrogatepass")) for text in texts],
         recipe.n_workers,
-        most_bytes=_TOKEN_BYTES * recipe.max_length,
+        # Windows read all of a text.
+        sys.maxsize if recipe.long_texts == "windows" else _TOKEN_BYTES * recipe.max_length,
         row_bytes=4 * layout.n_columns,
     )
     todo = {int(shard[0]): shard for shard in shards}  # by their first texts
@@ -69,6 +73,10 @@ def extract(recipe: Recipe, texts: Sequence[str], layout: Layout) -> Iterator[Ro
             # A worker that died by accident is not likely to die again.
             if last_try or not _is_death(error):
                 raise
+
+
+def _absolute(name: Any) -> Any:
+    return os.path.abspath(name) if isinstance(name, str) and os.path.exists(name) else name
 
 
 def _check_shareable(recipe: Recipe) -> None:

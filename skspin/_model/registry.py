@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -83,7 +83,11 @@ def load_backbone(
         name = name or fingerprint(source)
         if source.in_memory:
             return _assemble(source, source.model, dtype, name)
-        key = (source, device, dtype)
+        # One model for a branch and its commit, and for all copies of a tokenizer in memory.
+        tokenizer = source.tokenizer if source.tokenizer_files is not None else name
+        kwargs = copy.deepcopy(source.model_kwargs)  # the user may change them in place
+        named = replace(source, tokenizer=tokenizer, revision=source.commit, model_kwargs=kwargs)
+        key = (named, device, dtype)
         if key not in _loaded or _loaded[key].fingerprint != name:
             _loaded.pop(key, None)  # The folder's weights changed: free the old ones first.
             _loaded[key] = _assemble(source, load_model(source, device, dtype), dtype, name)

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from skspin._layout import Layout, Segment
 from skspin._model.anatomy import most_tokens, n_token_ids
-from skspin._model.batches import TokenBudget, pad
+from skspin._model.batches import TokenBudget, check_finite, try_batch
 from skspin._model.forward import read
 from skspin._model.recipe import Recipe
 from skspin._model.registry import Backbone
@@ -48,15 +48,19 @@ def token_activations(
         for number, window in enumerate(windows):
             by_length[len(window)].append((text, number))
     rows: dict[str, dict[int, np.ndarray]] = defaultdict(dict)  # of unfinished texts
-    budget = min(TokenBudget(backbone).tokens, _MOST_VALUES // layout.n_columns)
+    budget = TokenBudget(backbone, recipe.batch_tokens)
     for length, alike in by_length.items():
-        size = max(1, budget // length)
-        for start in range(0, len(alike), size):
-            batch = alike[start : start + size]
+        while alike:
+            n_tokens = min(budget.tokens, _MOST_VALUES // layout.n_columns)
+            batch = alike[: max(1, n_tokens // length)]
             windows = [found[text][0][number] for text, number in batch]
-            inputs = pad(windows, backbone.device)
-            tensor = read(backbone.anatomy, inputs, layout.segments, by_token=True)
-            activations = tensor.cpu().numpy()  # (n_windows, n_tokens, n_columns)
+            on_host = try_batch(backbone, windows, layout, len(batch) == 1, by_token=True)
+            if on_host is None:
+                budget.halve(len(batch) * length)
+                continue
+            alike = alike[len(batch) :]
+            activations = on_host.to_numpy()  # (n_windows, n_tokens, n_columns)
+            check_finite(activations.reshape(-1, layout.n_columns), layout, backbone.dtype)
             for (text, number), window, values in zip(batch, windows, activations, strict=True):
                 rows[text][number] = values if window.pooled is None else values[window.pooled]
                 if len(rows[text]) == len(found[text][0]):

@@ -26,8 +26,8 @@ __all__ = ["DTYPES", "Output", "Store", "StoreInfo", "open_output", "open_store"
 
 # One bound for everything that this process keeps in memory, whatever folder it was meant for.
 _MEMORY = Store(Memory(machine_memory() // 4))
-# By path: a store, and whether its folder existed after it was opened.
-_FOLDERS: dict[str, tuple[Store, bool]] = {}
+# By path: a store, and the state of its folder after it was opened.
+_FOLDERS: dict[str, tuple[Store, tuple[bool, bool]]] = {}
 
 
 def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
@@ -38,8 +38,8 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     Parameters
     ----------
     cache : "memory", path or None, default="memory"
-        The store that all estimators of this process share, a folder that processes share, or a
-        store that keeps nothing.
+        The store that all estimators of this process share, a folder that processes share, which
+        is made if it is not there, or a store that keeps nothing.
 
     Returns
     -------
@@ -69,11 +69,12 @@ def open_store(cache: str | os.PathLike[str] | None = "memory") -> Store:
     if cache == "memory":
         return _MEMORY
     folder = os.path.realpath(os.path.expanduser(os.fsdecode(cache)))
-    store, was_there = _FOLDERS.get(folder, (None, False))
+    storage = Folder(folder)
+    store, state = _FOLDERS.get(folder, (None, None))
     # The folder may have been removed since, or made where this process could not make it.
-    if store is None or os.path.isdir(folder) != was_there:
-        store = Store(Folder(folder), _MEMORY)
-        _FOLDERS[folder] = store, os.path.isdir(folder)
+    if store is None or storage.state != state:
+        store = Store(storage, _MEMORY)
+        _FOLDERS[folder] = store, storage.state
     return store
 
 

@@ -104,6 +104,11 @@ class Folder:
         """Return the path, for messages."""
         return str(self._path)
 
+    @property
+    def state(self) -> tuple[bool, bool]:
+        """Whether the folder exists, and the one for chunks in it."""
+        return self._path.is_dir(), self._files.is_dir()
+
     def make(self) -> None:
         """Make the folder, readable by its owner alone, if it is not there."""
         for folder in (self._path, self._home, self._files, self._metadata):

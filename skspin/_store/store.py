@@ -37,7 +37,10 @@ from skspin._system import hold_warnings, return_free_memory, warn
 
 _CHUNKS_IN_LIMIT = 16  # chunks are evicted whole, so none takes more than 1 / 16 of the limit
 _MERGED_AT_ONCE = 16  # chunks of about one size
-_MOST_MERGED = 1 << 26  # bytes of a merged chunk, so that merging never takes long
+# Bytes of a merged chunk: the more the larger the store, because a process has each file of a
+# folder open, but never so many that merging takes long.
+_MERGED_BYTES = 1 << 26, 1 << 29
+_MERGED_IN_LIMIT = 256
 _WAITING_BYTES = 1 << 24  # of rows, at most, that wait to be written
 _WRITING_SHARE = 20  # writing takes at most one part in 20 of a call's time
 
@@ -203,7 +206,7 @@ class Store:
         if not sound.all():
             if self._writes:
                 with self._surviving("write to"):
-                    self._replace([chunk], self.limit)
+                    self._replace([chunk], self._storage.limit)
             else:
                 warn_of_damage(int((~sound).sum()), self._storage)
                 chunk.forget(rows[~sound])
@@ -214,7 +217,7 @@ class Store:
         """Store a chunk, in memory if the folder can't be written to."""
         if self._writes:
             with self._surviving("write to"):
-                limit = self.limit
+                limit = self._storage.limit
                 if chunk.row_bytes <= limit:
                     for part in chunk.cut(limit // _CHUNKS_IN_LIMIT):
                         self._put(part, limit)
@@ -241,7 +244,8 @@ class Store:
 
     def _merge_small(self, about: str, limit: int) -> None:
         """Merge chunks of one key and layout where there are many of about one size."""
-        most = min(limit // _CHUNKS_IN_LIMIT, _MOST_MERGED)
+        most = int(np.clip(limit // _MERGED_IN_LIMIT, *_MERGED_BYTES))
+        most = min(limit // _CHUNKS_IN_LIMIT, most)
         alike: defaultdict[int, list[Chunk]] = defaultdict(list)
         for chunk in self._storage.chunks(about):
             if chunk.record.nbytes <= most // 2:
@@ -265,7 +269,9 @@ class Store:
     @property
     def limit(self) -> int:
         """Bound in bytes; a quarter of the machine's memory, or of the disk, unless assigned."""
-        return self._storage.limit
+        with self._surviving("read"):
+            return self._storage.limit
+        return 0
 
     @limit.setter
     def limit(self, limit: int) -> None:
@@ -274,8 +280,9 @@ class Store:
                 f"limit={limit!r}, but it must be a number of bytes that is not negative, e.g. "
                 "2 * 1024**3."
             )
-        self._storage.limit = int(limit)
-        self._make_room(0, int(limit))
+        with self._surviving("write to"):
+            self._storage.limit = int(limit)
+            self._make_room(0, int(limit))
 
     def info(self) -> StoreInfo:
         """Count what is kept."""
@@ -289,16 +296,17 @@ class Store:
                 for about, own in texts.items():
                     models[about.model or about.key] += len(own) * len(about.layout.segments)
                 n_bytes = sum(self._storage.sizes().values())
-                return StoreInfo(models.total(), n_bytes, self.limit, dict(models))
+                return StoreInfo(models.total(), n_bytes, self._storage.limit, dict(models))
         return StoreInfo()
 
     def clear(self) -> None:
         """Remove everything, metadata too, for all processes, and free the space."""
         self._metadata.clear()
         if self._reads:
-            for name in self._storage.sizes():
-                self._storage.remove(name)
-            self._storage.clear_metadata()
+            with self._surviving("write to"):
+                for name in self._storage.sizes():
+                    self._storage.remove(name)
+                self._storage.clear_metadata()
         if self._memory is not None and not self._writes:
             self._memory.clear()
         return_free_memory()

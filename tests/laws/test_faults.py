@@ -143,7 +143,7 @@ def test_a_store_removed_in_use_costs_a_warning_and_no_row(tiny, tmp_path, expec
 
 @forks
 def test_a_process_that_is_killed_is_resumed_where_it_was(folder, tmp_path, monkeypatch, expected):
-    n_computed, most, run = [], 20, batches._try_batch
+    n_computed, most, run = [], 20, batches.try_batch
 
     def counting(backbone, windows, *others):
         if sum(n_computed) > most:
@@ -156,7 +156,7 @@ def test_a_process_that_is_killed_is_resumed_where_it_was(folder, tmp_path, monk
         places = {"cache": tmp_path / "store", "output_folder": tmp_path / "output"}
         return transformer(folder, batch_tokens=256, **places).fit_transform(TEXTS + TEXTS[:5])
 
-    monkeypatch.setattr(batches, "_try_batch", counting)
+    monkeypatch.setattr(batches, "try_batch", counting)
     child = multiprocessing.get_context("fork").Process(target=compute, daemon=True)
     child.start()
     child.join(timeout=60)

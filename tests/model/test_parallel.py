@@ -17,6 +17,7 @@ from sklearn.model_selection import GridSearchCV
 
 from skspin import LLMActivationTransformer, make_spin_pipeline
 from skspin._model import extract
+from skspin._model.parallel import _compute_shard as compute_shard
 from skspin._model.parallel import cut_into_shards
 
 TEXTS = [f"text {i} " + "word " * (i % 40) for i in range(120)] + ["text 7 " + "word " * 7, ""]
@@ -84,6 +85,24 @@ def test_a_model_in_memory_serves_threads_and_is_not_sent_to_processes(model, to
         fitted.transform(TEXTS)
     with pytest.raises(ValueError, match="stays where it is"):
         fitted.set_params(n_jobs=None, device=["cpu", "cpu"]).transform(TEXTS)
+
+
+def test_a_model_may_have_a_relative_path(folder, expected, monkeypatch):
+    with joblib.parallel_config(backend="loky", n_jobs=2):
+        joblib.Parallel()([joblib.delayed(os.getcwd)()] * 2)  # the workers start here
+        monkeypatch.chdir(os.path.dirname(folder))
+        assert_same(transformer(os.path.basename(folder), n_jobs=2).fit_transform(TEXTS), expected)
+
+
+def test_whole_long_texts_are_shared_out(folder, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "skspin._model.parallel._compute_shard",
+        lambda *shard: sizes.append(sum(map(len, shard[-1]))) or compute_shard(*shard),
+    )
+    windows = transformer(folder, long_texts="windows", device=["cpu", "cpu"])
+    windows.fit_transform([*TEXTS, *(f"{i} " + "word " * 20_000 for i in range(4))])
+    assert max(sizes) < 2.5e5
 
 
 def test_two_counts_of_workers_are_one_too_many(folder):

@@ -38,6 +38,21 @@ def test_equal_sources_share_and_others_do_not(folder):
     assert other is not first and other.model.dtype == torch.bfloat16
 
 
+def test_copies_of_a_tokenizer_share_the_model(folder, tokenizer):
+    first = load_backbone(Source(folder, tokenizer=tokenizer))
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    assert load_backbone(Source(folder, tokenizer=copied)) is first
+    copied.add_tokens(["filmic"])
+    assert load_backbone(Source(folder, tokenizer=copied)).fingerprint != first.fingerprint
+
+
+def test_options_that_change_in_place_load_the_model_again(folder):
+    options = {"attn_implementation": "sdpa"}
+    first = load_backbone(Source(folder, model_kwargs=options))
+    options["attn_implementation"] = "eager"
+    assert load_backbone(Source(folder, model_kwargs=options)) is not first
+
+
 def test_forgotten_models_are_released(folder):
     alive = weakref.ref(load_backbone(Source(folder)).model)
     forget_models()

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from growing_texts import POOL, POOLINGS
 from tiny_models import TINY, tiny_tokenizer
 
 from skspin import LLMActivationTransformer
-from skspin._model import token_activations
+from skspin._model import batches, token_activations
 
 # Absolute, learnt, rotary and relative positions, mixing without attention, one stack and two.
 NAMES = ["bert", "roberta", "deberta-v2", "gpt2", "llama", "gemma2", "xlnet", "fnet", "t5", "bart"]
@@ -59,3 +60,30 @@ def test_tokens_pool_to_the_transformers_output(name, prompt, padding_side):
                 row[columns], by_hand, atol=2e-5 * size, err_msg=str(segment)
             )
     assert seen == set(TEXTS)
+
+
+@pytest.mark.parametrize("batch_tokens", [20, "auto"])
+def test_a_batch_that_does_not_fit_into_memory_is_halved(monkeypatch, batch_tokens):
+    transformer = fitted("bert", None, "right").set_params(batch_tokens=batch_tokens)
+    texts = [f"word{i} word2 word3" for i in range(30)]
+    recipe, sizes, run = transformer._fitted_recipe(conversations=False), [], batches.read
+
+    def read(anatomy, inputs, *others, **options):
+        sizes.append(inputs["input_ids"].numel())
+        if sizes[-1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(anatomy, inputs, *others, **options)
+
+    monkeypatch.setattr(batches, "read", read)
+    found = {text: a for text, _, a in token_activations(recipe, texts, transformer.layout_)}
+    assert found.keys() == set(texts) and sizes[-1] <= 40
+    assert max(sizes) > 40 if batch_tokens == "auto" else max(sizes) <= 20
+
+
+def test_activations_that_are_not_finite_are_refused():
+    transformer = fitted("gpt2", None, "right")
+    with torch.no_grad():
+        transformer.model.h[1].mlp.c_proj.weight.fill_(float("inf"))
+    recipe = transformer.fit(TEXTS)._fitted_recipe(conversations=False)
+    with pytest.raises(ValueError, match="layer 2 at site 'hidden' are not finite"):
+        list(token_activations(recipe, TEXTS[:2], transformer.layout_))

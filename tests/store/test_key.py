@@ -12,8 +12,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoTokenizer, T5Config, T5Model
 
 from skspin import LLMActivationTransformer
-from skspin._model.files import _ask_hub
-from skspin._model.registry import forget_models
+from skspin._model.files import Source, _ask_hub
+from skspin._model.registry import forget_models, load_backbone
 from skspin.datasets import demo_model
 
 # The warning that texts were cut off is not what these are about.
@@ -172,6 +172,10 @@ def test_the_commit_of_a_hub_model_is_in_the_key(tmp_path, tokenizer, store, rea
     _ask_hub.cache_clear()
     hub = {"model_kwargs": {"cache_dir": str(tmp_path / "hub")}}
     rows = [activations("org/tiny", store, revision=c, **hub) for c in (None, *COMMITS)]
+    branch, commit = (
+        load_backbone(Source("org/tiny", revision=c, **hub)) for c in (None, COMMITS[0])
+    )
+    assert branch is commit
     _ask_hub.cache_clear()
     assert read() == 2 * len(TEXTS)  # the branch is at the first commit
     np.testing.assert_array_equal(rows[0], rows[1])

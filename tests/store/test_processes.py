@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from store_rows import TEXTS, as_new_process, chunks, finish, read, start, write
 
-from skspin._store import open_store
+from skspin._store import Store, open_store
 
 
 def test_open_stores_learn_what_others_write_merge_and_clear(tmp_path):
@@ -279,3 +279,24 @@ def test_a_folder_removed_in_use_warns_once_and_the_computation_goes_on(tmp_path
     assert not read(open_store(folder), TEXTS).any()
     write(open_store(folder), TEXTS)
     assert read(as_new_process(folder), TEXTS).all()
+
+
+def test_a_folder_that_was_emptied_is_filled_again(tmp_path):
+    store = open_store(tmp_path)
+    write(store, TEXTS)
+    for inside in tmp_path.iterdir():
+        shutil.rmtree(inside)
+    with pytest.warns(UserWarning, match="Could not read the store"):
+        read(store, TEXTS)
+    write(open_store(tmp_path), TEXTS)
+    assert read(as_new_process(tmp_path), TEXTS).all()
+
+
+@pytest.mark.parametrize(
+    "use", [Store.clear, lambda store: store.limit, lambda store: setattr(store, "limit", 9)]
+)
+def test_a_store_whose_folder_was_removed_is_cleared_and_bounded_with_a_warning(tmp_path, use):
+    store = open_store(tmp_path / "store")
+    shutil.rmtree(tmp_path / "store")
+    with pytest.warns(UserWarning, match="Could not (read|write to) the store in .*store: "):
+        use(store)
