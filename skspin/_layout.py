@@ -223,12 +223,13 @@ def _resolve_sizes(layer_sizes: Any, n_columns: int) -> list[int]:
 def _warn_of_no_layers(names: Sequence[str] | None) -> None:
     reason = (
         "it is a plain array, as a scaler, a ColumnTransformer or a FeatureUnion makes of what "
-        "LLMActivationTransformer gives (set_output(transform='pandas') would keep the names)"
+        "LLMActivationTransformer gives (pipeline.set_output(transform='pandas') keeps names)"
     )
     if names is not None:
         others = [name for name in names if layers_from_names([name]) is None]
         reason = f"{len(others):,} of its {len(names):,} columns, such as {others[0]!r}, are not "
-        reason += "named as LLMActivationTransformer names them, e.g. 'layer3_hidden_mean_412'"
+        reason += "named as LLMActivationTransformer names them, e.g. 'layer3_hidden_mean_412' "
+        reason += "(set_output on the whole pipeline, not on one step, keeps its names)"
     warn(
         f"X carries no layers, so all its columns are taken for one layer: {reason}. Put the "
         "selector directly behind LLMActivationTransformer, inside any ColumnTransformer or "

@@ -75,8 +75,8 @@ def prune(pipeline):
         A new fitted pipeline with the same steps. Its selector selects all columns that are left;
         a step of another kind may be wrapped in one that returns only the columns in use.
         The new pipeline shares the language model, and fitted parts that did not change, with
-        ``pipeline``, which is left as it was. A refit fits all layers again, as that of
-        ``pipeline`` does; only the unused members of a FeatureUnion stay "drop".
+        ``pipeline``, which is left as it was. Fitting it again fits all layers, as fitting
+        ``pipeline`` again would. Dropped members of a FeatureUnion stay dropped.
 
     Raises
     ------

@@ -72,10 +72,9 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         Where layers are. "auto" reads what :class:`LLMActivationTransformer` attached to its
         output, or a frame's column names, in whatever order the columns stand. Names may have the
         prefixes of a :class:`~sklearn.pipeline.FeatureUnion` or
-        :class:`~sklearn.compose.ColumnTransformer`: columns with different prefixes count as one
-        model's if, without their prefixes, no two have the same name and all poolings of a layer
-        are equally wide, e.g. if each branch has another pooling; otherwise each prefix has layers
-        of its own. An int is the number of columns of every layer, a sequence holds the number of
+        :class:`~sklearn.compose.ColumnTransformer`. Prefixes are ignored if names stay distinct
+        without them and all poolings of a layer have the same width, e.g. if each branch has
+        another pooling. Otherwise each prefix is a model of its own. An int is the number of columns of every layer, a sequence holds the number of
         columns of each; None takes all columns for one layer.
     standardize : bool, default=True
         Fit the probes on columns of mean 0 and variance 1. Salience compares neurons whose scales

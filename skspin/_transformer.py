@@ -119,8 +119,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         Number of workers that share the work, each with a copy of the model: processes on CPUs, or
         whatever ``joblib.parallel_config`` sets, e.g. a Dask cluster. None is 1 outside of such a
         context. Only the calling process uses ``cache``, and the output is the same. Leave it None
-        in a search that has processes of its own: transform the texts once with ``cache`` set to a
-        folder, and then no process of the search loads the model.
+        if a search runs in processes (``GridSearchCV(n_jobs=4)``): transform the texts once before,
+        with ``cache`` set to a folder, and no process of the search loads the model.
     verbose : int, default=0
         1 shows a progress bar.
     trust_remote_code : bool, default=False
