@@ -293,3 +293,13 @@ def test_of_a_long_text_tokens_are_counted():
     display = PrefixScoresDisplay(tokens=["a"] * 300, scores=np.arange(300)).plot()
     assert display.ax_.get_xlabel() == "tokens so far"
     assert len(display.ax_.get_xticks()) < 20
+
+
+def test_legends_leave_room_for_titles_and_fit_narrow_axes(search):
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), layout="constrained")
+    for ax in axes:
+        SparsityPathDisplay.from_search(search, ax=ax)
+        ax.set_title("SPIN")
+    figure.canvas.draw()  # warns if there is no room
+    for ax in axes:
+        assert not ax.get_legend().get_window_extent().overlaps(ax.title.get_window_extent())

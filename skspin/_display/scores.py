@@ -136,7 +136,7 @@ class LayerSalienceDisplay:
             axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         self.count_ax_.set_xlim(layers.min() - 0.9, layers.max() + 0.9)
         if len(self.line_) > 1:
-            _legend_above(self.ax_)
+            self.ax_.legend(loc="best", fontsize="small")
         return self
 
 
@@ -281,7 +281,7 @@ class SparsityPathDisplay:
         star = {"color": ORANGE, "markeredgecolor": "black", "markersize": 13, "label": "chosen"}
         self.ax_.plot(self.sparsity[chosen], self.score_mean[chosen], "*", **star)
         self.ax_.set_ylabel(self.score_name)
-        _legend_above(self.ax_)
+        self.ax_.legend(loc="best", fontsize="small")
         self.count_ax_ = None
         if self.n_neurons is not None:
             self.count_ax_ = below = _panel_below(self.ax_)
@@ -390,12 +390,3 @@ def _panel_below(ax: Any) -> Any:
     ax.tick_params(labelbottom=False)
     ax.figure.align_ylabels([ax, below])
     return below
-
-
-def _legend_above(ax: Any) -> None:
-    """Put the legend over the axes, where it can't hide a curve."""
-    n_entries = len(ax.get_legend_handles_labels()[0])
-    n_columns = 2 if n_entries == 4 else 3  # two sites of two stacks fill two columns
-    ax.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=n_columns, frameon=False, fontsize="small"
-    )
