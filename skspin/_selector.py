@@ -74,8 +74,9 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         prefixes of a :class:`~sklearn.pipeline.FeatureUnion` or
         :class:`~sklearn.compose.ColumnTransformer`. Prefixes are ignored if names stay distinct
         without them and all poolings of a layer have the same width, e.g. if each branch has
-        another pooling. Otherwise each prefix is a model of its own. An int is the number of columns of every layer, a sequence holds the number of
-        columns of each; None takes all columns for one layer.
+        another pooling. Otherwise each prefix is a model of its own. An int is the number of
+        columns of every layer, a sequence holds the number of columns of each; None takes all
+        columns for one layer.
     standardize : bool, default=True
         Fit the probes on columns of mean 0 and variance 1. Salience compares neurons whose scales
         differ widely, so turn this off only for columns that share a scale already. In float32, a

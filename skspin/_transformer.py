@@ -122,7 +122,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         if a search runs in processes (``GridSearchCV(n_jobs=4)``): transform the texts once before,
         with ``cache`` set to a folder, and no process of the search loads the model.
     verbose : int, default=0
-        1 shows a progress bar.
+        1 shows a progress bar. scikit-learn's callbacks follow the selector only.
     trust_remote_code : bool, default=False
         Whether a hub model may run Python code of its own. That code can do anything.
     model_kwargs : dict or None, default=None
