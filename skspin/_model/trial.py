@@ -144,15 +144,44 @@ def _hidden_states(
     return {segment.layer: states for segment, states in zip(segments, split, strict=True)}
 
 
-@torch.no_grad()
 def _find_moved(
-    anatomy: Anatomy, stack: Stack, inputs: dict[str, Tensor], found: _States, tolerance: float
+    anatomy: Anatomy, stack: Stack, inputs: dict[str, Tensor], ours: _States, tolerance: float
 ) -> dict[int, str | None]:
-    """Find where the hidden states go that the model itself returns and that ``found`` has not.
+    """Find where the hidden states go that the model itself returns and that ``ours`` has not.
 
     Models of text and image return the last one before their final norm, for example.
     """
-    model, output, passed = anatomy.model, None, dict[str, Tensor]()
+    returned, passed = _ask_model(anatomy.model, stack, inputs)
+    n_blocks = len(stack.blocks)
+    if len(returned) != n_blocks + 1:  # these have other indices
+        unread = [layer for layer in range(n_blocks) if layer not in ours]
+        return dict.fromkeys(unread if n_blocks in ours else [])
+
+    n_texts, n_tokens = inputs["input_ids"].shape
+
+    def same(states: Any, layer: int) -> bool:
+        own = returned[layer]
+        # The last one of Pegasus-X has another beside it, and tokens that round a text up.
+        pair = states, own[0] if isinstance(own, tuple) else own
+        found = [x[:, :n_tokens].float().cpu() for x in pair if getattr(x, "ndim", 0) > 1]
+        shape = n_texts, n_tokens, stack.taps[layer, "hidden"].width
+        if [x.shape for x in found] != [shape, shape]:
+            return False
+        return not _differ({layer: found[0]}, {layer: found[1]}, tolerance)
+
+    return {
+        layer: next((path for path, states in passed.items() if same(states, layer)), None)
+        for layer in range(len(returned))
+        if not same(ours.get(layer), layer)
+    }
+
+
+@torch.no_grad()
+def _ask_model(
+    model: Any, stack: Stack, inputs: dict[str, Tensor]
+) -> tuple[Sequence[Any], dict[str, Tensor]]:
+    """Get the hidden states that the model returns, and what goes into modules beside its blocks."""
+    output, passed = None, dict[str, Tensor]()
     half = stack.taps[len(stack.blocks), "hidden"].module
     inside = {module for block in stack.blocks for module in block.modules()}
     with restored(model, Use()), _hooks_kept(model), ExitStack() as hooks:
@@ -164,25 +193,7 @@ def _find_moved(
         with suppress(Exception):  # not every model has such options
             output = model(**arguments_of(model, inputs) | asked)
     names = [f"{stack.name}_hidden_states", "hidden_states"]
-    returned = next((states for name in names if (states := getattr(output, name, None))), ())
-    n_blocks = len(stack.blocks)
-    if len(returned) != n_blocks + 1:  # these have other indices
-        unread = [layer for layer in range(n_blocks) if layer not in found]
-        return dict.fromkeys(unread if n_blocks in found else [])
-
-    def same(states: Tensor | None, layer: int) -> bool:
-        shape = (*inputs["input_ids"].shape, stack.taps[layer, "hidden"].width)
-        pair = [x.float().cpu() for x in (states, returned[layer]) if isinstance(x, Tensor)]
-        if [x.shape for x in pair] != [shape, shape]:
-            return False
-        ours, own = pair
-        return not _differ({layer: ours}, {layer: own}, tolerance)
-
-    return {
-        layer: next((path for path, states in passed.items() if same(states, layer)), None)
-        for layer in range(len(returned))
-        if not same(found.get(layer), layer)
-    }
+    return next((states for name in names if (states := getattr(output, name, None))), ()), passed
 
 
 @contextmanager
