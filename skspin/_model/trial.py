@@ -180,7 +180,7 @@ def _find_moved(
 def _ask_model(
     model: Any, stack: Stack, inputs: dict[str, Tensor]
 ) -> tuple[Sequence[Any], dict[str, Tensor]]:
-    """Get the hidden states that the model returns, and what goes into modules beside its blocks."""
+    """Get the hidden states that a model returns, and what goes into modules beside its blocks."""
     output, passed = None, dict[str, Tensor]()
     half = stack.taps[len(stack.blocks), "hidden"].module
     inside = {module for block in stack.blocks for module in block.modules()}
