@@ -11,6 +11,7 @@ from sklearn.compose import ColumnTransformer
 from sklearn.feature_selection import SelectorMixin
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import FixedThresholdClassifier, TunedThresholdClassifierCV
 from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
@@ -21,6 +22,7 @@ from skspin._texts import TextChunks, open_texts
 from skspin._transformer import LLMActivationTransformer
 
 _Step = TypeVar("_Step")
+THRESHOLDED = FixedThresholdClassifier | TunedThresholdClassifierCV
 
 
 def make_spin_pipeline(
@@ -112,12 +114,20 @@ def fitted_pipeline(pipeline: Any, caller: str) -> Pipeline:
 
 def instead_of(estimator: Any) -> str:
     """Advise which inner estimator to pass instead of this one, if that is known."""
-    if hasattr(estimator, "refit"):  # a search
+    if is_search(estimator):
         fitted = "" if hasattr(estimator, "best_estimator_") else ", after a fit with refit=True"
         return f" Pass its best_estimator_{fitted}."
+    if isinstance(estimator, THRESHOLDED):
+        return f" Pass its estimator_{'' if hasattr(estimator, 'estimator_') else ', after a fit'}."
     if isinstance(estimator, CalibratedClassifierCV):
         return " Pass one of those inside it, such as calibrated_classifiers_[0].estimator."
     return ""
+
+
+def is_search(estimator: Any) -> bool:
+    """Whether an estimator searches the parameters of another one that it holds."""
+    searches = hasattr(estimator, "refit") and hasattr(estimator, "estimator")
+    return searches and not isinstance(estimator, THRESHOLDED)
 
 
 def acts_in_fit_only(step: Any) -> bool:
@@ -161,10 +171,10 @@ def only_step(estimator: Any, kind: type[_Step]) -> _Step:
     """Find the fitted step of a kind, or raise if there is not exactly one."""
     found = list(find_steps(estimator, kind))
     if len(found) != 1:
-        advice = instead_of(estimator) or " Pass the one that you mean."
+        advice = f" Pass the one {kind.__name__} that you mean, or a Pipeline that holds it."
         raise ValueError(
             f"{type(estimator).__name__} has {len(found)} steps of type {kind.__name__}, but one "
-            f"is needed.{advice}"
+            f"is needed.{instead_of(estimator) or advice}"
         )
     return found[0]
 

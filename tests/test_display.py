@@ -13,7 +13,11 @@ from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
+from sklearn.model_selection import (
+    GridSearchCV,
+    RandomizedSearchCV,
+    TunedThresholdClassifierCV,
+)
 from sklearn.pipeline import FeatureUnion, Pipeline
 
 from skspin import (
@@ -83,7 +87,8 @@ def test_the_selector_is_found_in_a_pipeline(data):
     two = FeatureUnion([("one", whole[0]), ("two", whole[0])])
     with pytest.raises(ValueError, match="FeatureUnion has 2 steps of type Salient.*Pass the one"):
         LayerSalienceDisplay.from_estimator(two)
-    with pytest.raises(ValueError, match="LogisticRegression has 0 steps of type Salient"):
+    needed = "LogisticRegression has 0 steps of type Salient.*SalientNeuronSelector that.*Pipeline"
+    with pytest.raises(ValueError, match=needed):
         LayerSalienceDisplay.from_estimator(whole["classify"])
 
 
@@ -239,6 +244,9 @@ def test_what_is_not_fitted_or_no_search_is_refused(data, search):
         TypeError, match="search is a Pipeline, but from_search takes.*GridSearchCV"
     ):
         SparsityPathDisplay.from_search(search.best_estimator_)
+    tuned = TunedThresholdClassifierCV(spin(), cv=2, store_cv_results=True).fit(*data)
+    with pytest.raises(TypeError, match="search is a TunedThreshold.*takes a fitted search"):
+        SparsityPathDisplay.from_search(tuned)
     with pytest.raises(NotFittedError):
         SparsityPathDisplay.from_search(GridSearchCV(spin(), {"select__sparsity": SPARSITY}))
     other = GridSearchCV(spin(), {"classify__C": [0.1, 1.0]}).fit(*data)

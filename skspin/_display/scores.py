@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from skspin._pipeline import only_step
+from skspin._pipeline import is_search, only_step
 from skspin._selector import SalientNeuronSelector
 
 # Okabe and Ito's palette: told apart under every common kind of colour blindness, and in print.
@@ -233,7 +233,7 @@ class SparsityPathDisplay:
             If the search did not try values of one selector's ``sparsity``, or has several scores
             and none is chosen.
         """
-        if not hasattr(search, "refit"):
+        if not is_search(search):
             raise TypeError(
                 f"search is a {type(search).__name__}, but from_search takes a fitted search, such "
                 "as GridSearchCV."

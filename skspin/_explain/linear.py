@@ -17,7 +17,7 @@ from sklearn.multioutput import MultiOutputClassifier
 from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
 from sklearn.svm import SVC, NuSVC
 
-from skspin._pipeline import PrunedStep, flatten
+from skspin._pipeline import THRESHOLDED, PrunedStep, flatten
 from skspin._sklearn import LinearClassifierMixin, _ConstantPredictor
 from skspin._transformer import LLMActivationTransformer
 
@@ -182,18 +182,23 @@ def _decides_as(classifier: Any, *kinds: Any) -> bool:
 
 def _why_not(head: Any) -> str:
     name = type(head).__name__
-    if not hasattr(head, "predict"):
+    if not hasattr(head, "classes_"):
         return f"The pipeline ends in a {name}, but a linear classifier is needed at its end."
     if isinstance(head, CalibratedClassifierCV):
         return (
             f"{name} averages probabilities, which are no sums over tokens. Explain a pipeline "
             "that ends in a classifier inside it: calibrated_classifiers_[0].estimator."
         )
+    if isinstance(head, THRESHOLDED):
+        return (
+            f"{name} decides by a threshold of its own, not by the sign of a sum over tokens. "
+            "Explain a pipeline that ends in the classifier inside it: estimator_."
+        )
     if isinstance(head, OneVsOneClassifier) or getattr(head, "kernel", None) == "linear":
         return (
-            f"{name} with {len(head.classes_)} classes takes the votes of pairs of classes, which "
-            "are no sums over tokens. Use OneVsRestClassifier around a linear classifier, or "
-            "LinearSVC: they have a decision value for each class."
+            f"{name} with {len(head.classes_)} classes takes the votes of classifiers, one for "
+            "each pair of classes, which are no sums over tokens. Use OneVsRestClassifier around a "
+            "linear classifier, or LinearSVC: they have a decision value for each class."
         )
     return (
         f"{name} is not linear in its columns, so its decisions are no sum over tokens. Use a "

@@ -9,6 +9,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import (
+    LinearRegression,
     LogisticRegression,
     Perceptron,
     RidgeClassifier,
@@ -16,7 +17,11 @@ from sklearn.linear_model import (
     SGDClassifier,
 )
 from sklearn.metrics import f1_score
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import (
+    FixedThresholdClassifier,
+    GridSearchCV,
+    TunedThresholdClassifierCV,
+)
 from sklearn.multiclass import OneVsOneClassifier, OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neural_network import MLPClassifier
@@ -181,6 +186,7 @@ def test_a_frozen_head_is_explained_and_stays_as_it_is(data, columns):
         (SVC(kernel="linear", decision_function_shape="ovo"), "SVC with 3 classes takes the vot"),
         (OneVsOneClassifier(LinearSVC()), "OneVsOneClassifier with 3 classes takes the votes"),
         (OneVsRestClassifier(SVC()), "SVC is not linear"),
+        (LinearRegression(), "ends in a LinearRegression, but a linear classifier is needed"),
         (CalibratedClassifierCV(LinearSVC(), cv=2), r"calibrated_classifiers_\[0\].estimator"),
     ],
     ids=str,
@@ -197,3 +203,9 @@ def test_what_the_refusal_advises_works(data, columns):
     inside = head.calibrated_classifiers_[0].estimator
     pipeline = Pipeline([*columns[0].steps, ("classify", inside)])
     assert_explained(pipeline, data[1][:2], pipeline.decision_function(data[1][:2]))
+    for wrap in (FixedThresholdClassifier, TunedThresholdClassifierCV):
+        pipeline = with_head(columns, wrap(LogisticRegression()), np.minimum(data[2], 1))
+        with pytest.raises(ValueError, match="threshold of its own.*inside it: estimator_"):
+            explain_tokens(pipeline, data[1][:1])
+        pipeline = Pipeline([*columns[0].steps, ("classify", pipeline[-1].estimator_)])
+        assert_explained(pipeline, data[1][:2], pipeline.decision_function(data[1][:2]))

@@ -17,8 +17,12 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.feature_selection import SelectFromModel
 from sklearn.frozen import FrozenEstimator
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.model_selection import (
+    FixedThresholdClassifier,
+    GridSearchCV,
+    TunedThresholdClassifierCV,
+)
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import LinearSVC
@@ -215,8 +219,10 @@ def test_tokens_are_those_of_the_text_that_the_model_reads():
             lambda spin: CalibratedClassifierCV(spin, cv=2),
             r"calibrated_classifiers_\[0\].estimator",
         ),
+        (lambda spin: TunedThresholdClassifierCV(spin, cv=2), r"Pass its estimator_\."),
+        (FixedThresholdClassifier, r"Pass its estimator_\."),
     ],
-    ids=["search", "calibration"],
+    ids=["search", "calibration", "tuned threshold", "fixed threshold"],
 )
 def test_what_holds_pipelines_is_refused_with_the_one_to_pass(wrap, advice):
     whole = wrap(make_pipeline(activations(), select(), head()))
@@ -233,6 +239,13 @@ def test_what_holds_pipelines_is_refused_with_the_one_to_pass(wrap, advice):
     ):
         with pytest.raises(ValueError, match=f"{type(whole).__name__} has 0 steps.*{advice}"):
             function()
-    inside = getattr(whole, "best_estimator_", None)
+    inside = getattr(whole, "best_estimator_", getattr(whole, "estimator_", None))
     inside = inside or whole.calibrated_classifiers_[0].estimator
     assert len(explain_tokens(inside, NEW)) == len(NEW) and prune(inside) is not inside
+
+
+def test_a_best_estimator_is_only_asked_of_what_has_one():
+    with pytest.raises(TypeError, match="Pass its estimator_, after a fit"):
+        prune(FixedThresholdClassifier(make_pipeline(activations(), select(), head())))
+    with pytest.raises(TypeError, match=r"takes a fitted Pipeline\.$"):
+        prune(LogisticRegressionCV())
