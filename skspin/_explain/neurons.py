@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from heapq import heappush, heappushpop
 from html import escape
+from numbers import Integral
 
 import numpy as np
+from sklearn.utils import check_scalar
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._explain.tokens import page_to_html, token_to_html
@@ -112,9 +114,9 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
 
     Raises
     ------
-    ValueError
-        If a name is not among the transformer's columns, there is not one transformer, or the
-        tokenizer does not tell where in the text its tokens are.
+    TypeError, ValueError
+        If a name is not among the transformer's columns, there is not one transformer, ``n_top`` is
+        no whole number above 0, or the tokenizer does not tell where in the text its tokens are.
     NotFittedError
         If the estimator is not fitted.
 
@@ -138,13 +140,16 @@ def explain_neurons(estimator, texts, neurons, *, n_top=10):
     """
     check_is_fitted(estimator)
     transformer = only_step(estimator, LLMActivationTransformer)
-    names = [neurons] if isinstance(neurons, str) else list(neurons)
+    check_scalar(n_top, "n_top", Integral, min_val=1)
+    is_one = isinstance(neurons, str | bytes) or not np.iterable(neurons)
+    names = [str(name) for name in ([neurons] if is_one else neurons)]
     columns = transformer.get_feature_names_out()
-    unknown = set(names).difference(columns)
+    unknown = sorted(set(names).difference(columns))
     if unknown or not names:
+        given = f"neurons={unknown} are not among" if names else "neurons=[] must name some of"
         raise ValueError(
-            f"neurons={sorted(unknown)} are not among the transformer's {len(columns)} columns, "
-            f"{columns[0]} to {columns[-1]}. See get_feature_names_out()."
+            f"{given} the transformer's {len(columns)} columns, {columns[0]} to {columns[-1]}. See "
+            "get_feature_names_out()."
         )
     narrowed = transformer._restrict_to(np.isin(columns.astype(str), names))
     columns = narrowed.get_feature_names_out()

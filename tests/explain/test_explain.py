@@ -253,9 +253,28 @@ def test_neurons_that_can_not_be_found_are_refused():
     transformer = activations(layers=1).fit(TEXTS)
     with pytest.raises(ValueError, match=r"\['layer9'\] are not among the transformer's 384"):
         explain_neurons(transformer, TEXTS, "layer9")
+    for neurons, message in [
+        (5, r"neurons=\['5'\] are not among"),
+        (["layer1_hidden_mean_3", 3, None], r"neurons=\['3', 'None'\] are not among"),
+        (np.array(["b", "a"]), r"neurons=\['a', 'b'\] are not among"),
+        ([], r"neurons=\[\] must name some of the transformer's 384 columns"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            explain_neurons(transformer, TEXTS, neurons)
     with pytest.raises(ValueError, match="LogisticRegression has 0 steps"):
         explain_neurons(LogisticRegression().fit([[0], [1]], [0, 1]), TEXTS, "layer1")
     model = TINY["bert"].build(vocab_size=400)
     transformer = LLMActivationTransformer(model, tokenizer=ByT5Tokenizer(), layers=1).fit(TEXTS)
     with pytest.raises(ValueError, match="fast tokenizer.*ByT5.* does not tell where in the text"):
         explain_neurons(transformer, TEXTS, transformer.get_feature_names_out()[:1])
+
+
+def test_a_number_of_tokens_to_find_must_be_whole_and_positive():
+    transformer = activations(layers=1).fit(TEXTS)
+    for n_top, error, message in [
+        (0, ValueError, "n_top == 0, must be >= 1"),
+        (1.5, TypeError, "n_top must be an instance of int, not float"),
+        ("3", TypeError, "n_top must be an instance of int, not str"),
+    ]:
+        with pytest.raises(error, match=message):
+            explain_neurons(transformer, TEXTS, "layer1_hidden_mean_3", n_top=n_top)
