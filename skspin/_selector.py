@@ -21,6 +21,7 @@ from skspin._probes import (
     CRITERIA,
     SALIENCES,
     ProbeSettings,
+    check_labels,
     encode_targets,
     fit_layers,
     is_tensor,
@@ -249,9 +250,11 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         ------
         ValueError
             If the layers do not add up to the columns of ``X``, no layer is left by ``max_layer``,
-            ``y`` has fewer than two classes, or a value of ``X`` is not finite or beyond 1e12.
+            ``y`` has fewer than two classes or a row without a label, or a value of ``X`` is not
+            finite or beyond 1e12.
         """
         layout = layout_of(X)
+        check_labels(y)
         xp, _ = get_namespace(X)  # NumPy, unless scikit-learn dispatches by the array API
         checks = {"dtype": [xp.float32, xp.float64], "multi_output": True, "ensure_min_samples": 2}
         with np.errstate(invalid="ignore"):  # scikit-learn sums all values, infinite ones too

@@ -102,7 +102,7 @@ def _check(items: list[Any], start: int, conversations: bool) -> list[str]:
     for position, text in enumerate(items, start):
         if not isinstance(text, str):
             raise ValueError(
-                f"X[{position}] is a {type(text).__name__} ({_shorten(text)}), but every text must "
+                f"X[{position}] is a {type(text).__name__} ({shorten(text)}), but every text must "
                 f"be a str. {_advice(text)}"
             )
     # Subclasses, such as numpy.str_, are not the tokenizers' kind of str; str(text) would give the
@@ -114,7 +114,7 @@ def _to_json(conversation: Any, at: str) -> str:
     """Write a conversation as JSON; equal conversations give equal strings."""
     if not _is_conversation(conversation) or not len(conversation):
         raise ValueError(
-            f"{at} is a {type(conversation).__name__} ({_shorten(conversation)}), but X[0] is a "
+            f"{at} is a {type(conversation).__name__} ({shorten(conversation)}), but X[0] is a "
             "conversation, so every item must be one: a list of at least one message, such as "
             "[{'role': 'user', 'content': 'Hello.'}]. Pass texts and conversations in calls of "
             "their own."
@@ -123,7 +123,7 @@ def _to_json(conversation: Any, at: str) -> str:
         said = message if isinstance(message, Mapping) else {}
         if not all(isinstance(said.get(name), str) for name in ("role", "content")):
             raise ValueError(
-                f"{at}[{number}] is {_shorten(message)}, but a message must be a dict with the str "
+                f"{at}[{number}] is {shorten(message)}, but a message must be a dict with the str "
                 "'role' and 'content', such as {'role': 'user', 'content': 'Hello.'}."
             )
     try:
@@ -193,7 +193,8 @@ def _as_list(X: Any) -> list[Any] | None:
     return None
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Write the beginning of a value, for a message."""
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
@@ -205,10 +206,15 @@ def _advice(text: Any) -> str:
         return "X[0] is a text; pass texts and conversations in calls of their own."
     if isinstance(text, bytes):
         return 'Decode it first, e.g. text.decode("utf-8").'
-    missing = text is None or type(text).__name__ in ("NAType", "NaTType")
-    if missing or (isinstance(text, float) and text != text):
+    if is_missing(text):
         return 'Drop or fill missing texts, e.g. X.fillna("").'
     return "Convert it first, e.g. with str(text)."
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none, as None, NaN and pandas' NA and NaT do."""
+    named = value is None or type(value).__name__ in ("NAType", "NaTType")
+    return named or (isinstance(value, float) and value != value)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Activations and labels in, salient neurons out.
 
-`encode_targets` turns labels into binary problems, `validation_rows` sets rows aside, and
-`fit_layers` fits a probe to each layer, or finds it in `probe_cache`. `SALIENCES` and
-`most_salient` lead from a probe's weights to the neurons worth keeping, by one of the `CRITERIA`.
-`solve_probes`, which `fit_layers` calls, solves many sparse logistic regressions at once.
+`check_labels` refuses what is no label, `encode_targets` turns labels into binary problems,
+`validation_rows` sets rows aside, and `fit_layers` fits a probe to each layer, or finds it in
+`probe_cache`. `SALIENCES` and `most_salient` lead from a probe's weights to the neurons worth
+keeping, by one of the `CRITERIA`. `solve_probes`, which `fit_layers` calls, solves many sparse
+logistic regressions at once.
 `is_tensor` and `to_host` tell arrays from tensors on a device. Nothing here knows a language model.
 """
 
@@ -17,12 +18,13 @@ from skspin._probes.layer import (
     probe_cache,
 )
 from skspin._probes.solver import solve_probes
-from skspin._probes.targets import encode_targets, validation_rows
+from skspin._probes.targets import check_labels, encode_targets, validation_rows
 
 __all__ = [
     "CRITERIA",
     "SALIENCES",
     "ProbeSettings",
+    "check_labels",
     "encode_targets",
     "fit_layers",
     "is_tensor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -18,6 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 
 from skspin._probes.columns import to_host
 from skspin._system import warn
+from skspin._texts import is_missing, shorten
 
 _SOME_COLUMNS = 32
 
@@ -51,6 +52,30 @@ class Targets:
         return float(np.average(right, weights=weights))
 
 
+def check_labels(y: Any) -> None:
+    """Refuse a row of ``y`` that holds no label or several, and strings among other labels."""
+    y = to_host(y)
+    if len(getattr(y, "shape", (0,))) != 1 or (isinstance(y, np.ndarray) and y.dtype != object):
+        return  # several columns, or labels of one type
+    labels = np.asarray(y, dtype=object)  # lists of several lengths, too
+    for row, label in enumerate(labels if labels.ndim == 1 else []):
+        if is_missing(label):
+            raise ValueError(
+                f"y[{row}] is {label!r}, but every text needs a label. Drop texts without one."
+            )
+        is_one = isinstance(label, str | bytes) or getattr(label, "shape", None) == ()
+        if isinstance(label, Collection) and not is_one:
+            raise ValueError(
+                f"y[{row}] is a {type(label).__name__} ({shorten(label)}), but must be one label. "
+                "For several, pass sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
+            )
+        if isinstance(label, str) != isinstance(labels[0], str):
+            raise ValueError(
+                f"y[{row}] is {label!r}, but y[0] is {labels[0]!r}; labels must be all str, or all "
+                "numbers. Convert them first, e.g. with str(label)."
+            )
+
+
 def encode_targets(
     y: Any,  # array or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
     sample_weight: np.ndarray | None = None,  # (n_texts,), not negative
@@ -76,7 +101,8 @@ def encode_targets(
     if kind == "multiclass-multioutput":
         raise ValueError(
             "y has several columns of classes; allowed are one column of classes or a multilabel "
-            "indicator of zeros and ones. Fit one selector per column."
+            "indicator of zeros and ones. Fit one selector per column; for lists of labels, pass "
+            "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
         )
     exclusive = kind != "multilabel-indicator"
     classes, indicator, strata = _one_class_each(y) if exclusive else _several_labels(y)
@@ -107,7 +133,8 @@ def _one_class_each(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     classes, codes = np.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
-            f"y has one class ({classes[0]!r}), but a probe needs at least 2 classes to tell apart."
+            f"y has one class ({classes.tolist()[0]!r}), but a probe needs at least 2 classes to "
+            "tell apart. Add texts of another class."
         )
     return classes, label_binarize(codes, classes=np.arange(len(classes))), codes
 

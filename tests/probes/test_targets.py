@@ -63,6 +63,8 @@ def test_each_label_is_balanced_by_itself():
     ("y", "message"),
     [
         (np.zeros(4), "one class"),
+        (np.array(["x"] * 4), r"one class \('x'\).*Add texts of another class"),
+        (np.array([["a", "b"], ["b", "c"], ["a", "c"]]), r"one selector per.*MultiLabelBinarizer"),
         (np.array([0.5, 1.5, 2.5]), "Unknown label type"),
         (np.array([[0, 2], [1, 1], [2, 0]]), "one column of classes or a multilabel indicator"),
         (np.array([[-1, 1], [1, 1], [1, -1]]), r"indicator of \[-1, 1\]; allowed are 0 and 1"),
@@ -71,6 +73,24 @@ def test_each_label_is_balanced_by_itself():
 def test_labels_that_cannot_be_probed_are_refused(y, message):
     with pytest.raises(ValueError, match=message):
         encode_targets(y)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (["a", "b", None, "a"], r"y\[2\] is None, but every text needs a label"),
+        (np.array(["a", "b", np.nan, "a"], dtype=object), r"y\[2\] is nan, but every text"),
+        (pd.Series(["a", pd.NA, "b", "a"], dtype="string"), r"y\[1\] is <NA>, but every text"),
+        (pl.Series(["a", None, "b", "a"]), r"y\[1\] is None, but every text"),
+        (np.array([1, 1, "b", 1], dtype=object), r"y\[2\] is 'b', but y\[0\] is 1; .* be all str"),
+        ([["a", "b"], ["b"], ["c"], []], r"y\[0\] is a list .*pass.*MultiLabelBinarizer"),
+        ([{"a"}, {"b"}, {"a", "b"}, {"b"}], r"y\[0\] is a set .*pass.*MultiLabelBinarizer"),
+        (pa.array([["a"], ["b", "c"], ["a"], []]), r"y\[0\] is a ndarray .*MultiLabelBinarizer"),
+    ],
+)
+def test_rows_without_exactly_one_label_are_refused_by_number(y, message):
+    with pytest.raises(ValueError, match=message):
+        SalientNeuronSelector(layer_sizes=2).fit(np.eye(4), y)
 
 
 def test_one_dict_of_class_weights_per_label():
@@ -158,6 +178,7 @@ COLUMNS = {
 }
 OTHERS = {
     "list": (NAMES.tolist(), NAMES),
+    "list of arrays without axes": ([np.array(bit) for bit in BITS], BITS),
     "Series": (pd.Series(NAMES, index=range(90, 0, -1)), NAMES),
     "categories": (pd.Series(pd.Categorical(NAMES)), NAMES),
     "nullable strings": (pd.Series(NAMES, dtype="string"), NAMES),
