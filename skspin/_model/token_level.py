@@ -218,10 +218,7 @@ class GrowingText:
         """Begin a window with the tokens (n_before,) that come before the text."""
         self._room = self.max_length - len(ids) - self._n_after
         if self._room <= self._recipe.overlap:
-            raise ValueError(
-                f"max_length={self.max_length} leaves no room for text: what comes "
-                f"before and after takes {len(ids) + self._n_after} tokens. Use a larger one."
-            )
+            raise self._encoder.no_room(len(ids) + self._n_after)
         self._before = ids, pooled
         self._waiting = ids, pooled  # tokens to be read together with the next one
         self._n_in_window = 0

@@ -76,7 +76,8 @@ class TextEncoder:
 
     def __init__(self, backbone: Backbone, recipe: Recipe):
         self.tokenizer, self._fast = backbone.tokenizer, backbone.bare_tokenizer
-        self.recipe, self.max_length = recipe, min(backbone.n_positions, recipe.max_length)
+        self._most = min(backbone.n_positions, recipe.source.longest or backbone.n_positions)
+        self.recipe, self.max_length = recipe, min(self._most, recipe.max_length)
         self.is_causal = backbone.anatomy.is_causal  # a token's context is what comes before it
         self.has_types = "token_type_ids" in getattr(self.tokenizer, "model_input_names", ())
         # A template writes special tokens itself.
@@ -91,6 +92,17 @@ class TextEncoder:
                 f"{what} needs a fast tokenizer, one with a tokenizer.json: "
                 f"{type(self.tokenizer).__name__} does not tell where in the text its tokens are."
             )
+
+    def no_room(self, n_around: int) -> ValueError:
+        """Make the error which says that the tokens around a text leave no room for it."""
+        is_models, overlap = self.max_length == self._most, self.recipe.overlap
+        limit = "The model's limit of {} tokens" if is_models else "max_length={}"
+        remedies = ["a larger max_length"] * (not is_models) + ["a smaller overlap"] * bool(overlap)
+        return ValueError(
+            f"{limit.format(self.max_length)} leaves no room for text: the tokens around it take "
+            f"{n_around}{f', and overlap={overlap}' * bool(overlap)}. Use "
+            f"{' or '.join([*remedies, 'a shorter prompt'])}."
+        )
 
     def to_json(self) -> str:
         """Write the tokenizer as a tokenizer.json, without truncation and padding."""
@@ -241,11 +253,7 @@ class TextEncoder:
         truncates = self.recipe.long_texts == "truncate"
         overlap = 0 if truncates else self.recipe.overlap
         if room <= overlap:
-            raise ValueError(
-                f"max_length={self.max_length} leaves no room for text: prompt and special tokens "
-                f"take {len(around)}{f', and overlap={overlap}' * bool(overlap)}. Use a larger "
-                f"max_length{', a smaller overlap' * bool(overlap)} or a shorter prompt."
-            )
+            raise self.no_room(len(around))
         starts: Sequence[int] = range(0, len(own) - overlap, room - overlap)
         if truncates:
             starts = [len(own) - room if self.tokenizer.truncation_side == "left" else 0]
@@ -311,10 +319,7 @@ class TextEncoder:
             lengths = range(min(len(text), 64 * self.max_length) + 1)
             n_characters = bisect_right(lengths, self.max_length, key=n_tokens) - 1
             if n_characters < 1:
-                raise ValueError(
-                    f"max_length={self.max_length} leaves no room for text beside the prompt. Use "
-                    "a larger max_length or a shorter prompt."
-                )
+                raise self.no_room(n_tokens(0))
             yield head + text[:n_characters] + tail
             text = text[n_characters:]
             if not text:

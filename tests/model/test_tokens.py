@@ -95,6 +95,15 @@ def test_a_prompt_that_leaves_no_room_is_refused(tokenizer):
         rows_of(recipe_of(tiny(), tokenizer, max_length=2), ["fine"])
 
 
+@pytest.mark.parametrize("max_length", [512, 10_000])
+def test_no_larger_max_length_is_advised_than_the_model_reads(max_length, tokenizer):
+    model = tiny(max_position_embeddings=512)
+    recipe = recipe_of(model, tokenizer, prompt="a " * 600 + "{text}", max_length=max_length)
+    advice = "limit of 512 tokens leaves no room for text.*take 602. Use a shorter prompt"
+    with pytest.raises(ValueError, match=advice):
+        rows_of(recipe, ["fine"])
+
+
 def test_relative_positions_have_no_end():
     config = T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     told = []

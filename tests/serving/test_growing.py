@@ -222,7 +222,7 @@ def test_a_conversation_grows_by_turns():
     narrow = growing(tokenizer=tokenizer, fit=False, **params).fit(talks * 4, [0, 1] * 4)
     with pytest.raises(ValueError, match="can't go on in windows while it grows"):
         PrefixScorer(narrow, said).push("No, no. " * 8)
-    with pytest.raises(ValueError, match="max_length=48 leaves no room for text"):
+    with pytest.raises(ValueError, match="model's limit of 48 tokens leaves no room for text"):
         PrefixScorer(narrow, [{"role": "user", "content": "Is it? " * 10}]).push("No, no.")
     asked = [[{"role": "user", "content": text}] for text in ("Is it?", "Why?")]
     deaf = growing(tokenizer=tokenizer, pool_over="user", fit=False).fit(asked * 4, [0, 1] * 4)
