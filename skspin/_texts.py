@@ -124,7 +124,8 @@ def _to_json(conversation: Any, at: str) -> str:
         if not all(isinstance(said.get(name), str) for name in ("role", "content")):
             raise ValueError(
                 f"{at}[{number}] is {shorten(message)}, but a message must be a dict with the str "
-                "'role' and 'content', such as {'role': 'user', 'content': 'Hello.'}."
+                "'role' and 'content', such as {'role': 'user', 'content': 'Hello.'}. If X holds "
+                "texts, pass each as a str, not in a list."
             )
     try:
         messages = [dict(message) for message in conversation]

@@ -171,6 +171,8 @@ def test_of_several_scores_one_is_drawn_and_without_a_refit_in_one_panel(data):
     with pytest.raises(ValueError, match="metric='f1' is not among.*'accuracy', 'roc_auc'"):
         SparsityPathDisplay.from_search(search, metric="f1")
     search = clone(search).set_params(refit=False).fit(*data)
+    with pytest.raises(ValueError, match="Pass one, e.g. metric='accuracy'"):
+        SparsityPathDisplay.from_search(search)
     display = SparsityPathDisplay.from_search(search, metric="accuracy")
     means = search.cv_results_["mean_test_accuracy"]
     np.testing.assert_allclose(np.sort(display.score_mean), np.sort(means))
@@ -311,3 +313,10 @@ def test_legends_leave_room_for_titles_and_fit_narrow_axes(search):
     figure.canvas.draw()  # warns if there is no room
     for ax in axes:
         assert not ax.get_legend().get_window_extent().overlaps(ax.title.get_window_extent())
+
+
+@pytest.mark.parametrize("texts", [["word3 word30"], np.array(["a", "b"]), pd.Series(["a"])])
+def test_of_several_texts_none_is_drawn(texts):
+    for display in (PrefixScoresDisplay, TokenContributionDisplay):
+        with pytest.raises(TypeError, match=f"text is a {type(texts).__name__}, but one str"):
+            display.from_estimator(growing(), texts)

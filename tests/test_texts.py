@@ -61,7 +61,7 @@ def test_every_container_gives_the_same_texts(X):
         (pl.Series(["a", None]), ValueError, r"X\[1\] is a NoneType.*fillna"),
         (["a", "b", 3], ValueError, r"X\[2\] is a int \(3\).*str\(text\)"),
         ([b"a"], ValueError, r"X\[0\] is a bytes.*decode"),
-        ([["a"]], ValueError, r"X\[0\]\[0\] is 'a'.*'role' and 'content'"),
+        ([["a"]], ValueError, r"X\[0\]\[0\] is 'a'.*'role' and 'content'.*as a str"),
         (pd.DataFrame({"a": ["x"], "b": ["y"]}), ValueError, r"shape \(1, 2\).*one column"),
         (np.array([["a", "b"]]), ValueError, r"shape \(1, 2\)"),
         (np.array("a"), ValueError, r"shape \(\)"),

@@ -331,13 +331,13 @@ def _path(
 def _metric(search: Any, metric: str | None) -> str:
     """Name the score to draw as `cv_results_` names it."""
     scores = [key[10:] for key in search.cv_results_ if key.startswith("mean_test_")]
-    if metric is None:
-        metric = search.refit if isinstance(search.refit, str) else "score"
-    if metric not in scores:
+    chosen = metric or (scores[0] if len(scores) == 1 else search.refit)
+    if chosen not in scores:
         raise ValueError(
-            f"metric={metric!r} is not among the search's scores. Choose from {scores}."
+            f"metric={metric!r} is not among the search's scores {scores}. Pass one, e.g. "
+            f"metric={scores[0]!r}."
         )
-    return metric
+    return chosen
 
 
 def _count_neurons(search: Any, parameter: str, sparsity: np.ndarray) -> np.ndarray | None:

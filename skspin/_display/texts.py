@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from skspin._display.scores import BLUE, VERMILION, given_or_new
@@ -73,7 +75,7 @@ class TokenContributionDisplay:
         ----------
         estimator : Pipeline
             Fitted; see :func:`explain_tokens`.
-        text : str
+        text : str or conversation
             The text.
         label, ax : class label, matplotlib Axes, default=None
             See :meth:`from_explanation`.
@@ -82,7 +84,7 @@ class TokenContributionDisplay:
         -------
         display : TokenContributionDisplay
         """
-        explanation = explain_tokens(estimator, [text]).merge_words()
+        explanation = explain_tokens(estimator, _one(text)).merge_words()
         return cls.from_explanation(explanation, label=label, ax=ax)
 
     @classmethod
@@ -147,6 +149,16 @@ class TokenContributionDisplay:
         note = f"{total} = tokens {of_tokens:+.2f}, intercept {self.intercept:+.2f}{rest}"
         self.ax_.set_title(note, **_NOTE)
         return self
+
+
+def _one(text: Any) -> list[Any]:
+    """Put one text or conversation into a list; refuse a container of str."""
+    if not isinstance(text, str) and np.iterable(text) and isinstance(next(iter(text), None), str):
+        raise TypeError(
+            f"text is a {type(text).__name__}, but one str, or one conversation (a list of "
+            "messages), is needed. Make a display of each text."
+        )
+    return [text]
 
 
 def _shorten(token: str) -> str:
@@ -224,7 +236,7 @@ class PrefixScoresDisplay:
         display : PrefixScoresDisplay
         """
         return cls.from_scores(
-            score_prefixes(estimator, [text]),
+            score_prefixes(estimator, _one(text)),
             label=label,
             threshold=threshold,
             response_method=response_method,

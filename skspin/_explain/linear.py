@@ -57,7 +57,10 @@ def column_and_sign(label: Any, classes: np.ndarray, n_values: int) -> tuple[int
     """Find a class's column among decision values, and its sign there (-1: against the class)."""
     labels = classes.tolist()
     if label not in labels:
-        raise ValueError(f"label={label!r} must be one of the classes {labels}.")
+        raise ValueError(
+            f"label={label!r} must be one of the classes {labels}. Pass one of them, e.g. "
+            f"label={labels[0]!r}."
+        )
     number = labels.index(label)
     # Two classes may share one value, in favour of the second.
     return (0, 2 * number - 1) if (n_values, len(labels)) == (1, 2) else (number, 1)

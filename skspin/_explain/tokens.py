@@ -55,7 +55,8 @@ class TokenExplanation:
     @property
     def decision_values(self) -> np.ndarray:
         """The sums, of shape (n_texts, n_decision_values)."""
-        return np.stack([part.sum(axis=0) for part in self.contributions]) + self.intercept
+        sums = np.array([part.sum(axis=0) for part in self.contributions])
+        return sums.reshape(-1, len(self.intercept)) + self.intercept  # without texts, too
 
     def __repr__(self) -> str:
         """Say what is explained."""

@@ -158,6 +158,8 @@ def test_an_explanation_is_read_by_words_classes_and_texts():
     assert explanation.intercept_for_class(1) == -explanation.intercept_for_class(0)
     with pytest.raises(ValueError, match=r"label='good' must be one of the classes \[0, 1\]"):
         explanation.for_class("good")
+    assert explanation[4:].decision_values.shape == (0, 1)
+    assert explanation[4:].predicted_classes().tolist() == []
     assert len(explanation) == 4 and len(explanation[1:3]) == 2
     assert explanation[-1].tokens[0].text == NEW[-1]
     assert [one.tokens[0].text for one in explanation] == NEW

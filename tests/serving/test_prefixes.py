@@ -63,7 +63,9 @@ def test_several_classes_and_outputs_have_a_column_each():
     expected = scores_by_hand(three, cut(ids_of(three, NEW[0]), head=1))
     np.testing.assert_allclose(scores.decision_values[0], expected, **CLOSE)
     np.testing.assert_allclose(scores.for_class("b")[0], expected[:, 1], **CLOSE)
-    with pytest.raises(ValueError, match=r"label=None must be one of.* \['a', 'b', 'c'\]"):
+    with pytest.raises(
+        ValueError, match=r"label=None must be one of.* \['a', 'b', 'c'\].*label='a'"
+    ):
         scores.for_class()
     labels = np.array([LABELS, [0, 0, 0, 1, 1, 1] * 2]).T
     several = growing(labels=labels, head=MultiOutputClassifier(LogisticRegression(C=0.1)))
