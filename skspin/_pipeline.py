@@ -22,7 +22,7 @@ from skspin._texts import TextChunks, open_texts
 from skspin._transformer import LLMActivationTransformer
 
 _Step = TypeVar("_Step")
-THRESHOLDED = FixedThresholdClassifier | TunedThresholdClassifierCV
+_THRESHOLDED = FixedThresholdClassifier | TunedThresholdClassifierCV
 
 
 def make_spin_pipeline(
@@ -117,7 +117,7 @@ def instead_of(estimator: Any) -> str:
     if is_search(estimator):
         fitted = "" if hasattr(estimator, "best_estimator_") else ", after a fit with refit=True"
         return f" Pass its best_estimator_{fitted}."
-    if isinstance(estimator, THRESHOLDED):
+    if isinstance(estimator, _THRESHOLDED):
         return f" Pass its estimator_{'' if hasattr(estimator, 'estimator_') else ', after a fit'}."
     if isinstance(estimator, CalibratedClassifierCV):
         return " Pass one of those inside it, such as calibrated_classifiers_[0].estimator."
@@ -127,7 +127,7 @@ def instead_of(estimator: Any) -> str:
 def is_search(estimator: Any) -> bool:
     """Whether an estimator searches the parameters of another one that it holds."""
     searches = hasattr(estimator, "refit") and hasattr(estimator, "estimator")
-    return searches and not isinstance(estimator, THRESHOLDED)
+    return searches and not isinstance(estimator, _THRESHOLDED)
 
 
 def acts_in_fit_only(step: Any) -> bool:

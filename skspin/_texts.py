@@ -102,7 +102,7 @@ def _check(items: list[Any], start: int, conversations: bool) -> list[str]:
     for position, text in enumerate(items, start):
         if not isinstance(text, str):
             raise ValueError(
-                f"X[{position}] is a {type(text).__name__} ({shorten(text)}), but every text must "
+                f"X[{position}] is a {type(text).__name__} ({_shorten(text)}), but every text must "
                 f"be a str. {_advice(text)}"
             )
     # Subclasses, such as numpy.str_, are not the tokenizers' kind of str; str(text) would give the
@@ -114,7 +114,7 @@ def _to_json(conversation: Any, at: str) -> str:
     """Write a conversation as JSON; equal conversations give equal strings."""
     if not _is_conversation(conversation) or not len(conversation):
         raise ValueError(
-            f"{at} is a {type(conversation).__name__} ({shorten(conversation)}), but X[0] is a "
+            f"{at} is a {type(conversation).__name__} ({_shorten(conversation)}), but X[0] is a "
             "conversation, so every item must be one: a list of at least one message, such as "
             "[{'role': 'user', 'content': 'Hello.'}]. Pass texts and conversations in calls of "
             "their own."
@@ -123,7 +123,7 @@ def _to_json(conversation: Any, at: str) -> str:
         said = message if isinstance(message, Mapping) else {}
         if not all(isinstance(said.get(name), str) for name in ("role", "content")):
             raise ValueError(
-                f"{at}[{number}] is {shorten(message)}, but a message must be a dict with the str "
+                f"{at}[{number}] is {_shorten(message)}, but a message must be a dict with the str "
                 "'role' and 'content', such as {'role': 'user', 'content': 'Hello.'}. If X holds "
                 "texts, pass each as a str, not in a list."
             )
@@ -194,8 +194,7 @@ def _as_list(X: Any) -> list[Any] | None:
     return None
 
 
-def shorten(value: Any) -> str:
-    """Write the beginning of a value, for a message."""
+def _shorten(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
 

@@ -331,7 +331,8 @@ def _path(
 def _metric(search: Any, metric: str | None) -> str:
     """Name the score to draw as `cv_results_` names it."""
     scores = [key[10:] for key in search.cv_results_ if key.startswith("mean_test_")]
-    chosen = metric or (scores[0] if len(scores) == 1 else search.refit)
+    default = scores[0] if len(scores) == 1 else search.refit
+    chosen = default if metric is None else metric
     if chosen not in scores:
         raise ValueError(
             f"metric={metric!r} is not among the search's scores {scores}. Pass one, e.g. "

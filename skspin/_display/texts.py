@@ -154,10 +154,7 @@ class TokenContributionDisplay:
 def _one(text: Any) -> list[Any]:
     """Put one text or conversation into a list; refuse a container of str."""
     if not isinstance(text, str) and np.iterable(text) and isinstance(next(iter(text), None), str):
-        raise TypeError(
-            f"text is a {type(text).__name__}, but one str, or one conversation (a list of "
-            "messages), is needed. Make a display of each text."
-        )
+        raise TypeError(f"text is a {type(text).__name__}, but one str or conversation is needed.")
     return [text]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import issparse
-from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_selection import SelectorMixin
@@ -17,7 +16,7 @@ from sklearn.multioutput import MultiOutputClassifier
 from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
 from sklearn.svm import SVC, NuSVC
 
-from skspin._pipeline import THRESHOLDED, PrunedStep, flatten
+from skspin._pipeline import PrunedStep, flatten, instead_of
 from skspin._sklearn import LinearClassifierMixin, _ConstantPredictor
 from skspin._transformer import LLMActivationTransformer
 
@@ -187,15 +186,10 @@ def _why_not(head: Any) -> str:
     name = type(head).__name__
     if not hasattr(head, "classes_"):
         return f"The pipeline ends in a {name}, but a linear classifier is needed at its end."
-    if isinstance(head, CalibratedClassifierCV):
+    if inside := instead_of(head):
         return (
-            f"{name} averages probabilities, which are no sums over tokens. Explain a pipeline "
-            "that ends in a classifier inside it: calibrated_classifiers_[0].estimator."
-        )
-    if isinstance(head, THRESHOLDED):
-        return (
-            f"{name} decides by a threshold of its own, not by the sign of a sum over tokens. "
-            "Explain a pipeline that ends in the classifier inside it: estimator_."
+            f"{name} changes what a classifier inside it decides, so decisions are no sums over "
+            f"tokens. Explain a pipeline that ends in that classifier.{inside}"
         )
     if isinstance(head, OneVsOneClassifier) or getattr(head, "kernel", None) == "linear":
         return (

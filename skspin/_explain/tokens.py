@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.utils import check_scalar
 
 from skspin._explain.linear import LinearForm, classes_of, column_and_sign, to_linear_form
 from skspin._layout import Layout
@@ -142,6 +144,7 @@ class TokenExplanation:
             its contributions) and ``n_occurrences``, largest total first. Special tokens and those
             of the prompt are left out.
         """
+        check_scalar(n, "n", Integral, min_val=1)
         totals: Counter[str] = Counter()
         counts: Counter[str] = Counter()
         for part, values in zip(self.tokens, self.for_class(label), strict=True):

@@ -1,11 +1,11 @@
 """Activations and labels in, salient neurons out.
 
-`check_labels` refuses what is no label, `encode_targets` turns labels into binary problems,
-`validation_rows` sets rows aside, and `fit_layers` fits a probe to each layer, or finds it in
-`probe_cache`. `SALIENCES` and `most_salient` lead from a probe's weights to the neurons worth
-keeping, by one of the `CRITERIA`. `solve_probes`, which `fit_layers` calls, solves many sparse
-logistic regressions at once.
-`is_tensor` and `to_host` tell arrays from tensors on a device. Nothing here knows a language model.
+`encode_targets` turns labels into binary problems, `validation_rows` sets rows aside, and
+`fit_layers` fits a probe to each layer, or finds it in `probe_cache`. `SALIENCES` and
+`most_salient` lead from a probe's weights to the neurons worth keeping, by one of the `CRITERIA`.
+`solve_probes`, which `fit_layers` calls, solves many sparse logistic regressions at once.
+`is_tensor` and `to_host` tell arrays from tensors on a device; `check_labels` refuses what is no
+label. Nothing here knows a language model.
 """
 
 from skspin._probes.columns import is_tensor, to_host

@@ -18,7 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 
 from skspin._probes.columns import to_host
 from skspin._system import warn
-from skspin._texts import is_missing, shorten
+from skspin._texts import is_missing
 
 _SOME_COLUMNS = 32
 
@@ -60,14 +60,12 @@ def check_labels(y: Any) -> None:
     labels = np.asarray(y, dtype=object)  # lists of several lengths, too
     for row, label in enumerate(labels if labels.ndim == 1 else []):
         if is_missing(label):
-            raise ValueError(
-                f"y[{row}] is {label!r}, but every text needs a label. Drop texts without one."
-            )
+            raise ValueError(f"y[{row}] is {label!r}, but must be a label. Drop texts without one.")
         is_one = isinstance(label, str | bytes) or getattr(label, "shape", None) == ()
         if isinstance(label, Collection) and not is_one:
             raise ValueError(
-                f"y[{row}] is a {type(label).__name__} ({shorten(label)}), but must be one label. "
-                "For several, pass sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
+                f"y[{row}] is {label!r:.40}, but must be one label. For several, pass "
+                "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
             )
         if isinstance(label, str) != isinstance(labels[0], str):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -220,7 +221,7 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     >>> report.difference < 1e-4
     True
     """
-    _check_options(score, quantize, texts)
+    _check_options(folder, score, quantize, texts)
     folder = Path(folder).expanduser()
     transformer, form = _linear_parts(pipeline, "export_onnx")
     encoder, sample = _open_sample(transformer, texts)
@@ -253,7 +254,9 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
     return report
 
 
-def _check_options(score: Any, quantize: Any, texts: Any) -> None:
+def _check_options(folder: Any, score: Any, quantize: Any, texts: Any) -> None:
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder={folder!r} must be a str or path that names a new folder.")
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r} must be None or 'int8'.")
     if quantize and texts is None:

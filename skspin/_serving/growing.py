@@ -253,6 +253,8 @@ class PrefixStreamer:
     """
 
     def __init__(self, scorer, tokenizer, threshold=None, label=None, *, response_method="auto"):
+        if not isinstance(scorer, PrefixScorer):
+            raise TypeError(f"scorer is a {type(scorer).__name__}, not a PrefixScorer(pipeline).")
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.threshold = threshold

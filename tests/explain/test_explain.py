@@ -185,6 +185,8 @@ def test_frames_hold_every_contribution_and_top_tokens_the_largest_sums():
     np.testing.assert_allclose([row.total for row in top], best["sum"])
     assert [row.n_occurrences for row in top] == best["size"].tolist()
     assert {row.token for row in explanation.top_tokens("b", n=99)} == {*own.token}
+    with pytest.raises(ValueError, match="n == 0, must be >= 1"):
+        explanation.top_tokens("b", n=0)
 
 
 def test_html_shows_markup_as_text_and_stops_somewhere():

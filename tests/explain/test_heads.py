@@ -205,7 +205,7 @@ def test_what_the_refusal_advises_works(data, columns):
     assert_explained(pipeline, data[1][:2], pipeline.decision_function(data[1][:2]))
     for wrap in (FixedThresholdClassifier, TunedThresholdClassifierCV):
         pipeline = with_head(columns, wrap(LogisticRegression()), np.minimum(data[2], 1))
-        with pytest.raises(ValueError, match="threshold of its own.*inside it: estimator_"):
+        with pytest.raises(ValueError, match="no sums over tokens.*Pass its estimator_"):
             explain_tokens(pipeline, data[1][:1])
         pipeline = Pipeline([*columns[0].steps, ("classify", pipeline[-1].estimator_)])
         assert_explained(pipeline, data[1][:2], pipeline.decision_function(data[1][:2]))

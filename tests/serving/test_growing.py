@@ -328,3 +328,5 @@ def test_streamers_refuse_what_they_cant_score(written):
         )
     with pytest.raises(ValueError, match="label='x' must be one of the classes"):
         PrefixStreamer(PrefixScorer(spin), tokenizer, 0.0, label="x")
+    with pytest.raises(TypeError, match=r"scorer is a Pipeline.*PrefixScorer\(pipeline\)"):
+        PrefixStreamer(spin, tokenizer)

@@ -252,6 +252,8 @@ def test_what_can_not_be_written_is_refused_at_once(small, tmp_path, monkeypatch
     ]:
         with pytest.raises(error, match=message):
             export_onnx(pipeline, tmp_path / folder, **options)
+    with pytest.raises(TypeError, match="folder=None must be a str or path"):
+        export_onnx(small, None)
     with pytest.raises(FileNotFoundError, match=f"is to be in '{Path.home()}"):
         export_onnx(small, "~/no such folder/model")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
