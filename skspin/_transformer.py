@@ -411,10 +411,8 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
 
     def _cut_model(self) -> Any:
         """Copy the part of the model that the columns need, as a module from token ids to rows."""
-        source = self._source()
-        name = fingerprint(source, open_store(self.cache))
-        recipe = Recipe(source, name, device=self.device, dtype=self.dtype)
-        recipe.check_fingerprint(self.model_fingerprint_)
+        # Roles are those of conversations.
+        recipe = self._fitted_recipe(self.text_params_["pool_over"] not in ("all", "text"))
         return cut_model(recipe, self.layout_)
 
     def __getstate__(self):

@@ -91,7 +91,7 @@ def cut_model(recipe: Recipe, layout: Layout) -> Any:
     """Copy the part of the model that a layout needs, from token ids to pooled activations."""
     from skspin._model import cut
 
-    return cut.cut_model(_load(recipe), layout)
+    return cut.cut_model(_load(recipe), layout, recipe.max_length)
 
 
 def text_encoder(recipe: Recipe) -> Any:

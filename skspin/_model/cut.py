@@ -37,10 +37,10 @@ _IN_BLOCK = ("attention", "mlp", "hidden")  # in the order in which a block comp
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def cut_model(backbone: Backbone, layout: Layout) -> CutModel:
+def cut_model(backbone: Backbone, layout: Layout, max_length: int) -> CutModel:
     """Copy what a layout needs of a model; a ValueError says why this model can't be cut."""
     taps = positions_by_tap(backbone.anatomy, layout.segments)
-    reason = _why_not(backbone, layout, taps)
+    reason = _why_not(backbone, layout, taps, min(backbone.n_positions, max_length))
     if reason is None:
         depths = _depths(backbone, layout)
         sample = _sample(backbone)
@@ -137,10 +137,17 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-def _why_not(backbone: Backbone, layout: Layout, taps: dict[Tap, list[int]]) -> str | None:
+def _why_not(
+    backbone: Backbone, layout: Layout, taps: dict[Tap, list[int]], max_length: int
+) -> str | None:
     stacks = [backbone.anatomy.stacks[segment.stack] for segment in layout.segments]
-    if backbone.anatomy.mixes_beyond == 0:
+    if (bound := backbone.anatomy.mixes_beyond) == 0:
         return "padding changes what it makes of a text, so it takes no batches."
+    if bound < max_length:
+        return (
+            f"a text of more than {bound} tokens changes the others of its batch, and "
+            f"max_length={max_length}. Fit with max_length={bound} or less."
+        )
     if any(tap.n_turns > 1 for tap in taps):
         return "it runs through the same blocks several times."
     if any(stack.architecture.parallel_lists for stack in stacks):

@@ -96,6 +96,14 @@ def _check_prefixes(backbone: Backbone, recipe: Recipe) -> None:
             f"prompt={recipe.prompt!r} repeats the text, so a prefix's tokens are not the first "
             "ones of the whole text's. Write {text} once."
         )
+    unscaled = backbone.anatomy.mixes_beyond  # 0 if only padding changes a text; here is none
+    if 0 < unscaled < (max_length := min(backbone.n_positions, recipe.max_length)):
+        raise ValueError(
+            f"max_length={max_length}, but model={recipe.model_name!r} scales the positions of all "
+            f"tokens of a text that has more than {unscaled}, so one pass does not give the scores "
+            f"of its prefixes. Fit with max_length={unscaled} or less, and long_texts='windows' "
+            "to read longer texts."
+        )
 
 
 def _check_end(recipe: Recipe, is_pooled: bool) -> None:

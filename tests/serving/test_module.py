@@ -294,6 +294,17 @@ def test_a_model_that_can_not_be_cut_is_refused_with_the_reason(name, reason):
         to_torch(spin)
 
 
+def test_positions_that_a_long_text_scales_are_refused_if_a_text_may_be_so_long():
+    texts, kinds = tiny_texts()
+    spin = tiny_pipeline("phi3-128k", layers=[1], max_length=16).fit(texts, kinds)
+    np.testing.assert_allclose(
+        run(to_torch(spin), spin, texts), spin.decision_function(texts), **close
+    )
+    spin = spin.set_params(llmactivationtransformer__max_length=17).fit(texts, kinds)
+    with pytest.raises(ValueError, match="max_length=17. Fit with max_length=16 or less"):
+        to_torch(spin)
+
+
 def test_other_weights_are_refused():
     texts, kinds = tiny_texts()
     spin = tiny_pipeline("bert").fit(texts, kinds)

@@ -1,5 +1,7 @@
 """Every prefix has the score that the pipeline gives to its tokens, and one pass finds them all."""
 
+import re
+
 import numpy as np
 import pytest
 from extracted_rows import watching
@@ -23,7 +25,7 @@ from sklearn.preprocessing import MaxAbsScaler
 from sklearn.svm import SVC, LinearSVC
 from tiny_models import ALL, tiny_tokenizer
 
-from skspin import LLMActivationTransformer, prune, score_prefixes
+from skspin import LLMActivationTransformer, PrefixScorer, prune, score_prefixes
 
 NEW = ["word3 word30 word31 word7 word8 word1 word2", "word5 unknown word9"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -163,6 +165,20 @@ def test_a_model_that_looks_ahead_is_refused(name):
     spin = growing(name, stack="decoder") if name == "t5" else growing(name)
     with pytest.raises(ValueError, match="looks ahead"):
         score_prefixes(spin, NEW)
+
+
+def test_positions_that_a_long_text_scales_need_a_max_length_that_none_reaches():
+    for score in (PrefixScorer, lambda spin: score_prefixes(spin, NEW)):
+        with pytest.raises(ValueError, match="Fit with max_length=16 or less, and long_texts='win"):
+            score(growing("phi3-128k", max_length=17))
+    spin = growing("phi3-128k", max_length=16, long_texts="windows")
+    text = " ".join(NEW * 3)
+    prefixes = [text[: token.end()] for token in re.finditer(r"\w+", text)]
+    expected = spin.decision_function(prefixes)
+    np.testing.assert_allclose(score_prefixes(spin, [text]).for_class(1)[0], expected, **CLOSE)
+    scorer = PrefixScorer(spin)
+    scorer.push(text, final=True)
+    np.testing.assert_allclose(scorer.scores.for_class(1)[0], expected, **CLOSE)
 
 
 def test_a_state_space_model_does_not_look_ahead():
