@@ -287,13 +287,17 @@ class Speller:
     def add(self, token: int) -> str:
         """Give the characters that a token adds."""
         self._ids.append(token)
-        written = self._tokenizer.decode(self._ids[: self._n_written])
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") or len(text) <= len(written):
+        added = self.end()
+        if not added or added.endswith("\ufffd"):
             return ""
         self._ids = self._ids[self._n_written :]
         self._n_written = len(self._ids)
-        return text[len(written) :]
+        return added
+
+    def end(self) -> str:
+        """Give the characters that wait for more tokens: a U+FFFD may be part of another one."""
+        written = self._tokenizer.decode(self._ids[: self._n_written])
+        return self._tokenizer.decode(self._ids)[len(written) :]
 
 
 def tabulate(

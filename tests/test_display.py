@@ -297,6 +297,9 @@ def test_the_first_token_that_reaches_the_threshold_is_marked():
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (1, 2)
     display.threshold = 4
     assert display.plot().ax_.get_title("left") == "threshold 4: not reached"
+    for wrong in (np.nan, "0.5"):
+        with pytest.raises(ValueError, match=f"threshold={wrong!r} must be a number"):
+            PrefixScoresDisplay(tokens=["a"], scores=np.array([0]), threshold=wrong)
 
 
 def test_of_a_long_text_tokens_are_counted():

@@ -8,7 +8,7 @@ import numpy as np
 
 from skspin._display.scores import BLUE, VERMILION, given_or_new
 from skspin._explain import explain_tokens
-from skspin._serving import score_prefixes
+from skspin._serving import check_threshold, score_prefixes
 
 _MOST_BARS = 40
 _MOST_CHARACTERS = 28  # of a token; a longer one would leave no space for bars
@@ -208,6 +208,8 @@ class PrefixScoresDisplay:
     """
 
     def __init__(self, *, tokens, scores, name="score", threshold=None):
+        if threshold is not None:
+            check_threshold(threshold)
         self.tokens = tokens
         self.scores = scores
         self.name = name

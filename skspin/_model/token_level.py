@@ -175,10 +175,17 @@ class GrowingText:
             )
         self._n_after = frame.n_after
 
+    @property
+    def clean_text(self) -> str:
+        """The text so far as it is tokenized, with U+FFFD for lone surrogates."""
+        return replace_surrogates([self.text])[0]
+
     def add_text(self, text: str, is_last: bool) -> Added:
         """Take more text, and read the new tokens that later text can't change."""
-        self.text += text
-        whole = replace_surrogates([self.text])[0]
+        # Halves of a surrogate pair may come in two pieces; they are joined, and lone ones kept.
+        joined = (self.text + text).encode("utf-16", "surrogatepass")
+        self.text = joined.decode("utf-16", "surrogatepass")
+        whole = self.clean_text
         words = whole.rsplit(None, 1)  # the last word may take the space before it into its token
         settled = len(whole) if is_last else len(words[0]) if len(words) == 2 else 0
         if settled == self._settled:
@@ -198,7 +205,7 @@ class GrowingText:
         places = np.stack([frame.starts, frame.ends], axis=1)[own][n_read : len(ids)]
         return self._read(ids[n_read:], places)
 
-    def add_ids(self, ids: np.ndarray) -> Added:
+    def add_ids(self, ids: np.ndarray, is_last: bool) -> Added:
         """Read token ids (n_tokens,) as they are."""
         n_known = n_token_ids(self._backbone.anatomy.model)
         if not ((ids >= 0) & (ids < n_known)).all():
@@ -210,6 +217,9 @@ class GrowingText:
         for token in ids.tolist():
             self.text += self._speller.add(token)
             ends.append(len(self.text))
+        if is_last:
+            self.text += self._speller.end()
+            ends[-1] = len(self.text)
         return self._read(ids, np.stack([ends[:-1], ends[1:]], axis=1))
 
     def _framed(self, text: str) -> str:
@@ -250,8 +260,8 @@ class GrowingText:
             self._n_in_window += len(new)
             n_read += len(new)
         names = self.tokenizer.convert_ids_to_tokens(ids[:n_read].tolist())
-        starts, ends = places[:n_read].T
-        tokens = TextTokens(self.text, names, starts, ends, np.zeros(n_read, int), self.is_cut)
+        text, (starts, ends) = self.clean_text, places[:n_read].T
+        tokens = TextTokens(text, names, starts, ends, np.zeros(n_read, int), self.is_cut)
         return Added(tokens, np.concatenate(activations), np.concatenate(is_own))
 
     def _open_next_window(self) -> bool:

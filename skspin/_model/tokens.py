@@ -152,7 +152,7 @@ class TextEncoder:
         messages = _spans_of(encoding, spans)[places]  # (n_tokens,)
         starts, ends = (np.array(encoding.offsets)[places] - begin).clip(0, len(string)).T
         starts, ends = np.where(messages < 0, 0, starts), np.where(messages < 0, 0, ends)
-        names = np.array(encoding.tokens, object)[places].tolist()
+        names = self.tokenizer.convert_ids_to_tokens(np.array(encoding.ids)[places].tolist())
         located = TextTokens(string, names, starts, ends, messages, encoded.is_truncated)
         return encoded.windows, located
 

@@ -2,12 +2,13 @@
 
 from skspin._serving.export import export_onnx, to_torch
 from skspin._serving.growing import PrefixScorer, PrefixStreamer
-from skspin._serving.prefixes import PrefixScores, score_prefixes
+from skspin._serving.prefixes import PrefixScores, check_threshold, score_prefixes
 
 __all__ = [
     "PrefixScorer",
     "PrefixScores",
     "PrefixStreamer",
+    "check_threshold",
     "export_onnx",
     "score_prefixes",
     "to_torch",

@@ -89,8 +89,8 @@ class PrefixScorer:
                 "PrefixScorer gives it pieces. Pass a pipeline that begins with its activations."
             )
         self._growing: Any = None
-        self._conversation, self._role = None, role
-        self.reset(conversation)
+        self._conversation = self._role = None
+        self.reset(conversation, role=role)
 
     def reset(self, conversation=None, *, role=None):
         """Begin another text.
@@ -156,7 +156,7 @@ class PrefixScorer:
                 "so far. Push either strings or token ids, or begin another with reset()."
             )
         growing, was_cut = self._growing, self._growing.is_cut
-        added = growing.add_text(piece, final) if ids is None else growing.add_ids(ids)
+        added = growing.add_text(piece, final) if ids is None else growing.add_ids(ids, final)
         self._kind, self._is_final = kind, final
         tokens = added.tokens
         scores = self._head.scores(self._pools, added.activations, added.is_own)
@@ -186,7 +186,8 @@ class PrefixScorer:
         """The scores of all tokens so far, as those of one text."""
         starts, ends, messages = np.array(self._places, int).reshape(-1, 3).T
         is_cut = self._growing.is_cut
-        tokens = TextTokens(self.text, [*self._names], starts, ends, messages, is_cut)
+        text, names = self._growing.clean_text, [*self._names]
+        tokens = TextTokens(text, names, starts, ends, messages, is_cut)
         return self._head.gather([(tokens, self._scores)])
 
 
@@ -195,8 +196,9 @@ class PrefixStreamer:
 
     Pass it as ``streamer``, and in ``stopping_criteria`` if it is to stop the text:
     ``model.generate(**inputs, streamer=guard, stopping_criteria=[guard])``. Each call of
-    ``generate`` is a new text; the prompt and special tokens are not part of it. Read more in the
-    user guide, :doc:`/user_guide/growing`.
+    ``generate`` is a new text; the prompt and special tokens are not part of it. After a call that
+    an error has interrupted, call :meth:`end`. Read more in the user guide,
+    :doc:`/user_guide/growing`.
 
     Parameters
     ----------
@@ -260,10 +262,12 @@ class PrefixStreamer:
         self.threshold = threshold
         self.label = label
         self.response_method = response_method
-        scorer.scores.for_class(label, response_method=response_method)  # or raise
+        least = 0 if threshold is None else threshold
+        scorer.scores.first_crossing(least, label, response_method=response_method)  # or raise
         known = scorer._growing.tokenizer
-        self._as_ids = known is tokenizer or known.get_vocab() == tokenizer.get_vocab()
+        self._shares_ids = known is tokenizer or known.get_vocab() == tokenizer.get_vocab()
         self._n_given = self._n_read = 0  # ids, the prompt's included; 0 before a prompt
+        self._n_axes = 0  # of the last ids that came
         self.crossing_ = None
 
     def put(self, value):
@@ -284,11 +288,16 @@ class PrefixStreamer:
                 f"generate writes {len(value)} texts at once, but a PrefixStreamer scores one. "
                 "Call generate with one prompt, and num_return_sequences=1."
             )
+        # A prompt has two axes, and what follows it mostly has one. So two after one are the prompt
+        # of another call, and the last one was interrupted.
+        if value.ndim > self._n_axes:
+            self._n_given = self._n_read = 0
+        self._n_axes = value.ndim
         ids = value.reshape(-1).tolist()
         self._n_given += len(ids)
         if not self._n_read:
             self.scorer.reset()
-            self._speller = None if self._as_ids else Speller(self.tokenizer)
+            self._speller = None if self._shares_ids else Speller(self.tokenizer)
             self.crossing_ = None
             self._n_read = self._n_given
         elif self._n_given > self._n_read:
@@ -308,8 +317,8 @@ class PrefixStreamer:
 
     def end(self):
         """Score what was held back; ``generate`` has ended."""
-        if not self._as_ids:
-            self._push("", final=True)
+        if self._n_read:
+            self._push([] if self._speller is None else self._speller.end(), final=True)
         self._n_given = self._n_read = 0
 
     def _read(self, ids: list[int]) -> None:

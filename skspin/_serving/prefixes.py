@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import compress
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,15 @@ class Crossing(NamedTuple):
     token: int
     end: int
     score: float
+
+
+def check_threshold(threshold: Any) -> None:
+    """Refuse what scores can't be compared with."""
+    if not isinstance(threshold, Real) or threshold != threshold:  # NaN
+        raise ValueError(
+            f"threshold={threshold!r} must be a number in the scores' unit, not NaN. Every score "
+            "reaches -np.inf, and none np.inf."
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,6 +143,7 @@ class PrefixScores:
             For each text the ``token`` (its number among the scored ones), its ``end`` in the text
             (characters), and the ``score``; None for a text that stays below the threshold.
         """
+        check_threshold(threshold)
         crossings: list[Crossing | None] = []
         scores = self.for_class(label, response_method=response_method)
         for part, values in zip(self.tokens, scores, strict=True):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from extracted_rows import watching
 from growing_texts import LABELS, TEXTS, cut, growing, letters, scores_by_hand, words
 from sklearn.linear_model import LogisticRegression
@@ -55,6 +56,32 @@ def test_every_layer_and_site_can_be_read_on(name, params):
     ids = spin["activations"].tokenizer(NEW, add_special_tokens=False)["input_ids"]
     expected = score_prefixes(spin, [NEW]).decision_values[0]
     np.testing.assert_allclose(pushed(PrefixScorer(spin), ids, final=False), expected, **CLOSE)
+
+
+def test_halves_of_a_surrogate_pair_are_joined_across_pieces():
+    spin = growing("gpt2", tokenizer=letters(), changes={"n_positions": 128})
+    whole = score_prefixes(spin, ["a \U0001f642 \udc00 bc"])
+    scorer = PrefixScorer(spin)
+    pushed(scorer, ["a \ud83d", "\ude42 \udc00", " bc"])
+    assert scorer.text == "a \U0001f642 \udc00 bc"
+    one, other = (scores.to_frame().drop(columns="score") for scores in (scorer.scores, whole))
+    assert one.equals(other)
+    assert scorer.scores.tokens[0].text == whole.tokens[0].text == "a \U0001f642 \ufffd bc"
+
+
+def test_tokens_have_one_name_however_they_come():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "\u2581", *"abcdefgh"]
+    bare = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    bare.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "pad_token": "<s>"}
+    spin = growing(tokenizer=PreTrainedTokenizerFast(tokenizer_object=bare, **special))
+    scorer = PrefixScorer(spin)
+    scorer.push("ab \u5f88 c", final=True)
+    names = score_prefixes(spin, ["ab \u5f88 c"]).tokens[0].tokens
+    assert scorer.scores.tokens[0].tokens == names and "<unk>" in names
 
 
 def test_each_token_goes_through_the_model_once():
@@ -128,6 +155,13 @@ def test_ids_tell_their_characters():
     tokens = scorer.scores.tokens[0]
     assert scorer.text == "a 好"
     assert tokens.starts.tolist() == [0, 1, 2, 2, 2] and tokens.ends.tolist() == [1, 2, 2, 2, 3]
+
+
+def test_a_replacement_character_at_the_end_is_the_texts():
+    tokenizer = letters()
+    scorer = PrefixScorer(growing("gpt2", tokenizer=tokenizer, changes={"n_positions": 128}))
+    scorer.push(tokenizer("a \ufffd", add_special_tokens=False)["input_ids"], final=True)
+    assert scorer.text == "a \ufffd" and scorer.scores.tokens[0].ends[-1] == 3
 
 
 @pytest.mark.parametrize("overlap", [0, 2])
@@ -288,6 +322,23 @@ def test_a_streamer_scores_what_is_generated(written):
     assert guard.crossing_ is None
 
 
+def test_a_call_after_an_interrupted_one_is_a_new_text(written):
+    model, tokenizer, spin, prompt, options = written
+    guard = PrefixStreamer(PrefixScorer(spin), tokenizer)
+    model.generate(prompt, streamer=guard, **options)
+    expected = guard.scorer.text
+
+    def interrupt(ids, scores):
+        if ids.shape[1] == prompt.shape[1] + 2:
+            raise KeyboardInterrupt
+        return torch.zeros(1, dtype=torch.bool)
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(prompt, streamer=guard, stopping_criteria=[interrupt], **options)
+    model.generate(prompt, streamer=guard, **options)
+    assert guard.scorer.text == expected
+
+
 def test_a_streamer_stops_at_the_token_that_reaches_the_threshold(written):
     model, tokenizer, spin, prompt, options = written
     guard = PrefixStreamer(PrefixScorer(spin), tokenizer)
@@ -330,3 +381,6 @@ def test_streamers_refuse_what_they_cant_score(written):
         PrefixStreamer(PrefixScorer(spin), tokenizer, 0.0, label="x")
     with pytest.raises(TypeError, match=r"scorer is a Pipeline.*PrefixScorer\(pipeline\)"):
         PrefixStreamer(spin, tokenizer)
+    for threshold in (np.nan, "0.5"):
+        with pytest.raises(ValueError, match=f"threshold={threshold!r} must be a number"):
+            PrefixStreamer(PrefixScorer(spin), tokenizer, threshold)

@@ -200,6 +200,9 @@ def test_crossings_and_frames_tell_where():
     assert crossing == (first, scores.tokens[0].ends[first], values[first])
     assert NEW[0][: crossing.end].split() == NEW[0].split()[: first + 1]
     assert scores.first_crossing(np.inf) == [None, None]
+    for wrong in (np.nan, "0.5", None):
+        with pytest.raises(ValueError, match=f"threshold={wrong!r} must be a number"):
+            scores.first_crossing(wrong)
     assert scores.first_crossing(0.9999, 0, response_method="predict_proba") == [None, None]
     frame = scores.to_frame()
     assert list(frame.columns) == ["text", "token", "start", "end", "class", "score"]
