@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 folder = Path(os.environ["SPIN"])
 settings = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-# It truncates and pads.
+# It cuts texts off at max_length.
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+tokenizer.encode_special_tokens = settings["split_special_tokens"]
 session = onnxruntime.InferenceSession(folder / "model.onnx")
 app = FastAPI()
 
@@ -22,13 +23,17 @@ app = FastAPI()
 @app.post("/labels")
 def labels(texts: Annotated[list[str], Field(min_length=1, max_length=64)]):
     found = tokenizer.encode_batch(texts)
-    inputs = {
-        "input_ids": [text.ids for text in found],
-        "attention_mask": [text.attention_mask for text in found],
-        "token_type_ids": [text.type_ids for text in found],
+    rows = {
+        "input_ids": [text.ids or settings["empty_text"] for text in found],
+        "attention_mask": [text.attention_mask or [1] for text in found],
+        "token_type_ids": [text.type_ids or [0] for text in found],
     }
+    n_tokens = max(map(len, rows["input_ids"]))
     inputs = {
-        name: np.array(inputs[name], np.int64) for name in settings["inputs"]
+        name: np.array(
+            [row + [0] * (n_tokens - len(row)) for row in rows[name]], np.int64
+        )
+        for name in settings["inputs"]
     }
     (values,) = session.run(None, inputs)
     several = values.ndim == 2  # one value for each of more than two labels

@@ -264,9 +264,11 @@ def _check_options(folder: Any, score: Any, quantize: Any, texts: Any) -> None:
             f"quantize={quantize!r} changes some labels, and how many is counted on your texts. "
             "Pass texts=, some hundreds that are like those to come."
         )
-    if not (score is None or isinstance(score, Real | Mapping)):
+    scores = score.values() if isinstance(score, Mapping) else [score]
+    if not (score is None or all(isinstance(value, Real) for value in scores)):
         raise TypeError(
-            f"score is a {type(score).__name__}, but must be a number, a dict of numbers or None."
+            f"score is a {type(score).__name__} ({score!r}), but must be a number, a dict of "
+            "numbers or None."
         )
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing:
@@ -295,22 +297,27 @@ def _open_sample(transformer: LLMActivationTransformer, texts: Any) -> tuple[Any
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder beside ``folder``, and rename it to ``folder`` if there was no error."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Make a folder, and rename it to ``folder`` or move its files there if there was no error."""
+    target = folder.resolve()
+    is_there = target.exists()
+    if is_there and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"folder={str(folder)!r} is there already. Name a new one.")
-    parent = folder.absolute().parent
-    if not parent.is_dir():
+    if not target.parent.is_dir():
         raise FileNotFoundError(
-            f"folder={str(folder)!r} is to be in {str(parent)!r}, which is no folder. Make that "
-            "first."
+            f"folder={str(folder)!r} is to be in {str(target.parent)!r}, which is no folder. Make "
+            "that first."
         )
-    with TemporaryDirectory(prefix=".skspin-", dir=parent) as temporary:
+    # An existing folder keeps its mode, and may be on a disk of its own.
+    within = target if is_there else target.parent
+    with TemporaryDirectory(prefix=".skspin-", dir=within) as temporary:
         unfinished = Path(temporary, "model")  # others may not read the temporary folder itself
         unfinished.mkdir()
         yield unfinished
-        if folder.exists():
-            folder.rmdir()  # some systems do not even replace an empty folder
-        unfinished.replace(folder)
+        if is_there:
+            for path in unfinished.iterdir():
+                path.replace(target / path.name)
+        else:
+            unfinished.replace(target)
 
 
 def _write_tokenizer(encoder: Any, settings: Mapping[str, Any], path: Path) -> type:
@@ -322,14 +329,10 @@ def _write_tokenizer(encoder: Any, settings: Mapping[str, Any], path: Path) -> t
     tokenizer = Tokenizer.from_str(encoder.to_json())
     whole = settings["prompt"] is None and settings["pool_over"] == "all"
     cut_at_end = settings["long_texts"] == "truncate" and settings["truncation_side"] == "right"
-    # A tokenizer.json can't say which token stands for a text without tokens.
-    plain = whole and cut_at_end and bool(tokenizer.encode("").ids)
-    if plain:
+    if whole and cut_at_end:
         tokenizer.enable_truncation(settings["max_length"])
-        padding = getattr(encoder.tokenizer, "pad_token_id", None) or 0
-        tokenizer.enable_padding(pad_id=padding, pad_token=tokenizer.id_to_token(padding))
     tokenizer.save(str(path))
-    return Classifier if plain else WindowClassifier
+    return Classifier if whole and cut_at_end else WindowClassifier
 
 
 def _compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,15 @@ def _labels(settings: Mapping[str, Any]) -> tuple[str, str]:
     """Say which labels there are, and what their decision values mean."""
     classes = settings["classes"]
     if settings["several_outputs"]:
+        first = classes[0]
+        if len(first) == 2 and classes == [first] * len(classes):
+            each = f"{len(classes)} at once, each {first[0]} or {first[1]}"
+            return each, f"one for each label; above 0 means {first[1]}"
+        outputs = ["one of " + ", ".join(f"`{label}`" for label in own) for own in classes]
         return (
-            f"{len(classes)} at once, each one of {classes}",
-            "one for an output of two labels, above 0 for the second, else one for each label",
+            f"{len(classes)} at once: {'; '.join(outputs)}",
+            "in this order; one for two labels, above 0 for the second; else one for each label, "
+            "of which the one with the largest is predicted",
         )
     labels = ", ".join(f"`{label}`" for label in classes)
     if len(classes) == 2:
@@ -153,7 +160,7 @@ def _facts(n_columns: int, steps: list[Any], layout: Layout, score: Any) -> Iter
     yield f"Columns in use: {layout.n_columns:,} of the {n_columns:,} that the pipeline computes"
     scores = score if isinstance(score, Mapping) else {} if score is None else {"Score": score}
     for name, value in scores.items():
-        yield f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
+        yield f"{name}: {value if isinstance(value, Integral) else f'{float(value):.4g}'}"
 
 
 def _code(classifier: type) -> str:
@@ -206,10 +213,24 @@ def _classes_of(pipeline: Pipeline) -> tuple[list, bool]:
     """List the classes, of each output where there are several; and say whether there are."""
     *_, head = flatten(pipeline)
     if isinstance(head.classes_, list):
-        return [classes.tolist() for classes in head.classes_], True
+        return [_as_json(classes) for classes in head.classes_], True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns if columns had names in fit
         predicted = head.predict(np.zeros((1, head.n_features_in_), dtype=np.float32))
     if np.ndim(predicted) == 2:
         return [[0, 1]] * predicted.shape[1], True
-    return head.classes_.tolist(), False
+    return _as_json(head.classes_), False
+
+
+def _as_json(classes: np.ndarray) -> list:
+    """List one output's labels, all of which JSON and UTF-8 can hold."""
+    labels = classes.tolist()  # of some datetimes they are int
+    for label, plain in zip(classes, labels, strict=True):
+        whole = str(plain).encode(errors="replace").decode() == str(plain)
+        if classes.dtype.kind in "mM" or not (isinstance(plain, str | int | float) and whole):
+            raise ValueError(
+                f"y has the label {label!r}, a {type(label).__name__}, but labels that can be "
+                "written are str (without lone surrogates), int, float and bool. Fit with other "
+                "labels, e.g. y.astype(str)."
+            )
+    return labels

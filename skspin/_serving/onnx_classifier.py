@@ -17,7 +17,7 @@ def clean(text):
 
 
 class Classifier:
-    """The pipeline in a folder: its tokenizer.json truncates and pads."""
+    """The pipeline in a folder: its tokenizer.json cuts texts off."""
 
     def __init__(self, folder, model="model.onnx"):
         folder = Path(folder)
@@ -31,12 +31,17 @@ class Classifier:
     def encode(self, texts):
         """Turn texts into arrays (n_texts, n_tokens)."""
         found = self.tokenizer.encode_batch([clean(text) for text in texts])
-        arrays = {
-            "input_ids": [encoding.ids for encoding in found],
-            "token_type_ids": [encoding.type_ids for encoding in found],
-            "attention_mask": [encoding.attention_mask for encoding in found],
+        rows = {
+            "input_ids": [encoding.ids or self.settings["empty_text"] for encoding in found],
+            "token_type_ids": [encoding.type_ids or [0] for encoding in found],
+            "attention_mask": [encoding.attention_mask or [1] for encoding in found],
         }
-        return {name: np.array(arrays[name], np.int64) for name in self.settings["inputs"]}
+        inputs = {}
+        for name in self.settings["inputs"]:
+            n_tokens = max(map(len, rows[name]))
+            padded = [row + [0] * (n_tokens - len(row)) for row in rows[name]]
+            inputs[name] = np.array(padded, np.int64)
+        return inputs
 
     def decision_function(self, texts):
         """Compute decision values (n_texts,) or (n_texts, n_values), as the pipeline does."""

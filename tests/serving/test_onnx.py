@@ -91,6 +91,15 @@ PIPELINES = {
 }
 
 
+CARDS = {
+    "multilabel, prompt, cut off at the beginning": (
+        "Labels: 2 at once, each 0 or 1. - Decision values: one for each label; above 0 means 1."
+    ),
+    "several outputs, windows": "Labels: 2 at once: one of `0`, `1`, `2`; one of `0`, `1`.",
+    "binary, prompt, causal windows": "Labels: `no`, `yes`. - Decision values: above 0 for `yes`.",
+}
+
+
 def run_card(folder, texts, model="model.onnx"):
     """Run the code of a model card where skspin and all that it needs can't be imported."""
     card = (folder / "README.md").read_text()
@@ -128,6 +137,7 @@ def test_the_code_in_the_card_gives_the_labels_and_decision_values(name, tmp_pat
     labels, values = run_card(report.folder, NEW)
     np.testing.assert_allclose(values, decisions(spin, NEW), **close)
     np.testing.assert_array_equal(labels, spin.predict(NEW))
+    assert CARDS[name] in " ".join((report.folder / "README.md").read_text().split())
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +192,28 @@ def test_the_folder_says_what_it_is(reviewed):
     assert str(demo_model()) not in card + json.dumps(labels)
 
 
+def open_service(name, folder, monkeypatch):
+    monkeypatch.setenv("SPIN", str(folder))
+    spec = importlib.util.spec_from_file_location(name, GUIDE / f"{name}.py")
+    service = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(service)
+    return service
+
+
+@LONG
+def test_a_tokenizer_that_adds_no_tokens_is_served_too(tmp_path, monkeypatch):
+    tokenizer = bare_tokenizer()
+    tokenizer.truncation_side, tokenizer.split_special_tokens = "right", True
+    spin = fitted("gpt2", KINDS, LogisticRegression(), tokenizer, layers=[1], max_length=8)
+    report = export_onnx(spin, tmp_path / "model")
+    service = open_service("serve_onnx", report.folder, monkeypatch)
+    texts = ["", "word1", "word20 " * 30, "word40 </s> word41"]
+    for asked in (texts, texts[:1]):
+        assert service.labels(asked) == spin.predict(asked).tolist()
+    _, values = run_card(report.folder, texts)
+    np.testing.assert_allclose(values, spin.decision_function(texts), **close)
+
+
 @LONG
 @pytest.mark.filterwarnings("ignore:The anyio:DeprecationWarning")  # old releases of starlette
 @pytest.mark.parametrize("name", ["serve_onnx", "serve_pipeline"])
@@ -192,11 +224,7 @@ def test_the_services_of_the_guide_answer_as_the_pipeline(name, reviewed, tmp_pa
     spin, texts, report = reviewed
     skops.io.dump(prune(spin), tmp_path / "spin.skops")
     served = report.folder if name == "serve_onnx" else tmp_path / "spin.skops"
-    monkeypatch.setenv("SPIN", str(served))
-    spec = importlib.util.spec_from_file_location(name, GUIDE / f"{name}.py")
-    service = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(service)
-    client = TestClient(service.app)
+    client = TestClient(open_service(name, served, monkeypatch).app)
     asked = [texts[:1], texts[1:30], ["", "word " * 600]]
     for request in asked:
         answer = client.post("/labels", json=request)
@@ -218,7 +246,27 @@ def test_nothing_is_left_behind_when_the_check_fails(small, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_torch_can_not_trace_is_named(tmp_path):
+def test_an_empty_folder_is_filled_and_keeps_its_mode_whatever_its_name(
+    small, tmp_path, monkeypatch
+):
+    empty = tmp_path / "empty"
+    empty.mkdir(mode=0o700)
+    monkeypatch.chdir(empty)
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    for name in (".", tmp_path / "link"):
+        assert (export_onnx(small, name).folder / "model.onnx").exists()
+    assert empty.stat().st_mode & 0o777 == 0o700 and (tmp_path / "new").is_dir()
+    names = ["README.md", "labels.json", "model.onnx", "tokenizer.json"]
+    assert sorted(path.name for path in empty.iterdir()) == names
+
+
+def test_the_card_shows_a_score_with_four_digits(small, tmp_path):
+    scores = {"f1": np.float32(0.85), "texts": 12345}
+    card = (export_onnx(small, tmp_path / "model", score=scores).folder / "README.md").read_text()
+    assert "- f1: 0.85.\n- texts: 12345." in card
+
+
+def test_a_model_that_torch_can_not_trace_is_named(tmp_path, capsys):
     spin = fitted("bert", KINDS > 0, LogisticRegression(), layers=[1])
     embeddings = spin[0].model.embeddings
     forward = embeddings.forward
@@ -229,7 +277,7 @@ def test_a_model_that_torch_can_not_trace_is_named(tmp_path):
     embeddings.forward = undecided
     with pytest.raises(ValueError, match=r"torch 2.* can't export BertModel of transformers \d"):
         export_onnx(spin, tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
     assert logging.root.manager.disable == logging.NOTSET
 
 
@@ -246,6 +294,7 @@ def test_what_can_not_be_written_is_refused_at_once(small, tmp_path, monkeypatch
         (ValueError, "quantize='int4' must be None or 'int8'", small, "new", {"quantize": "int4"}),
         (ValueError, "counted on your texts. Pass texts=", small, "new", {"quantize": "int8"}),
         (TypeError, "score is a str", small, "new", {"score": "good"}),
+        (TypeError, "score is a dict", small, "new", {"score": {"f1": "good"}}),
         (TypeError, "export_onnx takes a fitted Pipeline", small[-1], "new", {}),
         (ValueError, "conversations, which need the tokenizer's chat", small, "new", said),
         (ValueError, r"in memory is in bfloat16.*model.float\(\)", half, "new", {}),
@@ -254,6 +303,10 @@ def test_what_can_not_be_written_is_refused_at_once(small, tmp_path, monkeypatch
             export_onnx(pipeline, tmp_path / folder, **options)
     with pytest.raises(TypeError, match="folder=None must be a str or path"):
         export_onnx(small, None)
+    for wrong in (np.array(["2020", "2021"], "M8[ns]"), np.array(["a", "b\ud800"], object)):
+        spin = fitted("gpt2", wrong[KINDS % 2], LogisticRegression(), layers=[1])
+        with pytest.raises(ValueError, match="y has the label .* labels that can be written are"):
+            export_onnx(spin, tmp_path / "new")
     with pytest.raises(FileNotFoundError, match=f"is to be in '{Path.home()}"):
         export_onnx(small, "~/no such folder/model")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
