@@ -73,7 +73,8 @@ def to_torch(pipeline):
     ValueError
         If the pipeline is not linear after its activations or has steps before them, or if its
         model can't be cut: one that runs through its blocks several times (ALBERT), mixes padding
-        into texts (FNet), is quantised or spread over devices.
+        into texts (FNet), scales the positions of texts that ``max_length`` allows (Phi-3 128k), is
+        quantised or spread over devices.
     ModelMismatchError
         If the model's weights or tokenizer have changed since ``fit``.
 
@@ -184,8 +185,9 @@ def export_onnx(pipeline, folder, *, texts=None, score=None, quantize=None):
         If ``folder`` exists and is not empty, or the folder that it is to be in does not exist.
     TypeError, ValueError
         If :func:`to_torch` does not take the pipeline, or it reads conversations, which need a
-        chat template; if the tokenizer has no ``tokenizer.json``; if a model in memory is not in
-        float32; or if torch can't export the model.
+        chat template; if JSON can't hold a class label, such as a date; if the tokenizer has no
+        ``tokenizer.json``; if a model in memory is not in float32; or if torch can't export the
+        model.
     RuntimeError
         If decision values of the written model differ by more than 1e-4 (relative, for those above
         1) and by more than rounding activations to float32 explains. After this, as after any
@@ -267,8 +269,7 @@ def _check_options(folder: Any, score: Any, quantize: Any, texts: Any) -> None:
     scores = score.values() if isinstance(score, Mapping) else [score]
     if not (score is None or all(isinstance(value, Real) for value in scores)):
         raise TypeError(
-            f"score is a {type(score).__name__} ({score!r}), but must be a number, a dict of "
-            "numbers or None."
+            f"score is a {type(score).__name__}, but must be a number, a dict of numbers or None."
         )
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing:
@@ -298,18 +299,17 @@ def _open_sample(transformer: LLMActivationTransformer, texts: Any) -> tuple[Any
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """Make a folder, and rename it to ``folder`` or move its files there if there was no error."""
-    target = folder.resolve()
-    is_there = target.exists()
+    target, is_there = folder.resolve(), folder.exists()
     if is_there and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"folder={str(folder)!r} is there already. Name a new one.")
-    if not target.parent.is_dir():
+    parent = target.parent
+    if not parent.is_dir():
         raise FileNotFoundError(
-            f"folder={str(folder)!r} is to be in {str(target.parent)!r}, which is no folder. Make "
-            "that first."
+            f"folder={str(folder)!r} is to be in {str(parent)!r}, which is no folder. Make that "
+            "first."
         )
     # An existing folder keeps its mode, and may be on a disk of its own.
-    within = target if is_there else target.parent
-    with TemporaryDirectory(prefix=".skspin-", dir=within) as temporary:
+    with TemporaryDirectory(prefix=".skspin-", dir=target if is_there else parent) as temporary:
         unfinished = Path(temporary, "model")  # others may not read the temporary folder itself
         unfinished.mkdir()
         yield unfinished

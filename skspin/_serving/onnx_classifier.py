@@ -36,12 +36,11 @@ class Classifier:
             "token_type_ids": [encoding.type_ids or [0] for encoding in found],
             "attention_mask": [encoding.attention_mask or [1] for encoding in found],
         }
-        inputs = {}
-        for name in self.settings["inputs"]:
-            n_tokens = max(map(len, rows[name]))
-            padded = [row + [0] * (n_tokens - len(row)) for row in rows[name]]
-            inputs[name] = np.array(padded, np.int64)
-        return inputs
+        n_tokens = max(map(len, rows["input_ids"]))
+        return {
+            name: np.array([row + [0] * (n_tokens - len(row)) for row in rows[name]], np.int64)
+            for name in self.settings["inputs"]
+        }
 
     def decision_function(self, texts):
         """Compute decision values (n_texts,) or (n_texts, n_values), as the pipeline does."""

@@ -203,9 +203,10 @@ def score_prefixes(pipeline, texts):
     TypeError, NotFittedError
         If ``pipeline`` is no fitted Pipeline. Of a search, pass its ``best_estimator_``.
     ValueError
-        If the model looks ahead, as every encoder does (this is tested); if tokens of the prompt,
-        template or tokenizer that come after the text are pooled; if a text loses its first tokens
-        (``truncation_side="left"``); or if the pipeline is not as described above.
+        If the model looks ahead, as every encoder does (this is tested), or scales the positions of
+        texts that ``max_length`` allows; if tokens of the prompt, template or tokenizer that come
+        after the text are pooled; if a text loses its first tokens (``truncation_side="left"``); or
+        if the pipeline is not as described above.
 
     See Also
     --------
