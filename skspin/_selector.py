@@ -88,7 +88,8 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         Weights of classes, as in scikit-learn; "balanced" counts each text by its sample weight.
     validation_fraction : float in (0, 1), default=0.2
         Stratified share of the distinct rows, on which ``layer_scores_`` is measured and one of
-        several values of ``C`` is chosen. Copies of a row are either all among them or none.
+        several values of ``C`` is chosen. Copies of a row and its label are either all among them
+        or none.
     tol : float, default=1e-3
         Relative duality gap at which a probe is solved.
     max_iter : int, default=1000
@@ -256,7 +257,11 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         layout = layout_of(X)
         check_labels(y)
         xp, _ = get_namespace(X)  # NumPy, unless scikit-learn dispatches by the array API
-        checks = {"dtype": [xp.float32, xp.float64], "multi_output": True, "ensure_min_samples": 2}
+        # What is neither of these becomes the first: shorter numbers float32, all others float64.
+        dtypes = [xp.float64, xp.float32]
+        if getattr(getattr(X, "dtype", None), "itemsize", 8) < 4:
+            dtypes.reverse()
+        checks = {"dtype": dtypes, "multi_output": True, "ensure_min_samples": 2}
         with np.errstate(invalid="ignore"):  # scikit-learn sums all values, infinite ones too
             X, y = validate_data(self, X, y, **checks)
         y, sample_weight = to_host(y), to_host(sample_weight)
@@ -348,9 +353,10 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
             if gap > self.tol
         ]
         if behind:
+            more = f"max_iter={self.max_iter} or " * bool((self.n_iter_ >= self.max_iter).any())
             warn(
                 f"Probes stopped above the relative duality gap tol={self.tol}: "
-                f"{', '.join(behind)}. Increase max_iter={self.max_iter} or tol, or lower C.",
+                f"{', '.join(behind)}. Increase {more}tol, or lower C.",
                 ConvergenceWarning,
             )
 

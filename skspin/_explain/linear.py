@@ -167,10 +167,16 @@ _SCALINGS: dict[type, Callable[[Any], tuple[Any, Any]]] = {
 _MIXINGS: dict[type, Callable[[Any], tuple[Any, Any]]] = {
     PCA: lambda step: (
         step.mean_,
-        step.components_ / (np.sqrt(step.explained_variance_)[:, None] if step.whiten else 1.0),
+        step.components_ / (_deviations(step)[:, None] if step.whiten else 1.0),
     ),
     TruncatedSVD: lambda step: (0.0, step.components_),
 }
+
+
+def _deviations(pca: PCA) -> np.ndarray:
+    """Return what whitening divides by, which is never 0."""
+    variance = pca.explained_variance_
+    return np.maximum(np.sqrt(variance), np.finfo(variance.dtype).eps)
 
 
 def _decides_as(classifier: Any, *kinds: Any) -> bool:

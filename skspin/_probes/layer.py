@@ -101,10 +101,12 @@ def _fit_layer(
     else:
         block = np.ascontiguousarray(block, dtype=np.float32)
     # Mean and scale of all rows, validation rows included: they do not depend on labels.
-    mean: Any = 0.0
-    scale: Any = 1.0
     if settings.standardize:
         mean, scale = _mean_and_scale(block, center, targets.row_weights, settings.eps)
+    else:
+        # Centred, so that rounding does not turn a large constant into a gradient.
+        mean, _ = mean_and_deviation(block, targets.row_weights)
+        scale = np.where(to_host((block == block[:1]).all(0)), np.inf, 1.0)
 
     def solve(tasks: list[tuple[float, np.ndarray]]) -> list[ProbeSolution]:
         """Solve all problems, for each pair of a value of C and weights of the rows."""
@@ -259,7 +261,7 @@ def _fewest_that_hold(falling: np.ndarray, sparsity: float) -> int:
 def _share_of_neurons(falling: np.ndarray, sparsity: float) -> int:
     """Count the neurons that are left when the given share of them, rounded down, is dropped."""
     # 0.29 * 100 is 28.999999999999996
-    return falling.size - int(np.floor(sparsity * falling.size + 1e-9))
+    return max(1, falling.size - int(np.floor(sparsity * falling.size + 1e-9)))
 
 
 CRITERIA = {"salience": _fewest_that_hold, "count": _share_of_neurons}

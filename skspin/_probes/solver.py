@@ -213,7 +213,8 @@ class Problem:
         shift = -float(curvature @ change) / float(curvature.sum())  # the intercept's part
         rounding = 1e-12 * self.objective
         share = 1.0
-        while share > 1e-6 and slope < 0:
+        # Where rows are nearly certain, the quadratic model is so flat that steps are far too long.
+        while share > 1e-18 and slope < 0:
             coef, scores = self.coef + share * direction, self.scores + share * change
             intercept = self.intercept + share * shift
             objective = self._loss(scores, intercept) + self.penalty.value(coef)

@@ -165,8 +165,8 @@ def validation_rows(
 ) -> np.ndarray:
     """Choose a share of the targets' distinct rows, at least one, stratified, in ascending order.
 
-    Copies of a row are chosen together. So repeating a row has the same effect as a larger weight,
-    and no probe is scored on a row that it was fitted to.
+    Copies of a row and its label are chosen together. So repeating them has the same effect as a
+    larger weight, and no probe is scored on a row and label that it was fitted to.
     """
     numbers = _number_distinct_rows(X, targets)  # (n_texts,)
     strata = targets.strata[np.unique(numbers, return_index=True)[1]]  # (n_distinct,)
@@ -188,7 +188,7 @@ def validation_rows(
 def _number_distinct_rows(X: Any, targets: Targets) -> np.ndarray:
     """Give equal rows with equal labels one number, by first appearance: (n_texts,)."""
     # Most rows differ in a few columns already. The others are read whole.
-    some = to_host(X[:, -_SOME_COLUMNS:][targets.rows])  # (n_texts, n_some)
+    some = to_host(X[:, -_SOME_COLUMNS:][targets.rows]) + 0.0  # (n_texts, n_some), without -0.0
     keys: list[Any] = [
         (stratum, row.tobytes()) for stratum, row in zip(targets.strata.tolist(), some, strict=True)
     ]
@@ -196,6 +196,6 @@ def _number_distinct_rows(X: Any, targets: Targets) -> np.ndarray:
     rows = np.arange(len(X))[targets.rows]  # (n_texts,)
     for i, key in enumerate(keys):
         if counts[key] > 1:
-            keys[i] = key[0], xxhash.xxh3_128_digest(to_host(X[rows[i]]).tobytes())
+            keys[i] = key[0], xxhash.xxh3_128_digest((to_host(X[rows[i]]) + 0.0).tobytes())
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

@@ -36,6 +36,7 @@ def test_more_sparsity_never_keeps_other_neurons(salience, one, other):
 @pytest.mark.parametrize(
     ("criterion", "salience", "sparsity", "kept"),
     [
+        ("count", [1.0, 3.0, 1.0], 1 - 1e-10, [1]),
         ("salience", [1.0, 5.0, 0.0, 3.0, 1.0], 0.5, [1]),  # shares 0.1, 0.5, 0, 0.3, 0.1
         ("salience", [1.0, 5.0, 0.0, 3.0, 1.0], 0.2, [1, 3]),
         ("salience", [1.0, 5.0, 0.0, 3.0, 1.0], 0.1, [0, 1, 3]),  # ties go to the lower column

@@ -282,6 +282,27 @@ def test_float64_columns_may_be_far_from_zero(shift, standardize):
     np.testing.assert_allclose(selector.fit(X + shift, y).coef_, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("change", [pl.DataFrame, np.ndarray.tolist, lambda X: X.astype(">f8")])
+def test_float64_in_any_container_keeps_its_digits(change):
+    X, y = planted()
+    X = np.array(X, dtype=np.float64) + 1e7
+    selector = SalientNeuronSelector(layer_sizes=20)
+    expected = selector.fit(X, y).coef_
+    np.testing.assert_allclose(selector.fit(change(X), y).coef_, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+def test_a_large_constant_is_no_signal_without_standardising(penalty):
+    X, y = planted()
+    X = np.array(X)
+    X[:, 0] = 1e5
+    selector = SalientNeuronSelector(
+        0.0, C=100.0, penalty=penalty, layer_sizes=None, standardize=False
+    )
+    assert selector.fit(X, y).dual_gap_.max() <= 1e-3
+    assert not selector.coef_[0, 0]
+
+
 def test_a_row_is_left_to_fit_probes_to():
     X, y = np.random.default_rng(0).normal(size=(10, 3)), np.arange(10) % 2
     with pytest.raises(ValueError, match="validation_fraction=0.95 holds out all 10.* smaller"):
@@ -328,6 +349,10 @@ def test_what_did_not_converge_is_named():
     X, y = planted()
     with pytest.warns(ConvergenceWarning, match="layer0_hidden.*Increase max_iter"):
         SalientNeuronSelector(C=1e4, tol=1e-12, max_iter=2).fit(X, y)
+    with pytest.warns(
+        ConvergenceWarning, match="Increase tol, or lower C"
+    ):  # more steps don't help
+        SalientNeuronSelector(C=1e4, tol=1e-15).fit(X, y)
 
 
 def test_cross_validation_on_activations_knows_their_layers():

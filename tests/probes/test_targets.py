@@ -146,6 +146,10 @@ def test_rows_that_differ_anywhere_are_distinct_and_rows_that_do_not_are_not():
     ]
     assert held_out[0] == held_out[1]
     assert len(held_out[0]) == 4 and {row % 4 for row in held_out[0]} == {*held_out[0][:2]}
+    signed = np.where(np.arange(8)[:, None] < 4, 1, -1) * X  # -0.0 is 0.0
+    signed[:, 0] = X[:, 0]
+    rows = validation_rows(signed, encode_targets(y), 0.5, np.random.RandomState(0))
+    assert rows.tolist() == held_out[0]
 
 
 # Every container of y gives what its plain form gives.

@@ -77,6 +77,18 @@ def test_balanced_and_weighted_probes_are_scikit_learns_on_repeated_rows(kind, p
     np.testing.assert_allclose(found.coef_[:, :20], expected, atol=1e-4)
 
 
+def test_weights_that_span_many_decades_are_solved():
+    rng = np.random.default_rng(10)
+    d, k = int(rng.choice([20, 70, 200])), float(rng.choice([1, 2, 3, 4]))
+    C = float(10.0 ** rng.integers(1, 6))
+    X = rng.normal(size=(300, d))
+    y = (rng.random(300) < rng.choice([0.03, 0.1, 0.3])).astype(int)
+    y[:3], y[3:5] = 1, 0
+    selector = SalientNeuronSelector(C=C, layer_sizes=None)
+    selector.fit(X, y, sample_weight=10.0 ** rng.uniform(-k, k, 300))
+    assert selector.dual_gap_.max() <= 1e-3
+
+
 def test_weights_of_zero_are_as_if_the_texts_were_not_there():
     weight = np.where(np.arange(150) < 50, 0.0, 1.0)
     spoilt = np.where(weight[:, None] > 0, X, np.float32(1e6))
