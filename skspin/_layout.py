@@ -132,14 +132,14 @@ def find_layers(
 ) -> list[LayerColumns]:
     """List the layers whose probes are to be fitted, in order."""
     if not isinstance(layer_sizes, str):  # "auto"
-        layers = layers_from_sizes(_resolve_sizes(layer_sizes, n_columns))
+        layers = _layers_from_sizes(layer_sizes, n_columns)
     elif layout is not None:
         layers = layout.layers()
     else:
         found = None if names is None else layers_from_names(names)
         if found is None:
             _warn_of_no_layers(names)
-        layers = found or layers_from_sizes([n_columns])
+        layers = found or _layers_from_sizes(None, n_columns)
     n_described = sum(len(layer.columns) for layer in layers)
     if n_described != n_columns:
         raise ValueError(
@@ -153,8 +153,17 @@ def find_layers(
     return sorted(chosen, key=lambda layer: layer.key)
 
 
-def layers_from_sizes(sizes: Sequence[int]) -> list[LayerColumns]:
-    """List the layers of a plain matrix, ``sizes`` columns wide, one after another."""
+def _layers_from_sizes(layer_sizes: Any, n_columns: int) -> list[LayerColumns]:
+    """List the layers of a plain matrix, one after another."""
+    sizes = [n_columns] if layer_sizes is None else layer_sizes
+    if isinstance(layer_sizes, Integral):
+        sizes = [int(layer_sizes)] * max(1, n_columns // int(layer_sizes))
+    sizes = list(sizes)
+    if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
+        raise ValueError(
+            f"layer_sizes={layer_sizes!r} must hold one positive int per layer, the number of its "
+            "columns."
+        )
     return [
         _layer(("", "", number, "input"), np.arange(columns.start, columns.stop))
         for number, columns in enumerate(_side_by_side(sizes))
@@ -204,20 +213,6 @@ def _layer(key: tuple[str, str, int, str], columns: np.ndarray) -> LayerColumns:
 
 def _rank(names: tuple[str, ...], name: str) -> int:
     return names.index(name) if name in names else len(names)
-
-
-def _resolve_sizes(layer_sizes: Any, n_columns: int) -> list[int]:
-    if layer_sizes is None:
-        return [n_columns]
-    if isinstance(layer_sizes, Integral):
-        return [int(layer_sizes)] * max(1, n_columns // int(layer_sizes))
-    sizes = list(layer_sizes)
-    if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
-        raise ValueError(
-            f"layer_sizes={layer_sizes!r} must hold one positive int per layer, the number of its "
-            "columns."
-        )
-    return sizes
 
 
 def _warn_of_no_layers(names: Sequence[str] | None) -> None:
@@ -320,11 +315,8 @@ class ActivationArray(np.ndarray):
         """Copy values and layout."""
         return ActivationArray(np.asarray(self).copy(order), self.layout)
 
+    __copy__ = copy
     sort, partition, put = map(_forgetting_layout, ("sort", "partition", "put"))
-
-    def __copy__(self) -> ActivationArray:
-        """Copy values and layout."""
-        return self.copy()
 
     def __deepcopy__(self, memo: Any) -> ActivationArray:
         """Copy values and layout."""

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.exceptions import InconsistentVersionWarning
 
 from skspin._system import warn
@@ -71,6 +71,15 @@ class DetachedModel:
         return f"<{self.name} left out of the pickle>"
 
 
+def shallow_copy(estimator: Any) -> Any:
+    """Copy an estimator, sharing its attributes, without the detour over its pickled state."""
+    twin = object.__new__(type(estimator))
+    twin.__dict__.update(vars(estimator))
+    if hasattr(twin, config := "_sklearn_output_config"):  # a dict that set_output writes to
+        setattr(twin, config, dict(getattr(twin, config)))
+    return twin
+
+
 class ModelSharingEstimator(VersionedState, BaseEstimator):
     """An estimator whose ``model`` and ``tokenizer`` may be objects, which its copies share."""
 
@@ -88,16 +97,10 @@ class ModelSharingEstimator(VersionedState, BaseEstimator):
     def __sklearn_clone__(self):
         """Clone as scikit-learn does, but share the model and tokenizer instead of copying them."""
         shared = {name: getattr(self, name) for name in _SHARED}
-        others = {k: v for k, v in self.get_params(deep=False).items() if k not in _SHARED}
-        twin = BaseEstimator.__sklearn_clone__(type(self)(**others))
-        for state in ("_metadata_request", "_sklearn_output_config"):
-            if hasattr(self, state):
-                setattr(twin, state, clone(getattr(self, state), safe=False))
-        return twin.set_params(**shared)
+        without = shallow_copy(self).set_params(**dict.fromkeys(_SHARED))
+        return BaseEstimator.__sklearn_clone__(without).set_params(**shared)
 
-    def __copy__(self):
-        """Copy the attributes, not the state of a pickle, which lacks a model in memory."""
-        return shallow_copy(self)
+    __copy__ = shallow_copy  # not the state of a pickle, which lacks a model in memory
 
     def __deepcopy__(self, memo):
         """Share the model and tokenizer, as clones do."""
@@ -118,15 +121,6 @@ class ModelSharingEstimator(VersionedState, BaseEstimator):
             plain = json.loads(json.dumps(config.to_dict()))
             state["model_kwargs"] = {**options, "quantization_config": plain}
         return state
-
-
-def shallow_copy(estimator: Any) -> Any:
-    """Copy an estimator, sharing its attributes, without the detour over its pickled state."""
-    twin = object.__new__(type(estimator))
-    twin.__dict__.update(vars(estimator))
-    if hasattr(twin, config := "_sklearn_output_config"):  # a dict that set_output writes to
-        setattr(twin, config, dict(getattr(twin, config)))
-    return twin
 
 
 def pack_sparse(array: np.ndarray) -> dict[str, Any]:

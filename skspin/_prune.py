@@ -6,9 +6,8 @@ output columns are needed, is narrowed to them, and says which input columns it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import issparse
@@ -43,8 +42,7 @@ _BY_COLUMN: dict[type, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """The columns that a step must return, and the name of the step that needs them."""
 
     columns: np.ndarray | None  # (n_columns,), True for those needed; None for all

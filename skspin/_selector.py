@@ -279,19 +279,12 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
         # cache.
         random_state = check_random_state(0 if self.random_state is None else self.random_state)
         validation = validation_rows(X, targets, self.validation_fraction, random_state)
+        device, eps = self._resolve_device(X), float(xp.finfo(X.dtype).eps)
         settings = ProbeSettings(
-            self._resolve_C(),
-            self.penalty,
-            self.standardize,
-            self.tol,
-            self.max_iter,
-            self._resolve_device(X),
-            float(xp.finfo(X.dtype).eps),
+            self._resolve_C(), self.penalty, self.standardize, self.tol, self.max_iter, device, eps
         )
         columns = (as_slice(layer.columns) for layer in self._follow(layers, X, y))
-        fitted = fit_layers(
-            X, columns, targets, validation, settings, use_cache=self.cache is not None
-        )
+        fitted = fit_layers(X, columns, targets, validation, settings, use_cache=bool(self.cache))
         probes = list(fitted)
 
         self.layout_ = layout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from skspin._model import resolve_device, resolve_dtype
@@ -35,36 +36,27 @@ def show_versions() -> None:
     packages
                  skspin: ...
     """
+    import torch
+
     system = {
         "python": sys.version.replace("\n", " "),
         "platform": platform.platform(),
         "cores": str(os.cpu_count()),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
     }
-    sections = {"system": system, "packages": _packages(), "devices": _devices()}
-    for title, rows in sections.items():
-        width = 4 + max(map(len, rows))
-        lines = [f"{name:>{width}}: {value}" for name, value in rows.items()]
-        print(title, *lines, "", sep="\n")  # noqa: T201
-
-
-def _packages() -> dict[str, str]:
-    found = {"skspin": __version__}
+    packages = {"skspin": __version__} | dict.fromkeys(_PACKAGES.split(), "not installed")
     for name in _PACKAGES.split():
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _devices() -> dict[str, str]:
-    import torch
-
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     chosen = resolve_device(None)
     gpus = range(torch.cuda.device_count())
-    return {f"cuda:{index}": torch.cuda.get_device_name(index) for index in gpus} | {
+    devices = {f"cuda:{index}": torch.cuda.get_device_name(index) for index in gpus} | {
         "torch threads": str(torch.get_num_threads()),
         "device=None": chosen,
         'dtype="auto"': resolve_dtype("auto", chosen),
     }
+    sections = {"system": system, "packages": packages, "devices": devices}
+    for title, rows in sections.items():
+        width = 4 + max(map(len, rows))
+        lines = [f"{name:>{width}}: {value}" for name, value in rows.items()]
+        print(title, *lines, "", sep="\n")  # noqa: T201

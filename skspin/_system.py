@@ -25,7 +25,7 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
         held.append(str(message))
         return
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _package(frame.f_globals) in _IN_BETWEEN:
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _IN_BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 
@@ -39,10 +39,6 @@ def hold_warnings(function: Callable[..., object], *args: Any) -> list[str]:
     finally:
         del _held.messages
     return messages
-
-
-def _package(module: dict) -> str:
-    return str(module.get("__name__")).partition(".")[0]
 
 
 def after_fork(recover: Callable[[], None]) -> Callable[[], None]:

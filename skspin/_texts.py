@@ -35,7 +35,11 @@ def open_texts(X: Any) -> TextChunks:
             "[text]."
         )
     X = _only_column(X)
-    n_texts = _count(X)
+    readable = hasattr(X, "__iter__") or hasattr(X, "__getitem__")
+    if isinstance(X, dict | set | frozenset) or not (hasattr(X, "__len__") and readable):
+        advice = " It can be read only once: make a list of it, list(X)." * hasattr(X, "__next__")
+        raise TypeError(f"X is a {type(X).__name__}, but {_ALLOWED} is needed.{advice}")
+    n_texts = len(X)
     if not n_texts:
         raise ValueError("X holds no text (0 samples), but at least one is needed.")
     in_memory = _as_list(X)
@@ -176,14 +180,6 @@ def _only_column(X: Any) -> Any:
     return X[X.columns[0]]  # polars
 
 
-def _count(X: Any) -> int:
-    readable = hasattr(X, "__iter__") or hasattr(X, "__getitem__")
-    if isinstance(X, dict | set | frozenset) or not (hasattr(X, "__len__") and readable):
-        advice = " It can be read only once: make a list of it, list(X)." * hasattr(X, "__next__")
-        raise TypeError(f"X is a {type(X).__name__}, but {_ALLOWED} is needed.{advice}")
-    return len(X)
-
-
 def _as_list(X: Any) -> list[Any] | None:
     """List the items of a container that is in memory; None if it may be on disk."""
     if isinstance(X, list | tuple):
@@ -267,13 +263,14 @@ class TextTokens:
         same = (word[1:] == word[:-1]) & self.in_text[1:] & self.in_text[:-1]
         return np.cumsum(np.concatenate([[False], ~same]))
 
-    def merge(self, groups: np.ndarray) -> TextTokens:
-        """Join the tokens that share a number of ``groups``, (n_tokens,) int, ascending."""
+    def merge(self, groups: np.ndarray, values: np.ndarray) -> tuple[TextTokens, np.ndarray]:
+        """Join the tokens of each group, (n_tokens,) ascending numbers, and add up their values."""
         first = np.flatnonzero(np.diff(groups, prepend=-1))  # (n_groups,)
         ends = np.maximum.reduceat(self.ends, first)
         names = [self.tokens[i] for i in first]
         starts, messages = self.starts[first], self.messages[first]
-        return TextTokens(self.text, names, starts, ends, messages, self.is_truncated)
+        merged = TextTokens(self.text, names, starts, ends, messages, self.is_truncated)
+        return merged, np.add.reduceat(values, first)
 
 
 class Speller:

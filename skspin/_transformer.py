@@ -13,14 +13,7 @@ from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from skspin._layout import POOLINGS, SITES, STACKS, ActivationArray, Layout
-from skspin._model import (
-    Recipe,
-    Source,
-    cut_model,
-    extract,
-    fingerprint,
-    model_shape,
-)
+from skspin._model import Recipe, Source, extract, fingerprint, model_shape
 from skspin._pickling import DetachedModel, ModelSharingEstimator, shallow_copy
 from skspin._sklearn import HasMethods, Hidden, Interval, StrOptions, _fit_context, diagram_block
 from skspin._store import DTYPES, Output, open_output, open_store
@@ -348,7 +341,7 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
 
     def _recipe(self, conversations: bool, text_params: dict[str, Any]) -> Recipe:
         """Gather what decides the numbers, and how they are computed."""
-        pool_over = _check_text_params(conversations, **text_params)
+        pool_over = _check_text_params(conversations, text_params)
         source = self._source()
         max_length = min(text_params["max_length"], source.longest or text_params["max_length"])
         return Recipe(
@@ -409,12 +402,6 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         recipe.check_fingerprint(self.model_fingerprint_)
         return recipe
 
-    def _cut_model(self) -> Any:
-        """Copy the part of the model that the columns need, as a module from token ids to rows."""
-        # Roles are those of conversations.
-        recipe = self._fitted_recipe(self.text_params_["pool_over"] not in ("all", "text"))
-        return cut_model(recipe, self.layout_)
-
     def __getstate__(self):
         """Say which model in memory is left out: joblib's Memory takes equal pickles for equal."""
         state = super().__getstate__()
@@ -450,16 +437,9 @@ def _layout_facts(layout: Layout) -> list[str]:
     ]
 
 
-def _check_text_params(
-    conversations: bool,
-    *,
-    prompt: str | None,
-    max_length: int,
-    long_texts: str,
-    overlap: int,
-    pool_over: Any,
-) -> str | tuple[str, ...]:
+def _check_text_params(conversations: bool, params: dict[str, Any]) -> str | tuple[str, ...]:
     """Check parameters against each other and the texts; return ``pool_over`` in one form."""
+    prompt, overlap, over = params["prompt"], params["overlap"], params["pool_over"]
     if prompt is not None and "{text}" not in prompt:
         raise ValueError(
             f"prompt={prompt!r} has no place for the text. Write {{text}} where it goes."
@@ -469,12 +449,11 @@ def _check_text_params(
             f"prompt={prompt!r}, but X holds conversations, which the tokenizer's chat "
             "template writes. Leave prompt=None, or pass texts."
         )
-    if overlap and long_texts == "truncate":
+    if overlap and params["long_texts"] == "truncate":
         raise ValueError(
             f"overlap={overlap} is for windows, but long_texts='truncate'. Set "
             "long_texts='windows' or overlap=0."
         )
-    over = pool_over
     if isinstance(over, str) and over in ("all", "text"):
         return over
     roles = (over,) if isinstance(over, str) else tuple(over)

@@ -19,7 +19,8 @@ _NAMES = re.compile(
 )
 _RULES = re.compile(r"[=~*-]{4,}")  # the lines over and under a title
 _PER_FILE = 12
-_SKIPPED = {"tests", "test", "testing", "externals", "f2py"}
+# Folders. NumPy defines most of its public functions in numpy._core.
+_SKIPPED = re.compile(r"(^|/)(tests?|testing|externals|f2py|_(?!core/)[^/]*)/")
 _LONGEST_FILE = 100_000  # bytes; longer files take longer to parse, for hardly any more texts
 
 _DESCR = """\
@@ -201,11 +202,6 @@ def _public_sources(library: str) -> list[Path]:
     return [
         path
         for path in sorted(root.rglob("*.py"))
-        if not any(map(_is_private, path.relative_to(root).parts[:-1]))
+        if not _SKIPPED.search(path.relative_to(root).as_posix())
         and path.stat().st_size < _LONGEST_FILE
     ]
-
-
-def _is_private(folder: str) -> bool:
-    # NumPy defines most of its public functions in numpy._core.
-    return folder in _SKIPPED or (folder.startswith("_") and folder != "_core")

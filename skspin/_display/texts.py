@@ -296,7 +296,15 @@ class PrefixScoresDisplay:
         (self.line_,) = self.ax_.plot(places, self.scores, **line)
         self.threshold_line_ = None
         if self.threshold is not None:
-            self._draw_threshold(places)
+            line = {"color": VERMILION, "linewidth": 1, "linestyle": "--"}
+            self.threshold_line_ = self.ax_.axhline(self.threshold, **line)
+            reached = "not reached"
+            for at in np.flatnonzero(self.scores >= self.threshold)[:1]:
+                reached = f"reached at token {at + 1}, “{self.tokens[at]}”"
+                ring = {"markerfacecolor": "none", "markeredgecolor": VERMILION, "markersize": 9}
+                self.ax_.plot(places[at], self.scores[at], "o", markeredgewidth=1.5, **ring)
+            note = f"threshold {self.threshold:.3g}: {reached}"
+            self.ax_.set_title(note, color=VERMILION, **_NOTE)
         if named:
             self.ax_.set_xticks(places, self.tokens, rotation=90, **_SMALL)
             self.ax_.tick_params(axis="x", length=0)
@@ -304,15 +312,3 @@ class PrefixScoresDisplay:
         self.ax_.margins(x=0.02)
         self.ax_.set_ylabel(self.name)
         return self
-
-    def _draw_threshold(self, places: np.ndarray) -> None:
-        """Draw the threshold, and mark the first token that reaches it."""
-        line = {"color": VERMILION, "linewidth": 1, "linestyle": "--"}
-        self.threshold_line_ = self.ax_.axhline(self.threshold, **line)
-        reached = "not reached"
-        for at in np.flatnonzero(self.scores >= self.threshold)[:1]:
-            reached = f"reached at token {at + 1}, “{self.tokens[at]}”"
-            ring = {"markerfacecolor": "none", "markeredgecolor": VERMILION, "markersize": 9}
-            self.ax_.plot(places[at], self.scores[at], "o", markeredgewidth=1.5, **ring)
-        note = f"threshold {self.threshold:.3g}: {reached}"
-        self.ax_.set_title(note, color=VERMILION, **_NOTE)

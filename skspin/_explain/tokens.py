@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from numbers import Integral
@@ -86,15 +86,10 @@ class TokenExplanation:
         explanation : TokenExplanation
             The same explanation, with words in place of tokens.
         """
-        words = [part.words() for part in self.tokens]
-        return replace(
-            self,
-            tokens=[part.merge(groups) for part, groups in zip(self.tokens, words, strict=True)],
-            contributions=[
-                np.add.reduceat(part, np.flatnonzero(np.diff(groups, prepend=-1)))
-                for part, groups in zip(self.contributions, words, strict=True)
-            ],
-        )
+        texts = zip(self.tokens, self.contributions, strict=True)
+        merged = [tokens.merge(tokens.words(), values) for tokens, values in texts]
+        words, contributions = [words for words, _ in merged], [values for _, values in merged]
+        return replace(self, tokens=words, contributions=contributions)
 
     def predicted_classes(self) -> np.ndarray:
         """Say which class has the largest decision value, for each text; of shape (n_texts,)."""
@@ -263,12 +258,8 @@ def explain_tokens(pipeline, texts):
         # pass, which the classifier sees, gives the values, and this one only each token's share.
         found[text] = tokens, _split(transformer.layout_, activations, pooled[text], form)
     *_, head = flatten(pipeline)
-    return TokenExplanation(
-        tokens=[found[text][0] for text in texts.to_list()],
-        contributions=[found[text][1] for text in texts.to_list()],
-        intercept=form.intercept,
-        classes=classes_of(head),
-    )
+    parts, contributions = zip(*(found[text] for text in texts.to_list()), strict=True)
+    return TokenExplanation([*parts], [*contributions], form.intercept, classes_of(head))
 
 
 def _split(
@@ -315,14 +306,21 @@ _NOTE = '<div style="font-size:85%;opacity:0.75">'
 def _text_to_html(tokens: TextTokens, values: np.ndarray) -> str:
     """Write one text, its tokens blue for positive values and vermilion for negative ones."""
     unit = float(np.abs(values).max()) or 1.0  # what gets the deepest colour
+    # Tokens that share characters, as the bytes of an emoji do, are written once.
+    reach = np.maximum.accumulate(tokens.ends)  # (n_tokens,)
+    shared = tokens.in_text[1:] & tokens.in_text[:-1] & (tokens.starts[1:] < reach[:-1])
+    tokens, values = tokens.merge(np.cumsum(np.append(False, ~shared)), values)
     parts = []
     done = 0  # characters written
-    for start, end, label, value in _pieces(tokens, values):
+    for token, start, end, value in zip(
+        tokens.tokens, tokens.starts, tokens.ends, values, strict=True
+    ):
         if end > start:
             parts.append(escape(tokens.text[done:start]))
             done = end
         style = "" if end > start else _OUTSIDE
-        parts.append(_swatch(value / unit, escape(label), style, f"{value:+.3g}"))
+        label = escape(tokens.text[start:end] or token)
+        parts.append(_swatch(value / unit, label, style, f"{value:+.3g}"))
     parts.append(escape(tokens.text[done:]))
     return f'<div style="{_LINE};margin:0.3em 0 0.8em 0">{"".join(parts)}</div>'
 
@@ -352,17 +350,3 @@ def _swatch(share: float, label: str, style: str = "", title: str = "") -> str:
     color = f"rgba({_FOR if share > 0 else _AGAINST},{min(abs(share), 1.0) * _DEEPEST:.2f})"
     style = f"border-radius:3px;background:{color}{style}"
     return f'<span style="{style}" title="{title}">{label}</span>'
-
-
-def _pieces(tokens: TextTokens, values: np.ndarray) -> Iterator[tuple[int, int, str, float]]:
-    """Join tokens that share characters, as the bytes of an emoji do."""
-    i = 0
-    while i < len(values):
-        start, end, value = int(tokens.starts[i]), int(tokens.ends[i]), float(values[i])
-        label = tokens.text[start:end] or tokens.tokens[i]
-        i += 1
-        while end > start and i < len(values) and tokens.in_text[i] and tokens.starts[i] < end:
-            end, value = max(end, int(tokens.ends[i])), value + float(values[i])
-            label = tokens.text[start:end]
-            i += 1
-        yield start, end, label, value

@@ -83,8 +83,7 @@ def token_activations(
     """
     from skspin._model import token_level
 
-    read = token_level.prefix_activations if of_prefixes else token_level.token_activations
-    return read(_load(recipe), recipe, texts, layout)
+    return token_level.token_activations(_load(recipe), recipe, texts, layout, of_prefixes)
 
 
 def cut_model(recipe: Recipe, layout: Layout) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from skspin._layout import STACKS
+from skspin._layout import SITES, STACKS
 from skspin._model.blocks import Architecture, Tap, architecture_of, find_blocks, find_sites
 
 # Names that configurations have for the number of positions; {} stands for the stack.
@@ -42,11 +42,6 @@ class Stack:
         """Return where ``site`` of ``layer`` is read; a ValueError says why there is none."""
         if (layer, site) in self.taps:
             return self.taps[layer, site]
-        if layer == 0 and site != "hidden":
-            raise ValueError(
-                f"layer 0 (the embeddings) has no site={site!r}. Choose layers from 1 to"
-                f" {len(self.blocks)}, or site='hidden'."
-            )
         name = type(self.blocks[layer - 1]).__name__ if layer else "the embeddings"
         raise ValueError(
             f"layer {layer} ({name}) has no site={site!r}: {self.missing[layer, site]}"
@@ -122,7 +117,8 @@ def _dissect(name: str | None, stack: nn.Module, model_config: Any) -> Stack:
         (layer, "hidden"): Tap(module, width)
         for layer, module in enumerate(_takers(stack, blocks, architecture))
     }
-    missing: dict[tuple[int, str], str] = {}
+    # The embeddings have hidden states only.
+    missing = {(0, site): f"it is in layers from 1 to {len(blocks)}." for site in SITES[1:]}
     for layer, block in enumerate(blocks, start=1):
         for site, found in find_sites(block, width, architecture.paths).items():
             if isinstance(found, str):

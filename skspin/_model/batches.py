@@ -76,15 +76,12 @@ class TokenBudget:
     """
 
     def __init__(self, backbone: Backbone, batch_tokens: int | str = "auto"):
-        self._backbone = backbone
-        anatomy = backbone.anatomy
+        self._backbone, anatomy = backbone, backbone.anatomy
+        self._least = _LEAST_SHARE if batch_tokens == "auto" else 1
         if isinstance(batch_tokens, str):
             widest = max(tap.width for s in anatomy.stacks.values() for tap in s.taps.values())
             n_bytes = _WIDEST_BYTES.get(backbone.device.type, _OTHER_DEVICE_BYTES)
             batch_tokens = n_bytes // (widest * getattr(torch, backbone.dtype).itemsize)
-            self._least = _LEAST_SHARE
-        else:
-            self._least = 1
         self._wanted = int(batch_tokens)
         # Where padding leaks into real tokens, a pass takes texts of one length only.
         self._start_share = 0.0 if anatomy.mixes_beyond == 0 else _START_SHARE
@@ -129,8 +126,6 @@ class _Group:
         self.windows = [window for text in encoded for window in text.windows]
         self.lengths = np.array([len(window) for window in self.windows])  # (n_windows,)
         self.owners = np.repeat(np.arange(len(encoded)), self.n_windows)  # (n_windows,)
-        # Numbers of the windows, each within its text.
-        self.numbers = [i for text in encoded for i in range(len(text.windows))]
         self.merges: dict[int, WindowMerge] = {}  # of long texts that are not complete
         self.left = np.empty(0, dtype=np.intp)  # the longest first
         self.put_back(np.arange(len(self.windows)))
@@ -171,7 +166,8 @@ class _Group:
         if text not in self.merges:
             n_pooled = [window.n_pooled for window in self.encoded[text].windows]
             self.merges[text] = WindowMerge(n_pooled, layout)
-        merged = self.merges[text].add(self.numbers[window], row)
+        number = window - int(np.searchsorted(self.owners, text))  # within its text
+        merged = self.merges[text].add(number, row)
         if merged is not None:
             del self.merges[text]
         return merged

@@ -84,7 +84,7 @@ class CutModel(nn.Module):
         self._has_decoder = "decoder_input_ids" in arguments
         # What is read in a pass, by thread: threads may share the module.
         self._passes: dict[int, tuple[Tensor, Tensor, list[Any]]] = {}
-        self._handles = [watch(tap, partial(self._read, tap, taps[tap])) for tap in taps]
+        self.handles = [watch(tap, partial(self._read, tap, taps[tap])) for tap in taps]
 
     def forward(
         self,
@@ -113,11 +113,6 @@ class CutModel(nn.Module):
         finally:
             del self._passes[thread]
         return torch.cat(values, dim=1)
-
-    def remove_hooks(self) -> None:
-        """Remove the hooks from the model."""
-        for handle in self._handles:
-            handle.remove()
 
     def _read(self, tap: Tap, positions: list[int], activations: Tensor) -> None:
         real, pooled, values = self._passes[_thread()]
@@ -226,7 +221,8 @@ def _cut(
     model, taps, whole = deepcopy((model, taps, whole), memo)
     tried = CutModel(model, layout, taps)
     used = _used_weights(tried, sample)
-    tried.remove_hooks()
+    for handle in tried.handles:
+        handle.remove()
     stand_ins = _put_stand_ins(model, used, whole)
     in_place = {replace(t, module=stand_ins.get(t.module, t.module)): taps[t] for t in taps}
     return CutModel(model, layout, in_place)

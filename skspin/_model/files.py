@@ -263,8 +263,7 @@ def silence() -> Iterator[None]:
 
     # If transformers is not imported, there is nothing to silence.
     transformers: Any = sys.modules.get("transformers.utils.logging")
-    with ExitStack() as restored, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with ExitStack() as restored, warnings.catch_warnings(action="ignore"):
         for logger in (hub.logging, transformers):
             if logger is not None:
                 restored.callback(logger.set_verbosity, logger.get_verbosity())

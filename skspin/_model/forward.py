@@ -197,22 +197,19 @@ class Reader:
 
     def _read(self, positions: list[int], activations: Tensor) -> None:
         """Take what some segments ask for of activations (n_texts, n_tokens, n_neurons)."""
+        device = activations.device
+        if self.pooled is not None and device not in self._groups:
+            self._groups[device] = group_texts(self.pooled.to(device))
         for position in positions:
             segment = self.segments[position]
             values = activations
             if self.pooled is not None:
-                values = self._pool(activations, self.pooled, segment.pooling)
+                values = pool(activations, self._groups[device], segment.pooling)
             # Chosen after pooling, so that values are bit for bit those among all neurons. Choosing
             # before it would be faster only for a few neurons in a hundred.
             if segment.neurons is not None:
                 values = values[..., _on_device(segment.neurons, values.device)]
             self.values[position] = values.float().to(self.mask.device)
-
-    def _pool(self, activations: Tensor, pooled: Tensor, pooling: str) -> Tensor:
-        device = activations.device
-        if device not in self._groups:
-            self._groups[device] = group_texts(pooled.to(device))
-        return pool(activations, self._groups[device], pooling)
 
 
 @lru_cache(maxsize=256)  # a pruned pipeline asks for the same neurons in every batch

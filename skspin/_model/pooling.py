@@ -9,8 +9,8 @@ Padding never counts, whatever it holds and on whichever side it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,8 +65,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = dict(
 )
 
 
-@dataclass(frozen=True)
-class TextGroup:
+class TextGroup(NamedTuple):
     """Neighbouring texts that are pooled in one go."""
 
     rows: slice  # which texts of the batch

@@ -103,7 +103,13 @@ def forget_models() -> None:
 def read_anatomy(source: Source) -> Anatomy:
     """Find a model's blocks and widths from its configuration; the modules hold no weights."""
     with _lock:
-        return find_anatomy(source.model if source.in_memory else load_skeleton(source))
+        if source.in_memory:
+            return find_anatomy(source.model)
+        options = {"trust_remote_code": source.trust_remote_code}
+        with silence():
+            config, _ = _configure(source)
+            with torch.device("meta"):
+                return find_anatomy(transformers.AutoModel.from_config(config, **options))
 
 
 def resolve_placement(source: Source, device: Any = None, dtype: Any = "auto") -> tuple[str, str]:
@@ -127,10 +133,11 @@ def resolve_placement(source: Source, device: Any = None, dtype: Any = "auto") -
 
 
 def _assemble(source: Source, model: Any, dtype: str, name: str) -> Backbone:
-    tokenizer = load_tokenizer(source)
-    device = _input_device(model)
-    bare, anatomy = _bare_copy(tokenizer), try_anatomy(model, device, name)
-    return Backbone(model, tokenizer, bare, anatomy, device, dtype, name)
+    tokenizer, device = load_tokenizer(source), _input_device(model)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    splits = bool(getattr(tokenizer, "split_special_tokens", False))
+    bare = None if backend is None else _bare_copy(backend.to_str(), splits)
+    return Backbone(model, tokenizer, bare, try_anatomy(model, device, name), device, dtype, name)
 
 
 def _input_device(model: Any) -> torch.device:
@@ -138,15 +145,9 @@ def _input_device(model: Any) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
-def _bare_copy(tokenizer: Any) -> Tokenizer | None:
-    """Copy the Rust part of a tokenizer, without truncation and padding; None if it has none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    splits = bool(getattr(tokenizer, "split_special_tokens", False))
-    return None if backend is None else _parse(backend.to_str(), splits)
-
-
 @lru_cache(maxsize=4)  # a tokenizer in memory is copied in every call, and may have changed
-def _parse(definition: str, split_special_tokens: bool) -> Tokenizer:
+def _bare_copy(definition: str, split_special_tokens: bool) -> Tokenizer:
+    """Copy the Rust part of a tokenizer, without truncation and padding."""
     copy = Tokenizer.from_str(definition)
     copy.encode_special_tokens = split_special_tokens  # which the definition does not say
     # Both are settings of the original object, left by its last call, and another thread may change
@@ -173,16 +174,6 @@ _TOKENIZER = _Kind(
     ("tokenizer.json", "vocab*", "merges*", *"*.model *.spm *.tiktoken *.bpe* *.codes".split()),
     tuple(f"*{suffix}" for suffix in SETTINGS),
 )
-
-
-def load_skeleton(source: Source) -> Any:
-    """Build a model without weights from its configuration, on torch's meta device."""
-    with silence():
-        config, _ = _configure(source)
-        with torch.device("meta"):
-            return transformers.AutoModel.from_config(
-                config, trust_remote_code=source.trust_remote_code
-            )
 
 
 def load_model(source: Source, device: str, dtype: str) -> Any:

@@ -33,15 +33,22 @@ _LEAST = 256  # tokens that a cache has room for
 
 
 def token_activations(
-    backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout
+    backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout, of_prefixes: bool
 ) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
     """Read activations (n_tokens, n_columns) at the pooled tokens of each text, in any order.
 
     In the decoder of an encoder-decoder model, which gets the text shifted right, a token's
-    activations are those at the position that predicts it.
+    activations are those at the position that predicts it. With ``of_prefixes``, an error is raised
+    if they would depend on the tokens that follow.
     """
+    if of_prefixes:
+        _check_prefixes(backbone, recipe)
     encoder = TextEncoder(backbone, recipe)
     found = {text: encoder.locate(text) for text in texts}
+    for _, tokens in found.values() if of_prefixes else ():
+        has_text = (tokens.messages >= 0).any()
+        _check_end(recipe, bool(has_text and tokens.messages[-1] < 0))
+        _check_cut(tokens.is_truncated, backbone.tokenizer.truncation_side)
     # Windows of one length go together: there is no padding to take out again.
     by_length: dict[int, list[tuple[str, int]]] = defaultdict(list)
     for text, (windows, _) in found.items():
@@ -66,18 +73,6 @@ def token_activations(
                 if len(rows[text]) == len(found[text][0]):
                     parts = [part for _, part in sorted(rows.pop(text).items())]
                     yield text, found[text][1], np.concatenate(parts)
-
-
-def prefix_activations(
-    backbone: Backbone, recipe: Recipe, texts: Sequence[str], layout: Layout
-) -> Iterator[tuple[str, TextTokens, np.ndarray]]:
-    """Read what `token_activations` does, or raise if it would depend on the tokens that follow."""
-    _check_prefixes(backbone, recipe)
-    for text, tokens, activations in token_activations(backbone, recipe, texts, layout):
-        has_text = (tokens.messages >= 0).any()
-        _check_end(recipe, bool(has_text and tokens.messages[-1] < 0))
-        _check_cut(tokens.is_truncated, backbone.tokenizer.truncation_side)
-        yield text, tokens, activations
 
 
 # Conditions under which one pass gives the activations of every prefix of a text

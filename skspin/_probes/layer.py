@@ -138,13 +138,8 @@ def _fit_layer(
     # change the last digit of equal scores.
     best = int(np.argmax(np.array(scores) >= max(scores) - 1e-12))
     final = solved[-1] if known else solve([(settings.C[best], targets.weights)])[0]
-    return LayerProbe(
-        coef=final.coef,
-        score=scores[best],
-        C=settings.C[best],
-        dual_gap=float(final.dual_gap.max()),
-        n_iter=int(final.n_iter.max()),
-    )
+    dual_gap, n_iter = float(final.dual_gap.max()), int(final.n_iter.max())
+    return LayerProbe(final.coef, scores[best], settings.C[best], dual_gap, n_iter)
 
 
 def _mean_and_scale(

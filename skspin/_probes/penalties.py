@@ -113,11 +113,7 @@ def _step_sizes(gram: np.ndarray) -> np.ndarray:
 
 
 def _accelerated_steps(
-    gram: np.ndarray,
-    gradient: np.ndarray,
-    start: np.ndarray,
-    best: np.ndarray,
-    steps: np.ndarray,
+    gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, best: np.ndarray, steps: np.ndarray
 ) -> np.ndarray:
     """Take a few proximal gradient steps with Nesterov's momentum and adaptive restarts."""
     u = at = best

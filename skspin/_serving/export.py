@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.utils import Bunch
 
 from skspin._explain import LinearForm, to_linear_form
-from skspin._model import text_encoder
+from skspin._model import cut_model, text_encoder
 from skspin._pickling import shallow_copy
 from skspin._pipeline import fitted_pipeline, flatten
 from skspin._serving.model_card import settings_of, write_card
@@ -113,7 +113,8 @@ def _module_of(transformer: LLMActivationTransformer, form: LinearForm) -> Any:
     """Make the module of a pipeline's linear parts."""
     from skspin._serving.graph import PipelineModule  # it loads torch
 
-    columns = transformer._cut_model()
+    of_roles = transformer.text_params_["pool_over"] not in ("all", "text")  # of conversations
+    columns = cut_model(transformer._fitted_recipe(of_roles), transformer.layout_)
     return PipelineModule(columns, form, columns.model.device)
 
 

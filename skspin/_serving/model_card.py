@@ -214,8 +214,7 @@ def _classes_of(pipeline: Pipeline) -> tuple[list, bool]:
     *_, head = flatten(pipeline)
     if isinstance(head.classes_, list):
         return [_as_json(classes) for classes in head.classes_], True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn warns if columns had names in fit
+    with warnings.catch_warnings(action="ignore"):  # of columns that had names in fit
         predicted = head.predict(np.zeros((1, head.n_features_in_), dtype=np.float32))
     if np.ndim(predicted) == 2:
         return [[0, 1]] * predicted.shape[1], True

@@ -18,7 +18,6 @@ from skspin._layout import Layout, Segment
 from skspin._system import warn
 
 DTYPES = {"float32": "<f4", "float16": "<f2"}  # formats of stored rows
-_NAMES = {kind: name for name, kind in DTYPES.items()}
 _PIECE_BYTES = 1 << 20  # of rows copied at a time, which then are checked in the CPU's cache
 
 
@@ -28,9 +27,9 @@ def text_digests(texts: Iterable[str]) -> list[bytes]:
     return [digest(text.encode("utf-8", "surrogatepass")) for text in texts]
 
 
-def name_of_key(key: str) -> str:
-    """Return the prefix of the names of all chunks of a key."""
-    return f"{text_digests([key])[0].hex()}-"
+def digest_of(text: str) -> str:
+    """Digest one text into hexadecimal digits; a key's are the prefix of its chunks' names."""
+    return text_digests([text])[0].hex()
 
 
 def pieces(n_rows: int, row_bytes: int) -> list[slice]:
@@ -71,7 +70,7 @@ class About:
         """The prefix of the names of all chunks of this key, layout and format."""
         segments = [(s.key, s.width, s.neurons) for s in self.layout.segments]
         columns = json.dumps([*segments, *([self.dtype] if self.dtype != "float32" else [])])
-        return f"{name_of_key(self.key)}{xxhash.xxh3_64_hexdigest(columns.encode())}-"
+        return f"{digest_of(self.key)}-{xxhash.xxh3_64_hexdigest(columns.encode())}-"
 
     def round(self, rows: np.ndarray) -> np.ndarray:
         """Round rows (k, n_columns) to the chunk's format, or raise if a value is too large."""
@@ -126,10 +125,10 @@ class Chunk:
         self.record, self.name = record, name
         try:
             encoded, n_texts = record["about"].tobytes(), len(record["texts"])
-            dtype = _NAMES.get(record["rows"].dtype.str, "float32")
+            dtype = record["rows"].dtype.name
             self.about = About.from_json(encoded, dtype)
             expected = _record_type(len(encoded), n_texts, self.about.layout.n_columns, dtype)
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise ValueError("its header can't be read") from error
         if record.dtype != expected or record.shape or not name.startswith(self.about.name):
             raise ValueError("it does not match its header")

@@ -13,11 +13,12 @@ from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
-from skspin._store.chunk import Chunk, text_digests
+from skspin._store.chunk import Chunk, digest_of
 from skspin._system import warn
 
 # Each version of the format, or of what is read of a model, has a folder of its own, side by side.
@@ -41,11 +42,10 @@ class Memory:
         """Return a name, for messages."""
         return "memory"
 
-    def make(self) -> None:
-        """Do nothing: memory needs no set-up."""
+    def make(self, *_: str) -> Any:
+        """Do nothing: memory needs no set-up, and no other process writes to it or reads it."""
 
-    def refresh(self, prefix: str) -> None:
-        """Do nothing: there are no other processes."""
+    refresh = read_metadata = write_metadata = clear_metadata = make
 
     def chunks(self, prefix: str) -> list[Chunk]:
         """List the chunks whose names begin with ``prefix``."""
@@ -73,15 +73,6 @@ class Memory:
         with suppress(KeyError):  # another thread has removed it
             self._chunks.move_to_end(chunk.name)
         return True
-
-    def read_metadata(self, name: str) -> None:
-        """Find nothing: there are no other processes."""
-
-    def write_metadata(self, name: str, text: str) -> None:
-        """Do nothing: there are no other processes."""
-
-    def clear_metadata(self) -> None:
-        """Do nothing."""
 
 
 class Folder:
@@ -217,11 +208,11 @@ class Folder:
 
     def read_metadata(self, name: str) -> str | None:
         """Return a JSON text by its name; None if it is not there."""
-        return _read_json(self._metadata / f"{_digest(name)}.json", name)
+        return _read_json(self._metadata / f"{digest_of(name)}.json", name)
 
     def write_metadata(self, name: str, text: str) -> None:
         """Keep a JSON text under a name."""
-        _write_json(self._metadata / f"{_digest(name)}.json", name, text)
+        _write_json(self._metadata / f"{digest_of(name)}.json", name, text)
 
     def clear_metadata(self) -> None:
         """Remove all metadata."""
@@ -253,7 +244,7 @@ def _write_whole(path: Path, temporary: str, *contents: bytes | memoryview) -> N
 
 
 def _write_json(path: Path, name: str, text: str) -> None:
-    record = {"name": name, "value": text, "checksum": _digest(json.dumps([name, text]))}
+    record = {"name": name, "value": text, "checksum": digest_of(json.dumps([name, text]))}
     _write_whole(path, f"{path.name}.{token_hex(8)}.tmp", json.dumps(record).encode())
 
 
@@ -261,7 +252,7 @@ def _read_json(path: Path, name: str) -> str | None:
     """Return the JSON text in a file; None if there is none, or, with a warning, a damaged one."""
     try:
         record = json.loads(path.read_bytes())
-        checksum = _digest(json.dumps([name, record["value"]]))
+        checksum = digest_of(json.dumps([name, record["value"]]))
         if record["name"] == name and record["checksum"] == checksum:
             return record["value"]
     except FileNotFoundError:
@@ -270,7 +261,3 @@ def _read_json(path: Path, name: str) -> str | None:
         pass
     warn(f"{path} is damaged. It will be made again.")
     return None
-
-
-def _digest(text: str) -> str:
-    return text_digests([text])[0].hex()

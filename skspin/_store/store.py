@@ -12,12 +12,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby, repeat
 from numbers import Real
 from secrets import token_hex
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,9 +25,9 @@ from skspin._layout import Layout
 from skspin._store.chunk import (
     About,
     Chunk,
+    digest_of,
     find_common,
     merge,
-    name_of_key,
     pieces,
     text_digests,
     warn_of_damage,
@@ -67,8 +67,7 @@ class StoreInfo:
     models: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
+class _Request(NamedTuple):
     """Texts and the caller's array, to be filled with what is found."""
 
     about: About
@@ -113,31 +112,15 @@ class Store:
 
     def look_up(
         self,
-        key: str,
-        texts: Sequence[str],
-        layout: Layout,
-        out: np.ndarray,
+        key: str,  # everything but text and column that decides the numbers
+        texts: Sequence[str],  # in any order, with or without repetitions
+        layout: Layout,  # the columns of `out`
+        out: np.ndarray,  # (n_texts, n_columns), float32; complete in the end if all was added
         *,
-        model: str = "",
-        dtype: str = "float32",
+        model: str = "",  # the name under which `info` counts what is added
+        dtype: str = "float32",  # rows are rounded to it, and only rows of this format are found
     ) -> Iterator[Missing]:
-        """Fill ``out`` with what is stored, and yield what is missing, to be added.
-
-        Parameters
-        ----------
-        key : str
-            Everything but text and column that decides the numbers.
-        texts : sequence of str, length n_texts
-            In any order, with or without repetitions.
-        layout : Layout
-            The columns of ``out``.
-        out : ndarray of shape (n_texts, n_columns), float32
-            Complete when the iteration has ended, if all that was missing was added.
-        model : str, default=""
-            The name under which `info` counts what is added; decides nothing else.
-        dtype : {"float32", "float16"}, default="float32"
-            The format that rows are rounded to and stored in; only rows of this format are found.
-        """
+        """Fill ``out`` with what is stored, and yield what is missing, to be added."""
         digests = text_digests(texts)
         row_of = dict(zip(reversed(digests), range(len(digests) - 1, -1, -1), strict=True))
         sources = np.arange(len(digests))
@@ -153,34 +136,28 @@ class Store:
         all_alike = (lacking == lacking[:1]).all()  # the usual case, quick to see
         for lacks in lacking[:1] if all_alike else np.unique(lacking, axis=0):
             alike = rows[(lacking == lacks).all(axis=1)]
-            missing = Missing(about, texts, digests, alike, lacks, out, self)
-            try:
+            # It is closed also when the caller fails or is interrupted.
+            with closing(Missing(about, texts, digests, alike, lacks, out, self)) as missing:
                 yield missing
-            finally:  # also when the caller fails or is interrupted
-                missing.close()
         for piece in pieces(len(repeated), 4 * layout.n_columns):
             out[repeated[piece]] = out[sources[repeated[piece]]]
 
     def _fill(self, request: _Request) -> None:
         """Fill in what this store holds and was not found yet."""
-        known = self._known_chunks(request.about)
-        for layout, chunks in groupby(known, lambda chunk: chunk.about.layout):
-            asked, copies = find_common(layout, request.about.layout)
-            for chunk in chunks:
+        about, prefix = request.about, digest_of(request.about.key)
+        if self._reads:
+            with self._surviving("read"):
+                self._storage.refresh(prefix)
+        chunks = [c for c in self._storage.chunks(prefix) if c.about.dtype == about.dtype]
+        # Those of the same layout first.
+        chunks.sort(key=lambda chunk: (chunk.about.name != about.name, chunk.about.name))
+        for layout, alike in groupby(chunks, lambda chunk: chunk.about.layout):
+            asked, copies = find_common(layout, about.layout)
+            for chunk in alike:
                 if not request.row_of.keys().isdisjoint(chunk.row_of.keys()):
                     self._copy(chunk, request, asked, copies)
         if self._memory is not None and not (self._reads and self._writes):
             self._memory._fill(request)
-
-    def _known_chunks(self, about: About) -> list[Chunk]:
-        """List the chunks of a key and a format, those of the same layout first."""
-        prefix = name_of_key(about.key)
-        if self._reads:
-            with self._surviving("read"):
-                self._storage.refresh(prefix)
-        chunks = self._storage.chunks(prefix)
-        chunks.sort(key=lambda chunk: (chunk.about.name != about.name, chunk.about.name))
-        return [chunk for chunk in chunks if chunk.about.dtype == about.dtype]
 
     def _copy(self, chunk: Chunk, request: _Request, asked: np.ndarray, copies: list) -> None:
         """Copy what was not found yet from a chunk into the caller's array."""
