@@ -209,6 +209,7 @@ class Store:
             self._make_room(n_bytes, limit)
             chunk.name = f"{chunk.about.name}{token_hex(8)}.npy"
             self._storage.put(chunk)
+            self._make_room(0, limit)  # others may have written at the same time
 
     def _make_room(self, n_bytes: int, limit: int) -> None:
         """Remove what was used longest ago until ``n_bytes`` more fit into ``limit``."""

@@ -299,6 +299,24 @@ def test_threads_read_what_is_right_while_others_make_room(store):
     assert store.info().n_bytes <= store.limit
 
 
+def test_the_limit_holds_after_threads_wrote_at_once(store):
+    store.limit = 30 * 4300  # 30 texts
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns within a step, too
+    try:
+        for turn in range(100):
+            barrier = threading.Barrier(4)
+
+            def work(seed, turn=turn, barrier=barrier):
+                barrier.wait()
+                write(store, [f"text {turn} {seed} {i}" for i in range(10)], WIDE)
+
+            in_threads(*(lambda seed=seed: work(seed) for seed in range(4)))
+            assert store.info().n_bytes <= store.limit
+    finally:
+        sys.setswitchinterval(interval)
+
+
 # Opening
 
 
