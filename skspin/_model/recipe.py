@@ -176,7 +176,9 @@ def resolve_device(device: Any = None) -> str:
                 f"device={device!r}, but torch sees {torch.cuda.device_count()} CUDA device(s)."
             )
         return f"cuda:{index}"
-    return str(chosen)
+    if chosen.type in ("cpu", "meta"):
+        return chosen.type
+    return f"{chosen.type}:{chosen.index or 0}"  # tensors on Apple's GPU are on "mps:0"
 
 
 def usable_device(device: Any = None) -> str:

@@ -77,6 +77,9 @@ def test_a_token_is_never_shown():
 def test_a_gpu_is_used_where_there_is_one_and_what_is_not_there_is_refused(device):
     assert resolve_device(None) == ("cuda:0" if torch.cuda.is_available() else "cpu")
     assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == "cpu"
+    # Devices have the names that tensors there give them.
+    assert resolve_device("cpu:0") == str(torch.empty(0, device="cpu:0").device) == "cpu"
+    assert resolve_device("mps") == resolve_device("mps:0") == "mps:0"
     with pytest.raises(ValueError, match=f"device='{device}'"):
         resolve_device(device)
 
@@ -121,7 +124,8 @@ def test_a_model_passed_in_is_not_kept(tokenizer):
 def test_a_model_passed_in_is_not_moved(model, tokenizer):
     source = Source(model, tokenizer=tokenizer)
     assert resolve_placement(source) == ("cpu", "float32")
-    assert resolve_placement(source, "cpu", "float32") == ("cpu", "float32")
+    for device in ("cpu", "cpu:0"):
+        assert resolve_placement(source, device, "float32") == ("cpu", "float32")
     with pytest.raises(ValueError, match="dtype='bfloat16'.*'float32' and stays so"):
         load_backbone(source, dtype="bfloat16")
     with pytest.raises(ValueError, match="device='meta'.*'cpu' and stays there"):
