@@ -196,6 +196,7 @@ TINY = {
         {
             **_LLAMA,
             "embedding_dim": 32,
+            "global_head_dim": 8,
             "hidden_size_per_layer_input": 8,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             "sliding_window": 4,
