@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,7 @@ class Columns:
         threads: Threads,
     ) -> None:
         self._X, self._mean, self._scale = X, mean, scale
+        self._given = X
         if device is None:
             self._load: Callable = partial(np.asarray, dtype=dtype)
             self._threads = threads
@@ -90,6 +91,12 @@ class Columns:
             if not is_tensor(X):
                 self._X = torch.tensor(X, **options)
         self._converts = str(self._X.dtype).removeprefix("torch.") != dtype
+
+    @cached_property
+    def variances(self) -> np.ndarray:
+        """Compute the variance of each column of ``Z``, (n_columns,)."""
+        _, deviation = mean_and_deviation(self._given, np.ones(len(self._given)))
+        return (deviation / self._scale) ** 2
 
     def scores(self, coef: np.ndarray) -> np.ndarray:
         """Compute ``coef @ Z.T``: (n_problems, n_columns) to (n_problems, n_texts)."""

@@ -1,14 +1,19 @@
-"""The probes' penalties: value, dual, optimality, and the quadratic problem of a Newton step.
+"""The probes' penalties: value, dual, and the direction of a Newton step.
 
-``gradient`` is the gradient of the loss at ``coef``; both have shape (n_columns,). The quadratic is
-``gradient @ e + e @ gram @ e / 2``, where e is the difference from ``start``. Only e is ever
-multiplied by the Gram matrix, because e is small where accuracy matters.
+``gradient`` is the gradient of the loss at ``coef``; both have shape (n_columns,). A direction
+leads to the minimum of the penalty plus the quadratic model ``gradient @ e + e @ gram @ e / 2`` of
+the loss, where e is the difference from ``coef``. Only e is ever multiplied by the Gram matrix,
+because e is small where accuracy matters.
 """
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import numpy as np
 from scipy.linalg import cho_solve
+
+from skspin._probes.columns import Columns, Threads
 
 # The bound on a working set is so many columns or so many times the support, whichever is more. So
 # it grows in few steps, while the Gram matrix, whose cost is quadratic in it, stays small for long.
@@ -16,7 +21,12 @@ _SMALLEST_SET = 64
 _GROWTH = 1.5
 # Columns with a smaller correlation stay outside; above 1, a column gets a weight.
 _EDGE = 0.9
-
+# Added to a Gram matrix's diagonal, as a share of it: more than rounding can take from the smallest
+# eigenvalue, and too little to change a Newton step.
+_RIDGE = {np.dtype("float32"): 1e-6, np.dtype("float64"): 1e-12}
+# What a Newton step may leave of its model's gradient: the next step corrects it.
+_ACCURACY = 0.1
+_CONJUGATE_STEPS = 100  # after which the direction leads down, too
 _ROUNDS = 30
 _STEPS_A_ROUND = 20
 _SOLVES_A_ROUND = 5
@@ -33,21 +43,45 @@ class L2:
         """Return the dual feasible share of the residuals, here all, and the dual penalty."""
         return 1.0, float(gradient @ gradient) / 2
 
-    def violation(self, coef: np.ndarray, gradient: np.ndarray) -> float:
-        """Return the largest entry of the objective's gradient."""
-        return float(np.abs(gradient + coef).max())
-
-    def working_set(self, coef: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Take all columns."""
-        return np.arange(len(coef))
-
-    def minimise(
-        self, gram: np.ndarray, gradient: np.ndarray, start: np.ndarray, tol: float
+    def directions(
+        self,
+        coefs: np.ndarray,  # (n_problems, n_columns), as are gradients
+        gradients: np.ndarray,
+        curvatures: np.ndarray,  # (n_problems, n_texts)
+        columns: Columns,
+        threads: Threads,
     ) -> np.ndarray:
-        """Minimise the penalty plus a quadratic: solve the normal equations."""
-        system = gram.astype(np.float64)
-        system[np.diag_indices_from(system)] += 1
-        return start - _solve(system, gradient + start)
+        """Find all directions together, by conjugate gradients: wide layers' matrices are large."""
+        totals = curvatures.sum(axis=1, keepdims=True)  # (P, 1)
+        # The preconditioner: about the inverse diagonal of each problem's matrix.
+        scaling = 1 / (1 + totals * columns.variances)  # (P, d)
+        directions, residuals = np.zeros_like(coefs), -(gradients + coefs)  # (P, d)
+        search = scaling * residuals  # (P, d)
+        squares = _dot(residuals, search)  # (P,)
+        goals = _ACCURACY**2 * squares
+        left = np.flatnonzero(squares)
+        for _ in range(_CONJUGATE_STEPS):
+            if not left.size:
+                break
+            line, weights = search[left], curvatures[left]
+            scores = columns.scores(line)  # (P, n)
+            # Less their weighted means, because the intercept has no penalty.
+            scores -= _dot(weights, scores)[:, None] / totals[left]
+            products = columns.correlate(weights * scores) + line
+            lengths = (squares[left] / _dot(line, products))[:, None]
+            directions[left] += lengths * line
+            residuals[left] -= lengths * products
+            scaled = scaling[left] * residuals[left]
+            new = _dot(scaled, residuals[left])
+            search[left] = scaled + (new / squares[left])[:, None] * line
+            squares[left] = new
+            left = left[new > goals[left]]
+        for p in left:
+            gram = _gram(columns, np.arange(coefs.shape[1]), curvatures[p]).astype(np.float64)
+            if np.isfinite(gram).all():
+                gram[np.diag_indices_from(gram)] += 1
+                directions[p] = _solve(gram, -(gradients[p] + coefs[p]))
+        return directions
 
 
 class L1:
@@ -65,6 +99,30 @@ class L1:
         """Return the largest distance from the subdifferential."""
         away = np.abs(gradient + np.sign(coef))
         return float(np.where(coef == 0, np.maximum(np.abs(gradient) - 1, 0), away).max())
+
+    def directions(
+        self,
+        coefs: np.ndarray,  # (n_problems, n_columns), as are gradients
+        gradients: np.ndarray,
+        curvatures: np.ndarray,  # (n_problems, n_texts)
+        columns: Columns,
+        threads: Threads,
+    ) -> np.ndarray:
+        """Find each direction by itself, on a working set."""
+        return np.stack(threads.map(self._direction, coefs, gradients, curvatures, repeat(columns)))
+
+    def _direction(
+        self, coef: np.ndarray, gradient: np.ndarray, curvature: np.ndarray, columns: Columns
+    ) -> np.ndarray:
+        chosen = self.working_set(coef, gradient)
+        direction = np.zeros_like(coef)
+        gram = _gram(columns, chosen, curvature)
+        if not np.isfinite(gram).all():
+            return direction
+        start = coef[chosen]
+        tol = _ACCURACY * self.violation(coef, gradient)
+        direction[chosen] = self.minimise(gram, gradient[chosen], start, tol) - start
+        return direction
 
     def working_set(self, coef: np.ndarray, gradient: np.ndarray) -> np.ndarray:
         """Take the support and the columns with the largest correlations."""
@@ -98,6 +156,17 @@ class L1:
 
 Penalty = L1 | L2
 PENALTIES: dict[str, Penalty] = {"l1": L1(), "l2": L2()}
+
+
+def _gram(columns: Columns, chosen: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+    gram = columns.gram(chosen, curvature)  # (k, k)
+    diagonal = gram.diagonal() * (1 + _RIDGE[gram.dtype])
+    gram[np.diag_indices_from(gram)] = np.where(diagonal > 0, diagonal, 1)
+    return gram
+
+
+def _dot(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.einsum("pd,pd->p", one, other)
 
 
 def _step_sizes(gram: np.ndarray) -> np.ndarray:

@@ -20,9 +20,6 @@ from numpy.typing import ArrayLike
 from skspin._probes.columns import Columns, Threads, is_tensor, threads_in_place_of_blas
 from skspin._probes.penalties import PENALTIES, Penalty
 
-# Added to a Gram matrix's diagonal, as a share of it: more than rounding can take from the smallest
-# eigenvalue, and too little to change a Newton step.
-_RIDGE = {np.dtype("float32"): 1e-6, np.dtype("float64"): 1e-12}
 _TINY = 1e-300  # a lower bound, so that logarithms and shares exist
 _IDLE_STEPS = 3  # in a row, after which a problem is given up
 _FARTHEST = 1e18  # no solution has such a coefficient; float32 could not hold much more
@@ -96,6 +93,7 @@ def _descend(
     """Take Newton steps in all problems together until each is solved or stalls."""
     if not problems:
         return
+    penalty = problems[0].penalty  # the same for all
     # They share nothing but the products with the columns, which are cheaper for many at once.
     scores = columns.scores(np.stack([problem.coef for problem in problems]))  # (P, n)
     for problem, own in zip(problems, scores, strict=True):
@@ -116,8 +114,13 @@ def _descend(
         problems, slopes = list(compress(problems, unsolved)), gradients[unsolved]
         if not problems:
             return
-        directions = threads.map(Problem.direction, problems, repeat(columns), slopes)
-        changes = columns.scores(np.stack(directions))  # (P, n)
+        coefs = np.stack([problem.coef for problem in problems])  # (P, d)
+        curvatures = np.stack(threads.map(Problem.curvature, problems))  # (P, n)
+        directions = penalty.directions(coefs, slopes, curvatures, columns, threads)  # (P, d)
+        # In float32, squares of columns may overflow, and rounding may leave a model without a
+        # minimum. A step of zero leaves the problem to float64.
+        directions[~(np.abs(directions).max(axis=1) < _FARTHEST)] = 0
+        changes = columns.scores(directions)  # (P, n)
         advanced = threads.map(Problem.advance, problems, directions, changes, slopes)
         problems = list(compress(problems, advanced))
 
@@ -186,30 +189,11 @@ class Problem:
         self.idle = self.idle + 1 if idle else 0
         self.objective, self.gap = objective, gap
 
-    def direction(self, columns: Columns, gradient: np.ndarray) -> np.ndarray:
-        """Compute the step (n_columns,) from ``coef`` to the minimum of the quadratic model."""
-        chosen = self.penalty.working_set(self.coef, gradient)
-        direction = np.zeros_like(self.coef)
-        gram = columns.gram(chosen, self._curvature())  # (k, k)
-        # In float32, squares of columns may overflow, and rounding may make a nearly singular
-        # matrix indefinite, so that there is no minimum. A step of zero leaves the problem to
-        # float64.
-        if not np.isfinite(gram).all():
-            return direction
-        diagonal = gram.diagonal() * (1 + _RIDGE[gram.dtype])
-        gram[np.diag_indices_from(gram)] = np.where(diagonal > 0, diagonal, 1)
-        start = self.coef[chosen]
-        tol = 0.1 * self.penalty.violation(self.coef, gradient)
-        step = self.penalty.minimise(gram, gradient[chosen], start, tol) - start
-        if np.abs(step).max(initial=0) < _FARTHEST:
-            direction[chosen] = step
-        return direction
-
     def advance(self, direction: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> bool:
         """Step as far along ``direction`` as the objective falls; False if it does not fall."""
         here = self.penalty.value(self.coef)
         slope = float(gradient @ direction) + self.penalty.value(self.coef + direction) - here
-        curvature = self._curvature()
+        curvature = self.curvature()
         shift = -float(curvature @ change) / float(curvature.sum())  # the intercept's part
         rounding = 1e-12 * self.objective
         share = 1.0
@@ -225,7 +209,8 @@ class Problem:
             share /= 2
         return False
 
-    def _curvature(self) -> np.ndarray:
+    def curvature(self) -> np.ndarray:
+        """Return the second derivatives of the rows' losses, (n_texts,)."""
         # The floor keeps the sum above zero if every row is classified with certainty.
         return self.weights * np.maximum(self.misfit * (1 - self.misfit), 1e-18)
 

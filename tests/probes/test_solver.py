@@ -1,5 +1,6 @@
 """Probes reach the minimum that an independent oracle finds, and say how near they are."""
 
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -232,6 +233,28 @@ def test_scales_that_float32_cannot_square_change_nothing(penalty):
         found.append(problems.solve(tol=1e-6))
         assert (found[-1].dual_gap <= 1e-6).all()
     np.testing.assert_allclose(found[1].coef, found[0].coef, atol=1e-3)
+
+
+def test_the_l2_penalty_is_solved_on_nearly_dependent_columns_of_many_scales():
+    rng = np.random.default_rng(0)
+    X = normal(200, 60) @ normal(60, 190) + 1e-3 * normal(200, 190)
+    X = (X * 10.0 ** rng.uniform(-3, 3, 190)).astype(np.float32)
+    targets = first_column_decides(X - X.mean(axis=0), X[:, :1].std())
+    C, mean = np.array([2e3]), X.mean(axis=0, dtype=float)
+    problems = Problems(X, targets, C, np.ones((200, 1)), mean, np.ones(190), "l2")
+    problems.check(problems.solve(tol=TOL))
+
+
+def test_a_wide_layer_needs_no_matrix_of_its_columns_with_the_l2_penalty():
+    n_columns = 4000
+    problems = standardised(normal(100, n_columns), coin_flips(100), 0.01, penalty="l2")
+    problems.solve()  # what is made once
+    tracemalloc.start()
+    found = problems.solve()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.dual_gap[0] <= TOL
+    assert peak < n_columns**2  # bytes; the matrix would take four times as many
 
 
 @pytest.mark.parametrize("weight", [1e-300, 1e-12, 1e8])
