@@ -116,10 +116,15 @@ def _check(items: list[Any], start: int, conversations: bool) -> list[str]:
 
 def _to_json(conversation: Any, at: str) -> str:
     """Write a conversation as JSON; equal conversations give equal strings."""
-    if not _is_conversation(conversation) or not len(conversation):
+    if _is_conversation(conversation) and not len(conversation):
+        raise ValueError(
+            f"{at} is an empty {type(conversation).__name__}, but a conversation has at least one "
+            "message, such as {'role': 'user', 'content': 'Hello.'}. Leave it out."
+        )
+    if not _is_conversation(conversation):
         raise ValueError(
             f"{at} is a {type(conversation).__name__} ({_shorten(conversation)}), but X[0] is a "
-            "conversation, so every item must be one: a list of at least one message, such as "
+            "conversation, so every item must be one: a list of messages, such as "
             "[{'role': 'user', 'content': 'Hello.'}]. Pass texts and conversations in calls of "
             "their own."
         )

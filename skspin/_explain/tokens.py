@@ -315,6 +315,7 @@ def _text_to_html(tokens: TextTokens, values: np.ndarray) -> str:
     for token, start, end, value in zip(
         tokens.tokens, tokens.starts, tokens.ends, values, strict=True
     ):
+        start = max(start, done)  # a character that two windows share
         if end > start:
             parts.append(escape(tokens.text[done:start]))
             done = end

@@ -197,7 +197,9 @@ def _choose_layers(layers: Any, n_layers: int) -> list[int]:
         return list(range(n_layers + 1))
     chosen: list[Any] = [layers] if isinstance(layers, Integral) else list(layers)
     if not chosen or not all(isinstance(layer, Integral) for layer in chosen):
-        raise ValueError(f"layers={layers!r} must be None, an int or a sequence of ints.")
+        raise ValueError(
+            f"layers={layers!r} must be None, an int or a sequence of at least one int."
+        )
     for layer in chosen:
         if not -n_layers - 1 <= layer <= n_layers:
             raise ValueError(

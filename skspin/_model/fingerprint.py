@@ -104,11 +104,11 @@ def _digest_file(path: Path, store: Store | None) -> str:
 
 
 def _digest_tokenizer(tokenizer: Any) -> str:
-    """Digest what decides which token ids a text becomes."""
+    """Digest what decides which tokens a text or a conversation becomes."""
     # Neither the side of the padding, nor the length and padding that an earlier call left in a
     # tokenizer, change an activation.
     names = ["bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id"]
-    names += ["split_special_tokens", "truncation_side"]
+    names += ["split_special_tokens", "truncation_side", "chat_template", "model_input_names"]
     settings = {name: getattr(tokenizer, name, None) for name in names}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

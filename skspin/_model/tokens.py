@@ -85,6 +85,11 @@ class TextEncoder:
         if recipe.pool_over != "all":
             self.need_offsets(f"pool_over={recipe.pool_over!r}")
 
+        # How messages name the limit, and the advice to raise it, if that is possible.
+        self._limit, self._larger = f"max_length={self.max_length}", ["a larger max_length"]
+        if self.max_length == self._most:
+            self._limit, self._larger = f"The model's limit of {self._most} tokens", []
+
     def need_offsets(self, what: str) -> None:
         """Refuse a tokenizer that does not tell where tokens are, because ``what`` needs that."""
         if self._fast is None:
@@ -95,13 +100,14 @@ class TextEncoder:
 
     def no_room(self, n_around: int) -> ValueError:
         """Make the error which says that the tokens around a text leave no room for it."""
-        is_models, overlap = self.max_length == self._most, self.recipe.overlap
-        limit = "The model's limit of {} tokens" if is_models else "max_length={}"
-        remedies = ["a larger max_length"] * (not is_models) + ["a smaller overlap"] * bool(overlap)
+        overlap, remedies = self.recipe.overlap, [*self._larger, "a shorter prompt"]
+        also = ""
+        if overlap:
+            also = f", and overlap={overlap}"
+            remedies.insert(-1, "a smaller overlap")
         return ValueError(
-            f"{limit.format(self.max_length)} leaves no room for text: the tokens around it take "
-            f"{n_around}{f', and overlap={overlap}' * bool(overlap)}. Use "
-            f"{' or '.join([*remedies, 'a shorter prompt'])}."
+            f"{self._limit} leaves no room for text: the tokens around it take {n_around}{also}. "
+            f"Use {' or '.join(remedies)}."
         )
 
     def to_json(self) -> str:
@@ -203,7 +209,7 @@ class TextEncoder:
         if not len(ids):
             return Encoded([self._window(ids, types)], False), ids
         span = _spans_of(encoding, filled.spans)  # (n_tokens,)
-        wanted = self._wanted(span, filled.spans)  # (n_tokens,)
+        wanted = self._wanted(span, filled)  # (n_tokens,)
         windows, places = [], []
         for chosen, counted in self._stretches(span >= 0):
             pooled = wanted[chosen] & counted
@@ -212,17 +218,17 @@ class TextEncoder:
                 windows.append(window)
                 places.append(chosen[pooled])
         if not windows:
+            remedies = [*self._larger, "long_texts='windows'"]
             raise ValueError(
-                f"max_length={self.max_length} cuts off all tokens that pool_over="
-                f"{self.recipe.pool_over!r} asks for. Use a larger max_length, or "
-                "long_texts='windows'."
+                f"{self._limit} cuts off all tokens that pool_over={self.recipe.pool_over!r} asks "
+                f"for in {filled.string[:60]!r}. Use {' or '.join(remedies)}."
             )
         is_truncated = self.recipe.long_texts == "truncate" and len(ids) > self.max_length
         return Encoded(windows, is_truncated), np.concatenate(places)
 
-    def _wanted(self, span: np.ndarray, spans: list[Span]) -> np.ndarray:
+    def _wanted(self, span: np.ndarray, filled: Filled) -> np.ndarray:
         """Say which tokens are pooled, (n_tokens,) bool."""
-        wanted = self._chosen(span, spans)
+        wanted = self._chosen(span, filled.spans)
         if wanted.any():
             return wanted
         if self.recipe.pool_over == "text":
@@ -230,7 +236,8 @@ class TextEncoder:
             return np.ones(len(span), dtype=bool)
         raise ValueError(
             f"A conversation has no token of pool_over={self.recipe.pool_over!r}; its roles are "
-            f"{[said.role for said in spans]}. Leave it out, or pool over other roles."
+            f"{[said.role for said in filled.spans]}, and it begins {filled.string[:60]!r}. Leave "
+            "it out, or pool over other roles."
         )
 
     def _chosen(self, span: np.ndarray, spans: list[Span]) -> np.ndarray:
@@ -253,7 +260,12 @@ class TextEncoder:
         truncates = self.recipe.long_texts == "truncate"
         overlap = 0 if truncates else self.recipe.overlap
         if room <= overlap:
-            raise self.no_room(len(around))
+            # The template of many short turns is cut with them.
+            at_end = truncates and self.tokenizer.truncation_side == "left"
+            kept = of_text[-self.max_length :] if at_end else of_text[: self.max_length]
+            if not self.recipe.conversations or not kept.any():
+                raise self.no_room(len(around))
+            own, around, room = places, places[:0], self.max_length
         starts: Sequence[int] = range(0, len(own) - overlap, room - overlap)
         if truncates:
             starts = [len(own) - room if self.tokenizer.truncation_side == "left" else 0]
@@ -337,7 +349,8 @@ def _spans_of(encoding: Encoding, spans: list[Span]) -> np.ndarray:
     starts = starts - (starts == ends)  # some tokenizers give a token of blanks only its end
     found = np.full(len(starts), -1)
     for number, span in enumerate(spans):
-        found[(ends > span.start) & (starts < span.end)] = number
+        if span.end > span.start:  # an empty text may lie within a token, e.g. within ""
+            found[(ends > span.start) & (starts < span.end)] = number
     special = np.array(encoding.special_tokens_mask, dtype=bool)
     return np.where(special, -1, found)
 

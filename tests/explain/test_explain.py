@@ -19,7 +19,7 @@ from sklearn.preprocessing import (
     StandardScaler,
 )
 from sklearn.svm import LinearSVC
-from tiny_models import TINY, tiny_tokenizer
+from tiny_models import TINY, tiny_reader, tiny_tokenizer
 from transformers import AutoModel, AutoTokenizer, ByT5Tokenizer
 
 from skspin import LLMActivationTransformer, explain_neurons, explain_tokens, prune
@@ -198,6 +198,18 @@ def test_html_shows_markup_as_text_and_stops_somewhere():
     assert "<script" not in shown and "&lt;" in shown and "&amp;" in shown and "😀" in shown
     assert "and 11 more" in shown
     assert "color:" not in shown.replace("background-color:", "")  # the page's own text colour
+
+
+def test_html_writes_a_character_that_windows_share_once():
+    text = "ab日本語cd"
+    for max_length in (4, 5, 6):
+        parts = tiny_reader(max_position_embeddings=64)
+        fitted = make_pipeline(
+            LLMActivationTransformer(**parts, max_length=max_length, long_texts="windows"),
+            LogisticRegression(),
+        ).fit(TEXTS, LABELS)
+        shown = explain_tokens(fitted, [text])._repr_html_()
+        assert [shown.count(character) for character in text[2:-2]] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Conversations are written by the tokenizer's chat template; which tokens are pooled."""
 
+import copy
 import json
 
 import numpy as np
@@ -125,7 +126,8 @@ def test_a_rectangle_of_messages_is_conversations_of_equal_length():
         (say("a", "b"), r"X\[0\] is a dict.*wrap it in a list"),
         ([say("a"), "a text"], r"X\[1\] is a str.*calls of their own"),
         (["a text", say("a")], r"X\[1\] is a list.*calls of their own"),
-        ([say("a"), []], r"X\[1\] is a list \(\[\]\).*at least one message"),
+        ([say("a"), []], r"X\[1\] is an empty list.*at least one message"),
+        ([[], say("a")], r"X\[0\] is an empty list.*at least one message"),
         ([say("a"), None], r"X\[1\] is a NoneType"),
         ([say("a"), [{"role": "user"}]], r"X\[1\]\[0\] is .*'role' and 'content'"),
         ([say("a", None)], r"X\[0\]\[1\] is .*'role' and 'content'"),
@@ -181,6 +183,17 @@ def test_a_text_without_tokens_gets_those_around_it(chat):
     assert np.abs(X[1] - expected[1]).max() > 1e-3
 
 
+def test_a_text_without_tokens_inside_a_token_gets_those_around_it(chat):
+    chat = copy.deepcopy(chat)
+    chat["tokenizer"].add_tokens(["()"])
+    chat["model"].resize_token_embeddings(len(chat["tokenizer"]))
+    X, expected = (
+        transformer(chat, pool_over=over, prompt="Say ({text})").fit_transform([""])
+        for over in ("text", "all")
+    )
+    np.testing.assert_allclose(X, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("roles", ["user", "assistant", ("assistant", "user"), "text"])
 def test_only_the_roles_asked_for_are_pooled(chat, roles):
     conversations = [c for c in CONVERSATIONS if len(c) > 1]
@@ -217,6 +230,44 @@ def test_a_long_message_is_cut_and_the_template_stays(chat):
     assert np.isfinite(X).all()
     windows = transformer(chat, max_length=40, long_texts="windows").fit_transform(long)
     assert np.abs(windows - X).max() > 1e-3
+
+
+def test_many_short_turns_are_cut_with_their_template(chat):
+    many = say(*["ok", "no"] * 20)
+    ids = chat["tokenizer"](rendered(chat, many), add_special_tokens=False)["input_ids"]
+
+    def read(first, last):
+        with torch.no_grad():
+            output = chat["model"](torch.tensor([ids[first:last]]), output_hidden_states=True)
+        return np.concatenate([state.numpy() for state in output.hidden_states])
+
+    with pytest.warns(UserWarning, match="1 of 1 texts"):
+        cut = transformer(chat, max_length=30).fit_transform([many])
+    np.testing.assert_allclose(cut[0], pooled(read(0, 30)), atol=1e-5)
+    windows = transformer(chat, max_length=30, long_texts="windows").fit_transform([many])
+    states = [read(first, first + 30) for first in range(0, len(ids), 30)]
+    np.testing.assert_allclose(windows[0], pooled(np.concatenate(states, axis=1)), atol=1e-5)
+
+
+def test_a_template_that_leaves_no_message_is_refused(chat):
+    chat = copy.deepcopy(chat)
+    chat["tokenizer"].chat_template = "so it goes " * 20 + TEMPLATE
+    with pytest.raises(ValueError, match="max_length=30 leaves no room for text"):
+        transformer(chat, max_length=30).fit_transform([say("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("max_length", "says"),
+    [
+        (40, "max_length=40 cuts off .* Use a larger max_length or long_texts='windows'"),
+        (99_999, "The model's limit of .* tokens cuts off .* Use long_texts='windows'"),
+    ],
+)
+def test_what_the_limit_cuts_off_is_named_with_advice_that_can_help(chat, max_length, says):
+    fitted = transformer(chat, max_length=max_length, pool_over="assistant").fit(CONVERSATIONS)
+    with pytest.raises(ValueError, match=f"{says}.*") as refused:
+        fitted.transform([say("so it goes " * 200, "fine")])
+    assert "'<user> so it goes" in str(refused.value)
 
 
 # Around them

@@ -173,6 +173,22 @@ def test_what_a_tokenizer_was_last_used_for_is_not_in_the_fingerprint(model, tok
     assert fingerprint(Source(model, tokenizer=used)) != plain
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chat_template", "{{ messages[0]['content'] }}"),
+        ("model_input_names", ["input_ids"]),
+        ("split_special_tokens", True),
+        ("truncation_side", "left"),
+    ],
+)
+def test_what_changes_a_texts_tokens_is_in_the_fingerprint(model, tokenizer, name, value):
+    changed = copy.deepcopy(tokenizer)
+    setattr(changed, name, value)
+    before = fingerprint(Source(model, tokenizer=tokenizer))
+    assert fingerprint(Source(model, tokenizer=changed)) != before
+
+
 def test_a_folder_of_a_tokenizer_is_named_by_its_content(folder, tmp_path, tokenizer):
     source = Source(folder, tokenizer=save(tmp_path / "words", tokenizer))
     assert fingerprint(source) != fingerprint(Source(folder))
