@@ -1,4 +1,4 @@
-"""Warnings at the line of the user's code, forked processes, and the machine's memory."""
+"""Warnings at the line of the user's code, threads, forked processes, and the machine's memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import ctypes
 import os
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,29 @@ def after_fork(recover: Callable[[], None]) -> Callable[[], None]:
     if hasattr(os, "register_at_fork"):  # Windows never forks.
         os.register_at_fork(after_in_child=recover)
     return recover
+
+
+@contextmanager
+def thread_pool(
+    n_threads: int, name: str, start: Callable[[], object] = lambda: None
+) -> Iterator[ThreadPoolExecutor]:
+    """Run jobs in threads, each of which calls ``start`` first; none is left in the end."""
+    # Python takes a thread for ended a little before the system does. Meanwhile MKL cleans up under
+    # a lock, for which a process that is forked at this moment would wait forever.
+    own: list[str] = []  # as long as there is such a file, there is the thread; on Linux
+
+    def begin() -> None:
+        own.append(f"/proc/self/task/{threading.get_native_id()}")
+        start()
+
+    pool = ThreadPoolExecutor(n_threads, name, begin)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # no job starts after an error or an interrupt
+        deadline = time.monotonic() + 1  # another thread may have got the number
+        while any(map(os.path.exists, own)) and time.monotonic() < deadline:
+            time.sleep(1e-4)
 
 
 def machine_memory() -> int:

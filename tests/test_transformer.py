@@ -206,7 +206,7 @@ def test_a_model_in_memory_stays_out_of_the_pickle(in_memory):
         ({"layers": 7}, "layers 0 .embeddings. to 6"),
         ({"layers": [1, -8]}, "layer -8"),
         ({"layers": []}, "layers"),
-        ({"layers": [0.5]}, "sequence of ints"),
+        ({"layers": [0.5]}, "sequence of at least one int"),
         ({"site": "mlp", "layers": 0}, "the embeddings, which have hidden states only"),
         ({"site": "neck"}, "site"),
         ({"site": ("hidden", "neck")}, "neck.*hidden.*mlp"),

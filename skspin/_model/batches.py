@@ -28,7 +28,7 @@ from skspin._model.pooling import WindowMerge
 from skspin._model.recipe import Recipe, Rows
 from skspin._model.registry import Backbone
 from skspin._model.tokens import Encoded, TextEncoder, Window
-from skspin._system import after_fork, return_free_memory
+from skspin._system import after_fork, return_free_memory, thread_pool
 
 # Texts are sorted by length within as many tokens as fill this many batches; fewer leave more
 # padding (SST-2: 11.6% with 8 batches, 3.6% with 32, 2.2% with 64 and more).
@@ -404,11 +404,10 @@ def _threads(n_at_once: int) -> Iterator[Executor]:
         if not _n_pools:
             _n_threads = torch.get_num_threads()
         _n_pools += 1
-    pool = ThreadPoolExecutor(n_at_once, "skspin-core", torch.set_num_threads, (1,))
     try:
-        yield pool
+        with thread_pool(n_at_once, "skspin-core", lambda: torch.set_num_threads(1)) as pool:
+            yield pool
     finally:
-        pool.shutdown(cancel_futures=True)  # no job starts after an error or an interrupt
         # Part of the setting is per thread and part (MKL's) per process, so only the last pool can
         # restore it.
         with _lock:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from sklearn.utils import gen_batches
 from threadpoolctl import ThreadpoolController
+
+from skspin._system import thread_pool
 
 # Values converted at a time, however wide rows are: such a copy stays in a core's cache.
 _CONVERTED_ON_HOST, _CONVERTED_ON_DEVICE = 2**17, 2**24
@@ -224,7 +226,7 @@ class _Blas:
             if n_threads == 1:
                 yield Threads()
             else:
-                with ThreadPoolExecutor(n_threads, thread_name_prefix=_WORKER) as pool:
+                with thread_pool(n_threads, _WORKER) as pool:
                     yield Threads(n_threads, pool)
         finally:
             with self._lock:

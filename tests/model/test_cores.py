@@ -1,5 +1,6 @@
 """Batches side by side on a CPU's cores: the same rows, and the caller's threads as they were."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -63,6 +64,16 @@ def test_each_core_has_a_batch_of_its_own_and_both_ways_are_tried(recipe):
     single = [n_tokens for n_threads, n_tokens in used if n_threads == 1]
     assert len(shared) + len(single) == len(used)
     assert max(single) <= 600 // N_THREADS < max(shared) <= 600
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's list of threads")
+def test_no_thread_is_left_for_the_system_either_when_a_call_returns(recipe):
+    """A process that is forked while a thread ends, in MKL, would hang."""
+    rows_of(recipe, MANY[:40])  # starts the threads that torch keeps
+    before = set(os.listdir("/proc/self/task"))
+    for _ in range(50):
+        rows_of(recipe, MANY[:40])
+        assert set(os.listdir("/proc/self/task")) <= before
 
 
 def test_few_texts_are_shared_out(recipe):
