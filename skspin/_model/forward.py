@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import count
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -170,28 +171,27 @@ class Reader:
         with ExitStack() as stack:
             # One hook counts the turns of a module.
             for tap in dict.fromkeys(replace(t, turn=0) if t.turn else t for t in self.unread):
-                turns = iter([tap, *(replace(tap, turn=n) for n in range(1, tap.n_turns))])
-                receive = partial(self._receive, tap, turns)
+                receive = partial(self._receive, tap, count())
                 if tap.parameter is None:
                     stack.callback(watch(tap, receive).remove)
                 else:
                     stack.enter_context(_Multiplications(tap, receive))
             yield
 
-    def _receive(self, tap: Tap, turns: Iterator[Tap], activations: Tensor) -> None:
+    def _receive(self, tap: Tap, turns: Iterator[int], activations: Tensor) -> None:
         """Take what a tap's next turn gives, if it is asked for and of this thread's pass."""
         if threading.get_ident() != self._thread:
             return
-        turn = next(turns, None)
-        if turn is None:
+        turn = next(turns)
+        if turn >= tap.n_turns:
             raise HiddenLoopError(
                 f"The model runs {type(tap.module).__name__} more often than its structure"
                 f" shows ({tap.n_turns} in one forward pass), for other tokens or in loops, so"
                 " it can't be told which run is which layer's. Choose another site or model."
             )
-        positions = self.unread.pop(turn, None)
+        positions = self.unread.pop(replace(tap, turn=turn) if turn else tap, None)
         if positions is not None:
-            self._read(positions, as_texts(activations, self.mask, turn))
+            self._read(positions, as_texts(activations, self.mask, tap))
             if not self.unread:
                 raise PassEnds
 
