@@ -122,12 +122,11 @@ class Store:
     ) -> Iterator[Missing]:
         """Fill ``out`` with what is stored, and yield what is missing, to be added."""
         digests = text_digests(texts)
-        row_of = dict(zip(reversed(digests), range(len(digests) - 1, -1, -1), strict=True))
-        sources = np.arange(len(digests))
-        if len(row_of) < len(digests):
-            sources = np.fromiter(map(row_of.__getitem__, digests), np.int64, len(digests))
-        repeated = np.flatnonzero(sources != np.arange(len(digests)))
-        found = np.zeros((len(digests), len(layout.segments)), bool)
+        n_texts, row_of = len(digests), dict[bytes, int]()
+        firsts = map(row_of.setdefault, digests, range(n_texts))  # the first row of each one's text
+        sources = np.fromiter(firsts, np.int64, n_texts)
+        repeated = np.flatnonzero(sources != np.arange(n_texts))
+        found = np.zeros((n_texts, len(layout.segments)), bool)
         found[repeated] = True  # copied at the end
         about = About(key, layout, model, dtype)
         self._fill(_Request(about, row_of, out, found))
