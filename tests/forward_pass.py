@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from tiny_models import tiny_batch
 
 from skspin._layout import SITES, Layout, Segment
+from skspin._model import forward
 from skspin._model.anatomy import find_anatomy
-from skspin._model.forward import pooled_forward
+from skspin._model.batches import TokenBudget
 from skspin._model.trial import try_anatomy
 
 BY_HAND = {
@@ -35,10 +38,22 @@ def n_blocks(model):
 
 
 def read(model, segments=None, batch=None, anatomy=None):
-    """Read a batch's pooled activations."""
+    """Read texts' pooled activations, in one batch as far as the model allows."""
     segments = segments_of(model) if segments is None else segments
     batch = tiny_batch() if batch is None else batch
-    return pooled_forward(anatomy or tried(model), batch, segments)
+    anatomy, device = anatomy or tried(model), torch.device("cpu")
+    backbone = SimpleNamespace(model=model, anatomy=anatomy, device=device, dtype="float32")
+    budget = TokenBudget(backbone, 10**6)
+    lengths = batch["attention_mask"].sum(1)
+    left, rows = lengths.argsort(descending=True), [None] * len(lengths)
+    while len(left):
+        n_texts = budget.n_texts(lengths[left].numpy(), budget.tokens)
+        together, left = left[:n_texts].sort().values, left[n_texts:]
+        n_tokens = lengths[together].max()
+        some = {name: values[together, :n_tokens] for name, values in batch.items()}
+        for row, values in zip(together, forward.read(anatomy, some, segments), strict=True):
+            rows[row] = values
+    return torch.stack(rows)
 
 
 def tried(model, fingerprint="any"):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from skspin._layout import Layout
-from skspin._model.forward import pooled_forward, read
+from skspin._model.forward import read
 from skspin._model.pooling import WindowMerge
 from skspin._model.recipe import Recipe, Rows
 from skspin._model.registry import Backbone
@@ -83,8 +83,6 @@ class TokenBudget:
             n_bytes = _WIDEST_BYTES.get(backbone.device.type, _OTHER_DEVICE_BYTES)
             batch_tokens = n_bytes // (widest * getattr(torch, backbone.dtype).itemsize)
         self._wanted = int(batch_tokens)
-        # Where padding leaks into real tokens, a pass takes texts of one length only.
-        self._start_share = 0.0 if anatomy.mixes_beyond == 0 else _START_SHARE
 
     @property
     def tokens(self) -> int:
@@ -102,12 +100,14 @@ class TokenBudget:
     def n_texts(self, lengths: np.ndarray, n_tokens: int) -> int:
         """Count the next texts, whose lengths descend, that make a batch: at least one.
 
-        It has ``n_tokens`` at most, and ends where its padding would cost more than another batch.
+        It has ``n_tokens`` at most, and ends where its padding would cost more than another batch,
+        or at the first other length if texts of several lengths would change each other.
         """
         widest = int(lengths[0])
         fitting = lengths[: max(1, n_tokens // widest)]
         padding = np.cumsum(widest - fitting)
-        return int(np.searchsorted(padding, self.tokens * self._start_share, side="right"))
+        share = _START_SHARE if widest <= self._backbone.anatomy.mixes_beyond else 0.0
+        return int(np.searchsorted(padding, self.tokens * share, side="right"))
 
     def halve(self, n_tokens: int) -> None:
         """Allow half as many tokens, because a batch of ``n_tokens`` was too large."""
@@ -275,9 +275,7 @@ def try_batch(
     """Start a batch; None, which frees the frames of the exception, if memory was short."""
     try:
         padded = pad(windows, backbone.device)
-        if by_token:
-            return _to_host(read(backbone.anatomy, padded, layout.segments, by_token=True))
-        return _to_host(pooled_forward(backbone.anatomy, padded, layout.segments))
+        return _to_host(read(backbone.anatomy, padded, layout.segments, by_token=by_token))
     except (MemoryError, RuntimeError) as error:
         # Torch says it in words on all devices, and by a class of its own on some.
         if isinstance(error, RuntimeError) and not any(s in str(error) for s in _OUT_OF_MEMORY):

@@ -23,8 +23,8 @@ from skspin._model.blocks import Tap, is_norm, linear_shape
 from skspin._model.forward import (
     arguments_of,
     as_texts,
-    pooled_forward,
     positions_by_tap,
+    read,
     shift_right,
     watch,
 )
@@ -196,7 +196,7 @@ def _run_whole(
         for stack in stacks:
             hooks.callback(stack.blocks[0].register_forward_hook(count).remove)
         segments = [*layout.segments, *ends]
-        values = pooled_forward(backbone.anatomy, sample, segments)
+        values = read(backbone.anatomy, sample, segments)
     return values[:, : layout.n_columns], n_outputs
 
 

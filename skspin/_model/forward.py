@@ -32,31 +32,6 @@ from skspin._system import after_fork
 _LARGEST = 2**14
 
 
-def pooled_forward(
-    anatomy: Anatomy, inputs: dict[str, Tensor], segments: Sequence[Segment]
-) -> Tensor:
-    """Read the pooled activations (n_texts, n_columns) of a batch, float32 on the inputs' device.
-
-    ``inputs`` are "input_ids", "attention_mask", whatever else the model takes by token, and
-    "pooled" (bool, true somewhere in each text) if not all tokens are pooled. All are of shape
-    (n_texts, n_tokens) and padded on the right, because models count positions from the left edge,
-    and causal ones never look to the right. Threads may share a model; a pass that the user's code
-    runs meanwhile is neither read nor stopped.
-    """
-    if inputs["attention_mask"].shape[1] <= anatomy.mixes_beyond:
-        return read(anatomy, inputs, segments)
-    # Where texts in a batch change each other, only texts of one length are run together.
-    lengths = inputs["attention_mask"].sum(1)  # (n_texts,)
-    groups = lengths.where(lengths > anatomy.mixes_beyond, 0)  # short texts make one group
-    columns = torch.empty(len(lengths), sum(s.n_columns for s in segments), device=lengths.device)
-    for group in groups.unique().tolist():
-        rows = groups == group
-        n_tokens = int(lengths[rows].max())
-        alike = {name: values[rows, :n_tokens] for name, values in inputs.items()}
-        columns[rows] = read(anatomy, alike, segments)
-    return columns
-
-
 # Not inference mode: whatever a model keeps from a pass (a table of positions, say) could then not
 # be used in training.
 @torch.no_grad()
@@ -68,9 +43,18 @@ def read(
     by_token: bool = False,
     cache: Any = None,
 ) -> Tensor:
-    """Run one batch as it is; ``by_token`` gives (n_texts, n_tokens, n_columns), without pooling.
+    """Read the activations of a batch, float32 on the inputs' device.
+
+    They are pooled, (n_texts, n_columns), or with ``by_token`` (n_texts, n_tokens, n_columns).
+
+    ``inputs`` are "input_ids", "attention_mask", whatever else the model takes by token, and
+    "pooled" (bool, true somewhere in each text) if not all tokens are pooled. All are of shape
+    (n_texts, n_tokens) and padded on the right, because models count positions from the left edge,
+    and causal ones never look to the right. Which texts may be in one batch, `TokenBudget` says.
 
     With a key-value cache, which is for one text only, the tokens come after those that it holds.
+    Threads may share a model; a pass that the user's code runs meanwhile is neither read nor
+    stopped.
     """
     model, inputs = anatomy.model, dict(inputs)
     mask = inputs["attention_mask"].bool()

@@ -10,6 +10,7 @@ from bert_files import tiny
 from extracted_rows import TEXTS, expected_row, layout_of, recipe_of, rows_of, watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import TINY, tiny_tokenizer
 from transformers import ByT5Tokenizer, FNetConfig, FNetModel
 
 from skspin import LLMActivationTransformer
@@ -99,6 +100,21 @@ def test_texts_are_in_one_batch_only_with_texts_of_their_length_where_padding_le
     texts = ["abc", "abcd", "ab", "dcb"]
     assert sorted(shapes_of(recipe, texts)) == [(1, 3), (1, 5), (2, 4)]
     np.testing.assert_allclose(rows_of(recipe, texts)[1], rows_of(recipe, texts[1:2])[0], atol=1e-6)
+
+
+def test_a_text_whose_positions_are_scaled_is_in_one_batch_only_with_texts_of_its_length(
+    one_thread,
+):
+    model, tokenizer = TINY["phi3-128k"].build(), tiny_tokenizer()  # scaled beyond 16 tokens
+    recipe, layout = recipe_of(model, tokenizer), layout_of(3, 24)
+    texts = [f"word{i} " * (n - 2) for i, n in enumerate([9, 18, 20, 5, 16, 18, 17])]
+    expected = [expected_row(model, tokenizer(text)["input_ids"]) for text in texts]
+    assert shapes_of(recipe, texts, layout=layout) == [(1, 20), (2, 18), (1, 17), (3, 16)]
+    np.testing.assert_allclose(rows_of(recipe, texts, layout), expected, atol=1e-5)
+    with watching(model, too_large(32, MemoryError())):  # after which batches are halved
+        np.testing.assert_allclose(rows_of(recipe, texts, layout), expected, atol=1e-5)
+    shapes = [(1, 20), (1, 18), (1, 18), (1, 17), (1, 16), (1, 9), (1, 5)]
+    assert shapes_of(recipe, texts, layout=layout) == shapes
 
 
 # Memory

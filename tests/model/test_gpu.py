@@ -19,7 +19,7 @@ from tiny_models import TINY, tiny_batch, tiny_tokenizer
 from skspin import LLMActivationTransformer, SalientNeuronSelector, make_spin_pipeline, prune
 from skspin._model import Source, batches
 from skspin._model.anatomy import find_anatomy
-from skspin._model.forward import pooled_forward
+from skspin._model.forward import read
 from skspin._model.registry import forget_models, load_backbone
 from skspin.datasets import demo_model
 
@@ -67,7 +67,7 @@ def test_neurons_are_chosen_on_the_device_and_nothing_is_copied_before(name):
         for segment in segments_of(model, poolings=EVERYTHING["pooling"])
     ]
     with NoPadding() as copied:
-        rows = pooled_forward(find_anatomy(model), batch, some)
+        rows = read(find_anatomy(model), batch, some)
     assert rows.device.type == "meta" and rows.shape == (5, 3 * len(some))
     assert copied.to_host == 0
     assert copied.n_asked <= len(find_anatomy(model).stacks) + 1
