@@ -139,19 +139,18 @@ def _(step: LLMActivationTransformer, need: Need) -> tuple[Any, Need]:
 
 @_narrow.register
 def _(step: SelectorMixin, need: Need) -> tuple[Any, Need]:
-    pruned = isinstance(step, PrunedStep)
-    if pruned and step.left_ is not None and step.support_ is None:
-        left, needed = _narrow(step.left_, need)
-        return PrunedStep.of(step.step, left, None), needed
+    before, left = (step.step, step.left_) if isinstance(step, PrunedStep) else (step, None)
+    if left is not None and step.support_ is None:  # another step, all of whose columns are kept
+        left, needed = _narrow(left, need)
+        return PrunedStep.of(before, left, None), needed
     support = step.get_support().copy()  # (n_columns,)
     if need.columns is not None:
         support[support] = need.columns
-    if pruned and step.left_ is not None:
-        return PrunedStep.of(step.step, step.left_, support), Need(None, type(step.left_).__name__)
+    if left is not None:  # another step, which needs its whole input to compute some columns
+        return PrunedStep.of(before, left, support), Need(None, type(left).__name__)
     needed = Need(support, type(step).__name__)
     if isinstance(step, SalientNeuronSelector):
         return step._restrict_to(support), needed
-    before = step.step if pruned else step
     narrowed = PrunedStep.of(before, None, np.ones(support.sum(), dtype=bool))
     if hasattr(step, "feature_names_in_"):
         narrowed.feature_names_in_ = step.feature_names_in_[support]
