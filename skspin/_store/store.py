@@ -88,7 +88,7 @@ class Store:
         self._storage = storage
         self._memory = memory
         self._metadata: dict[str, str] = {}
-        self._reads = self._writes = True
+        self._reads = self._writes = True  # what is not read is not written, either
         with self._surviving("make"):
             storage.make()
 
@@ -98,8 +98,7 @@ class Store:
         try:
             yield
         except OSError as error:
-            is_first = self._reads and self._writes
-            self._writes = False
+            is_first, self._writes = self._writes, False
             self._reads = self._reads and action == "write to"
             if is_first:
                 warn(
@@ -155,7 +154,7 @@ class Store:
             for chunk in alike:
                 if not request.row_of.keys().isdisjoint(chunk.row_of.keys()):
                     self._copy(chunk, request, asked, copies)
-        if self._memory is not None and not (self._reads and self._writes):
+        if self._memory is not None and not self._writes:
             self._memory._fill(request)
 
     def _copy(self, chunk: Chunk, request: _Request, asked: np.ndarray, copies: list) -> None:
@@ -248,7 +247,7 @@ class Store:
         """Bound in bytes; a quarter of the machine's memory, or of the disk, unless assigned."""
         with self._surviving("read"):
             return self._storage.limit
-        return 0
+        return 0  # it could not be read
 
     @limit.setter
     def limit(self, limit: int) -> None:
@@ -274,7 +273,7 @@ class Store:
                     models[about.model or about.key] += len(own) * len(about.layout.segments)
                 n_bytes = sum(self._storage.sizes().values())
                 return StoreInfo(models.total(), n_bytes, self._storage.limit, dict(models))
-        return StoreInfo()
+        return StoreInfo()  # it could not be read
 
     def clear(self) -> None:
         """Remove everything, metadata too, for all processes, and free the space."""
