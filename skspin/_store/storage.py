@@ -43,10 +43,10 @@ class Memory:
         """Return a name, for messages."""
         return "memory"
 
-    def make(self, *_: str) -> Any:
+    def _do_nothing(self, *_: str) -> Any:
         """Do nothing: memory needs no set-up, and no other process writes to it or reads it."""
 
-    refresh = read_metadata = write_metadata = clear_metadata = make
+    make = refresh = read_metadata = write_metadata = clear_metadata = _do_nothing
 
     def chunks(self, prefix: str) -> list[Chunk]:
         """List the chunks whose names begin with ``prefix``."""
