@@ -266,7 +266,7 @@ class PrefixStreamer:
         scorer.scores.first_crossing(least, label, response_method=response_method)  # or raise
         known = scorer._growing.tokenizer
         self._shares_ids = known is tokenizer or known.get_vocab() == tokenizer.get_vocab()
-        self._n_given = self._n_read = 0  # ids, the prompt's included; 0 before a prompt
+        self._n_given = self._n_read = 0  # ids, the prompt's included; none is read before a prompt
         self._n_axes = 0  # of the last ids that came
         self.crossing_ = None
 
@@ -290,17 +290,17 @@ class PrefixStreamer:
             )
         # A prompt has two axes, and what follows it mostly has one. So two after one are the prompt
         # of another call, and the last one was interrupted.
-        if value.ndim > self._n_axes:
-            self._n_given = self._n_read = 0
+        is_prompt = not self._n_read or value.ndim > self._n_axes
         self._n_axes = value.ndim
         ids = value.reshape(-1).tolist()
-        self._n_given += len(ids)
-        if not self._n_read:
+        if is_prompt:
             self.scorer.reset()
             self._speller = None if self._shares_ids else Speller(self.tokenizer)
             self.crossing_ = None
-            self._n_read = self._n_given
-        elif self._n_given > self._n_read:
+            self._n_given = self._n_read = len(ids)
+            return
+        self._n_given += len(ids)
+        if self._n_given > self._n_read:
             self._read(ids[self._n_read - self._n_given :])
 
     def __call__(self, input_ids, scores, **kwargs):
@@ -319,7 +319,7 @@ class PrefixStreamer:
         """Score what was held back; ``generate`` has ended."""
         if self._n_read:
             self._push([] if self._speller is None else self._speller.end(), final=True)
-        self._n_given = self._n_read = 0
+        self._n_read = 0
 
     def _read(self, ids: list[int]) -> None:
         self._n_read += len(ids)
