@@ -154,8 +154,8 @@ def _find_moved(
     returned, passed = _ask_model(anatomy.model, stack, inputs)
     n_blocks = len(stack.blocks)
     if len(returned) != n_blocks + 1:  # these have other indices
-        unread = [layer for layer in range(n_blocks) if layer not in ours]
-        return dict.fromkeys(unread if n_blocks in ours else [])
+        is_read = n_blocks in ours  # without the last one, little is known of the others
+        return {layer: None for layer in range(n_blocks) if is_read and layer not in ours}
 
     n_texts, n_tokens = inputs["input_ids"].shape
 
