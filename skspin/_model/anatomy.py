@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from math import inf
 from typing import Any
 
@@ -125,21 +126,20 @@ def _dissect(name: str | None, stack: nn.Module, model_config: Any) -> Stack:
                 missing[layer, site] = found
             else:
                 taps[layer, site] = found
-    n_turns, turns = Counter(taps.values()), Counter[Tap]()
+    # One hook reads a module that several blocks share, and tells its turns apart.
+    n_turns, turns = Counter(taps.values()), defaultdict[Tap, Iterator[int]](count)
     for place, tap in taps.items():
         taps[place] = replace(
             tap,
             time_major=architecture.time_major,
             rounds_up=architecture.rounds_up,
-            turn=turns[tap],
+            turn=next(turns[tap]),
             n_turns=n_turns[tap],
         )
-        turns[tap] += 1
     # One more projection may change the last hidden state's width, as in OPT-350m.
-    for path, module in stack.named_modules():
-        if path.endswith(_LAST_PROJECTIONS):
-            width = module.out_features
-    taps[len(blocks), "hidden"] = Tap(stack, width, output=True)
+    ends = [m for path, m in stack.named_modules() if path.endswith(_LAST_PROJECTIONS)]
+    last_width: Any = ends[-1].out_features if ends else width
+    taps[len(blocks), "hidden"] = Tap(stack, last_width, output=True)
     return Stack(name, tuple(blocks), taps, missing, architecture)
 
 
