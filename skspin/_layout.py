@@ -285,12 +285,11 @@ class ActivationArray(np.ndarray):
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Join layouts where a FeatureUnion joins columns; what is written over loses its own."""
         result = super().__array_function__(func, types, args, kwargs)
-        for array in (kwargs.get("out"), *(args[:1] if result is None else ())):
+        written = args[:1] if result is None else ()  # as np.copyto does, which returns nothing
+        for array in (*written, kwargs.get("out")):
             if isinstance(array, ActivationArray):
                 array.layout = None
-        if func is not np.concatenate or (*args[1:], kwargs.get("axis"))[0] not in (1, -1):
-            return result
-        joined = _join([layout_of(array) for array in args[0]])
+        joined = _join(*args, **kwargs) if func is np.concatenate else None
         return result if joined is None else ActivationArray(result, joined)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -340,14 +339,15 @@ def _plain(array: Any) -> Any:
     return np.asarray(array) if isinstance(array, ActivationArray) else array
 
 
-def _join(layouts: Sequence[Layout | None]) -> Layout | None:
-    """Join layouts side by side; None if they are several models', or of several widths."""
+def _join(arrays: Sequence[Any], axis: int | None = 0, *_: Any, **__: Any) -> Layout | None:
+    """Find the layout of what ``np.concatenate`` joins; None for several models or widths."""
+    layouts = [layout_of(array) for array in arrays]
     models = {None if layout is None else layout.model for layout in layouts}
     segments = [s for layout in layouts if layout is not None for s in layout.segments]
     poolings = {(s.stack, s.layer, s.site, s.pooling) for s in segments}
     widths = {(s.stack, s.layer, s.site, s.width) for s in segments}
-    one_width = len(widths) == len({width[:-1] for width in widths})
-    if None in layouts or len(models) > 1 or len(poolings) < len(segments) or not one_width:
+    fits = len(poolings) == len(segments) and len(widths) == len({width[:-1] for width in widths})
+    if axis not in (1, -1) or None in layouts or len(models) > 1 or not fits:
         return None
     return Layout(tuple(segments), models.pop() or "")
 
