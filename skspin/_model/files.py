@@ -221,23 +221,24 @@ def _ask_hub(files: Files) -> tuple[str, bool]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    why, problem = "local_files_only is set", None
+    problem: Exception | None = None
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    elif files.local_files_only:
+        why = "local_files_only is set"
+    else:
+        try:
+            # snapshot_download has no time limit for its first request (`etag_timeout` is for
+            # files), so it is called only if the hub answers this request.
+            hub = HfApi(token=files.token)
+            hub.model_info(files.name, revision=files.revision, timeout=_HUB_SECONDS)
+            return files.snapshot(files.revision, CONFIGURATION), True
+        except HfHubHTTPError as error:  # Whatever went wrong, a cached snapshot serves as well.
+            why, problem = f"the hub does not give it ({type(error).__name__})", error
+        except Exception as error:
+            advice = "offline mode, HF_HUB_OFFLINE=1, saves the wait"
+            why, problem = f"the hub can't be reached ({type(error).__name__}; {advice})", error
     try:
-        if constants.HF_HUB_OFFLINE:
-            why = "HF_HUB_OFFLINE is set"
-        elif not files.local_files_only:
-            try:
-                # snapshot_download has no time limit for its first request (`etag_timeout` is for
-                # files), so it is called only if the hub answers this request.
-                hub = HfApi(token=files.token)
-                hub.model_info(files.name, revision=files.revision, timeout=_HUB_SECONDS)
-                return files.snapshot(files.revision, CONFIGURATION), True
-            except Exception as error:  # Whatever went wrong, a cached snapshot serves as well.
-                problem = error
-                why = f"the hub can't be reached ({type(error).__name__}; offline mode, "
-                why += "HF_HUB_OFFLINE=1, saves the wait)"
-                if isinstance(error, HfHubHTTPError):
-                    why = f"the hub does not give it ({type(error).__name__})"
         return files.snapshot(files.revision, (), local_files_only=True), False
     except HFValidationError as error:
         raise ValueError(
