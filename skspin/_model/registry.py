@@ -310,9 +310,8 @@ def _load(files: Any, kind: _Kind, from_pretrained: Callable[..., Any], **option
                 f"gguf and accelerate. Run: pip install {' '.join(missing)}"
             )
         kind = _Kind(kind.name, (str(files.gguf_file),), (str(files.gguf_file),))
-    for fetch in (False, True) if files.holds(kind.shown_by) else (files.has_hub,):
-        if fetch and not files.has_hub:
-            break
+    fetch = not files.holds(kind.shown_by) and files.has_hub
+    while True:
         try:
             root = files.snapshot(files.commit, kind.fetched) if fetch else files.root
             with _arguments(files, root) as where:
@@ -320,8 +319,10 @@ def _load(files: Any, kind: _Kind, from_pretrained: Callable[..., Any], **option
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # transformers raises whatever its libraries raise.
-            problem = error
-    raise ValueError(_advice(files, kind, f"{type(problem).__name__}: {problem}")) from problem
+            if fetch or not files.has_hub:
+                said = f"{type(error).__name__}: {error}"
+                raise ValueError(_advice(files, kind, said)) from error
+        fetch = True  # what is here does not do
 
 
 def _advice(files: Files, kind: _Kind, said: str) -> str:
