@@ -346,7 +346,7 @@ class SalientNeuronSelector(CallbackSupportMixin, SelectorMixin, VersionedState,
             if gap > self.tol
         ]
         if behind:
-            more = f"max_iter={self.max_iter} or " * bool((self.n_iter_ >= self.max_iter).any())
+            more = f"max_iter={self.max_iter} or " if (self.n_iter_ >= self.max_iter).any() else ""
             warn(
                 f"Probes stopped above the relative duality gap tol={self.tol}: "
                 f"{', '.join(behind)}. Increase {more}tol, or lower C.",

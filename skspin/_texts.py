@@ -37,7 +37,8 @@ def open_texts(X: Any) -> TextChunks:
     X = _only_column(X)
     readable = hasattr(X, "__iter__") or hasattr(X, "__getitem__")
     if isinstance(X, dict | set | frozenset) or not (hasattr(X, "__len__") and readable):
-        advice = " It can be read only once: make a list of it, list(X)." * hasattr(X, "__next__")
+        is_iterator = hasattr(X, "__next__")
+        advice = " It can be read only once: make a list of it, list(X)." if is_iterator else ""
         raise TypeError(f"X is a {type(X).__name__}, but {_ALLOWED} is needed.{advice}")
     n_texts = len(X)
     if not n_texts:
@@ -81,8 +82,8 @@ class TextChunks:
         if end != self.n_texts:
             raise ValueError(
                 f"X says that it holds {self.n_texts} texts, but gives {end}"
-                f"{' or more' * (end > self.n_texts)}. Its __len__ must count what its __iter__ "
-                "gives."
+                f"{' or more' if end > self.n_texts else ''}. Its __len__ must count what its "
+                "__iter__ gives."
             )
 
     def distinct(self) -> TextChunks:

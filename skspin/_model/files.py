@@ -65,11 +65,10 @@ class Source:
             object.__setattr__(self, "model", module.auto_model)
         if not self.in_memory and not isinstance(self.model, str):
             is_module = hasattr(self.model, "forward") and not isinstance(self.model, type)
+            advice = " A module of a model is not enough: pass the whole model."
             raise TypeError(
                 f"model is a {type(self.model).__name__}, but must be a hub id, the path of a "
-                "folder or GGUF file, or a loaded transformers model."
-                + " A module of a model is not enough: pass the whole model."
-                * is_module
+                f"folder or GGUF file, or a loaded transformers model.{advice if is_module else ''}"
             )
         if self.in_memory and self.tokenizer is None:
             raise ValueError(

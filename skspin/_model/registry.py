@@ -204,12 +204,12 @@ def load_model(source: Source, device: str, dtype: str) -> Any:
     # A pooler is what AutoModel puts on top of the last layer; no activation comes through it.
     random = [key for key in keys if "pooler" not in key]
     if random:
+        advice = " A GGUF file may need the package gguf in version 0.18 or later."
         raise ValueError(
             f"The weights of {source.model!r} lack {len(random)} of the model's parameters, or "
             f"have them in another shape, e.g. {min(random)!r}. These would be random numbers. "
             "Give a complete checkpoint, and a configuration (or model_kwargs) that fits it."
-            + " A GGUF file may need the package gguf in version 0.18 or later."
-            * files.is_gguf
+            f"{advice if files.is_gguf else ''}"
         )
     model.eval().requires_grad_(False)
     if "device_map" not in options and model.device != torch.device(device):

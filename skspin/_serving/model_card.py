@@ -176,10 +176,11 @@ def settings_of(pipeline: Pipeline, layout: Layout, encoder: Any, columns: Any) 
     """Gather labels and how texts are read; ``columns`` is what `cut_model` gives."""
     recipe = encoder.recipe
     classes, several = _classes_of(pipeline)
-    axes = ["n_texts", *["n_windows"] * (recipe.long_texts == "windows"), "n_tokens"]
+    in_windows = recipe.long_texts == "windows"
+    axes = ["n_texts", "n_windows", "n_tokens"] if in_windows else ["n_texts", "n_tokens"]
     names = ["input_ids", "attention_mask"]
-    names += ["token_type_ids"] * (encoder.has_types and "token_type_ids" in columns.inputs)
-    names += ["pooled"] * (recipe.long_texts == "windows" or recipe.pool_over != "all")
+    names += ["token_type_ids"] if encoder.has_types and "token_type_ids" in columns.inputs else []
+    names += ["pooled"] if in_windows or recipe.pool_over != "all" else []
     try:
         (nothing,) = encoder.encode([""])
         empty_text = nothing.windows[0].inputs["input_ids"].tolist()

@@ -69,7 +69,7 @@ class PrefixScores:
     def __repr__(self) -> str:
         """Say how many scores there are, and of what."""
         n_tokens = sum(len(part.tokens) for part in self.tokens)
-        n_texts = f"{len(self)} text{'s' * (len(self) != 1)}"
+        n_texts = f"{len(self)} text{'' if len(self) == 1 else 's'}"
         kinds = {"decision values": self.decision_values, "probabilities": self.probabilities}
         given = " and ".join(name for name, values in kinds.items() if values is not None)
         return (
