@@ -30,6 +30,8 @@ _MOST_VALUES = 2**24  # in a batch: 64 MiB of float32
 _STRETCH = 512  # tokens in a pass
 _TRIAL = 8  # tokens to try a cache with
 _LEAST = 256  # tokens that a cache has room for
+# Python takes these for blanks, but BERT's tokenizer deletes them, and the word goes on.
+_NO_BLANKS = dict.fromkeys(map(ord, "\x0b\x0c\x1c\x1d\x1e\x1f\x85"), "x")
 
 
 def token_activations(
@@ -181,7 +183,8 @@ class GrowingText:
         joined = (self.text + text).encode("utf-16", "surrogatepass")
         self.text = joined.decode("utf-16", "surrogatepass")
         whole = self.clean_text
-        words = whole.rsplit(None, 1)  # the last word may take the space before it into its token
+        words = whole.translate(_NO_BLANKS).rsplit(None, 1)
+        # The last word may take the space before it into its token.
         settled = len(whole) if is_last else len(words[0]) if len(words) == 2 else 0
         if settled == self._settled:
             return self._read(np.empty(0, int), np.empty((0, 2), int))

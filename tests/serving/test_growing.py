@@ -147,6 +147,17 @@ def test_letters_that_may_still_merge_are_held_back():
     assert len(assert_cut_anywhere(spin, text).tokens) < len(text) * 0.7
 
 
+def test_a_control_character_that_the_tokenizer_deletes_ends_no_word():
+    from tokenizers import normalizers
+
+    tokenizer = merging()
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    spin = growing("llama", tokenizer=tokenizer, changes={"max_position_embeddings": 200})
+    for control in "\x0b\x0c\x1c\x1d\x1e\x1f\x85":
+        tokens = assert_cut_anywhere(spin, f"the fi{control}lm word{control}1 was")
+        assert "film" in [token.strip("Ġ") for token in tokens.tokens]
+
+
 def test_ids_tell_their_characters():
     tokenizer = letters()
     spin = growing("gpt2", tokenizer=tokenizer, changes={"n_positions": 128})
