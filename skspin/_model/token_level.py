@@ -170,7 +170,8 @@ class GrowingText:
                 f"pool_over={self._recipe.pool_over!r} does not pool what role={role!r} says, so "
                 "no token of it would count."
             )
-        self._n_after = frame.n_after
+        # Where "a" is one token with what follows, most other texts are not.
+        self._n_after = frame.n_after + int(frame.ends[-1] > len("a"))
 
     @property
     def clean_text(self) -> str:
@@ -191,7 +192,8 @@ class GrowingText:
         self._settled = settled
         frame = self._tokenize(whole)
         own = np.flatnonzero(frame.own)  # (n_own,)
-        ids = frame.ids[own][: np.searchsorted(frame.ends[own], settled, side="right")]
+        ends = frame.ends.clip(max=len(whole))  # the last token may go on in the prompt
+        ids = frame.ids[own][: np.searchsorted(ends[own], settled, side="right")]
         n_read = len(self._ids)
         if ids[:n_read].tolist() != self._ids:
             raise ValueError(
@@ -200,7 +202,10 @@ class GrowingText:
             )
         if not n_read and len(ids):
             self._open_window(frame.ids[: own[0]], frame.pooled[: own[0]])
-        places = np.stack([frame.starts, frame.ends], axis=1)[own][n_read : len(ids)]
+        room = self.max_length - (len(frame.ids) - len(own)) - frame.n_after
+        if is_last and (len(own) <= room or self._recipe.long_texts == "truncate"):
+            self._room = room  # which depends on the text's end, if that goes on in the prompt
+        places = np.stack([frame.starts, ends], axis=1)[own][n_read : len(ids)]
         return self._read(ids[n_read:], places)
 
     def add_ids(self, ids: np.ndarray, is_last: bool) -> Added:
@@ -245,7 +250,7 @@ class GrowingText:
         n_read = 0
         activations, is_own = [np.empty((0, self._n_columns), np.float32)], [np.empty(0, bool)]
         while n_read < len(ids):
-            if self._n_in_window == self._room and not self._open_next_window():
+            if self._n_in_window >= self._room and not self._open_next_window():
                 self.is_cut = True
                 break
             new = ids[n_read : n_read + self._room - self._n_in_window]

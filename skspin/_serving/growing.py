@@ -49,6 +49,11 @@ class PrefixScorer:
     the tokens that are cut off have no scores, and there is one warning. Only one thread at a time
     may use a scorer.
 
+    The text's end and what follows it in the prompt may be one token, such as ``."``, which leaves
+    a window room for another token. Only ``final=True`` tells, when windows have been cut already.
+    So from the second window on, such a text's scores are not those of :func:`score_prefixes`.
+    With a prompt that ends with ``{text}`` they always are.
+
     Examples
     --------
     A small untrained decoder, with the demo model's tokenizer; see

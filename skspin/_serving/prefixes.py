@@ -180,8 +180,8 @@ def score_prefixes(pipeline, texts):
     One pass through a causal model is enough: a token's activations do not change with what
     follows, and poolings are updated token by token (a mean by a running sum, a maximum by a
     running maximum). So the scores are those that ``pipeline`` gives to the prompt with the text's
-    first token, its first two, and so on; the last ones are those of the whole text. Read more in
-    the user guide, :doc:`/user_guide/growing`.
+    first token, its first two, and so on, in the windows of the whole text; the last ones are those
+    of the whole text. Read more in the user guide, :doc:`/user_guide/growing`.
 
     Parameters
     ----------

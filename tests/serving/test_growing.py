@@ -107,7 +107,7 @@ def assert_cut_anywhere(spin, text):
         values = pushed(scorer, [text[at : at + size] for at in range(0, len(text), size)])
         np.testing.assert_allclose(values, whole.decision_values[0], **CLOSE)
         assert scorer.text == text
-        for name in ("tokens", "starts", "ends"):
+        for name in ("tokens", "starts", "ends", "is_truncated"):
             one, other = (getattr(scores.tokens[0], name) for scores in (scorer.scores, whole))
             np.testing.assert_array_equal(one, other)
     return whole.tokens[0]
@@ -145,6 +145,66 @@ def test_letters_that_may_still_merge_are_held_back():
     spin = growing("llama", tokenizer=merging(), changes={"max_position_embeddings": 200})
     text = f"word1 the film.\n\n The end.\n{BYTES}  "
     assert len(assert_cut_anywhere(spin, text).tokens) < len(text) * 0.7
+
+
+def joining(*pair):
+    """Make a tokenizer of bytes, in which two in a row are one token."""
+    from tokenizers import models, pre_tokenizers
+
+    tokenizer = letters()
+    bare = tokenizer.backend_tokenizer
+    vocabulary = {**bare.get_vocab(), "".join(pair): bare.get_vocab_size()}
+    bare.model = models.BPE(vocabulary, [pair])
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["It was.", "."])
+def test_a_token_that_goes_on_in_the_prompt_is_scored(text):
+    params = {"prompt": 'Say: "{text}" So?', "pool_over": "text"}
+    spin = growing("gpt2", tokenizer=joining(".", '"'), changes={"n_positions": 128}, **params)
+    scores = PrefixScorer(spin).push(text, final=True)
+    np.testing.assert_allclose(
+        scores.decision_values[0][-1], spin.decision_function([text]), **CLOSE
+    )
+    tokens = assert_cut_anywhere(spin, text)
+    assert tokens.tokens[-1] == '."' and tokens.surfaces()[-1] == "."
+
+
+@pytest.mark.filterwarnings("ignore:.*longer than max_length")
+@pytest.mark.parametrize(
+    ("text", "long_texts", "n_tokens"),
+    [
+        ("It was so.", "windows", 10),
+        ("It was so.", "truncate", 10),
+        ("It was so fine.", "truncate", 10),
+        ("It was so fine", "truncate", 9),
+    ],
+)
+def test_a_text_whose_end_joins_the_prompt_has_its_room(text, long_texts, n_tokens):
+    params = {"prompt": '"{text}"', "pool_over": "text", "long_texts": long_texts}
+    spin = growing("gpt2", tokenizer=joining(".", '"'), max_length=12, **params)
+    assert len(assert_cut_anywhere(spin, text).tokens) == n_tokens
+
+
+def test_windows_do_not_depend_on_what_one_letter_joins():
+    params = {"prompt": "({text})", "pool_over": "text", "long_texts": "windows"}
+    for letter in "ab":
+        spin = growing("gpt2", tokenizer=joining(letter, ")"), max_length=12, **params)
+        assert_cut_anywhere(spin, "It was a fine film, so to speak")
+
+
+def test_windows_of_a_text_whose_end_joins_the_prompt_are_cut_before_that_is_known():
+    params = {"prompt": '"{text}"', "pool_over": "text", "long_texts": "windows"}
+    spin = growing("gpt2", tokenizer=joining(".", '"'), max_length=12, **params)
+    text = "It was a fine film, so to speak"
+    scorer, closed = PrefixScorer(spin), f"{text}."
+    whole = pushed(scorer, [closed])
+    np.testing.assert_allclose(pushed(scorer.reset(), list(closed)), whole, **CLOSE)
+    open_end = score_prefixes(spin, [text]).decision_values[0]
+    np.testing.assert_allclose(whole[: len(open_end)], open_end, **CLOSE)
+    first = score_prefixes(spin, [closed]).decision_values[0][:9]
+    np.testing.assert_allclose(whole[:9], first, **CLOSE)
 
 
 def test_a_control_character_that_the_tokenizer_deletes_ends_no_word():
