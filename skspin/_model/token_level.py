@@ -171,7 +171,7 @@ class GrowingText:
                 "no token of it would count."
             )
         # Where "a" is one token with what follows, most other texts are not.
-        self._n_after = frame.n_after + int(frame.ends[-1] > len("a"))
+        self._n_after = frame.n_after + int(frame.ends.max(initial=0) > len("a"))
 
     @property
     def clean_text(self) -> str:
