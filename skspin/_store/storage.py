@@ -22,7 +22,7 @@ from skspin._store.chunk import Chunk, digest_of
 from skspin._system import warn
 
 # Each version of the format, or of what is read of a model, has a folder of its own, side by side.
-FORMAT = 3
+FORMAT = 4
 _CHUNK = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{16}){2}\.npy")
 _METADATA = re.compile(r"[0-9a-f]{32}\.json")
 _SMALL_BYTES = 1 << 16  # of a new chunk that stays in memory, and is not mapped from its file

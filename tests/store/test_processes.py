@@ -129,7 +129,7 @@ while n_kills < 40 or (not n_torn and n_kills < 300):
     time.sleep(rng.random() * 0.06)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    n_torn += any(name.endswith(".tmp") for name in os.listdir(folder + "/skspin-3/chunks"))
+    n_torn += any(name.endswith(".tmp") for name in os.listdir(folder + "/skspin-4/chunks"))
     assert is_there(100 * n_kills)
     for i in range(1, 5):
         is_there(100 * n_kills + i)
@@ -138,7 +138,7 @@ while n_kills < 40 or (not n_torn and n_kills < 300):
     assert store.info().n_bytes <= store.limit  # what was left half written makes room
     if n_kills % 10 == 0:
         store.clear()
-        assert not os.listdir(folder + "/skspin-3/chunks")
+        assert not os.listdir(folder + "/skspin-4/chunks")
 print(n_torn)
 """
     assert int(finish(start(code, tmp_path))) > 0
