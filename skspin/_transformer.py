@@ -86,8 +86,9 @@ class LLMActivationTransformer(TransformerMixin, ModelSharingEstimator):
         tokens and those of a prompt or chat template. In conversations, a role or several, e.g.
         ``("user", "assistant")``. For a text without tokens of its own, "text" pools all tokens.
     device : str, sequence of str or None, default=None
-        Torch device; None takes a GPU where there is one. Several, e.g. ``["cuda:0", "cuda:1"]``,
-        share the work: each holds a copy of the model and is kept busy by a thread.
+        Torch device; None takes a CUDA GPU where there is one, else the CPU; "mps" is Apple's GPU.
+        Several, e.g. ``["cuda:0", "cuda:1"]``, share the work: each holds a copy of the model and
+        is kept busy by a thread.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
         The model's number format. "auto" is bfloat16 where the device multiplies it natively (CUDA
         compute capability 8 and up, CPUs with AMX), float32 elsewhere, and for a loaded model its

@@ -2,8 +2,8 @@
 Using a GPU
 ===========
 
-There is nothing to set: with ``device=None`` and ``dtype="auto"`` a GPU is
-used where PyTorch finds one, in bfloat16 where the GPU multiplies it natively.
+There is nothing to set: with ``device=None`` and ``dtype="auto"`` a CUDA GPU
+is used where PyTorch finds one, in bfloat16 where it multiplies that natively.
 This script times the same texts on whatever this machine has, in both number
 formats; on a machine without a GPU it shows the CPU alone.
 """
@@ -59,10 +59,10 @@ plt.show()
 # %%
 # How far the numbers move
 # ------------------------
-# bfloat16 has three significant digits. Activations are pooled in float32, and
-# their direction hardly changes. ``dtype="auto"`` takes bfloat16 on GPUs of
-# compute capability 8 and later and on CPUs with AMX. Other CPUs gain or lose
-# by it; the figure above shows yours.
+# bfloat16 has two to three significant digits. Activations are pooled in
+# float32, and their direction hardly changes. ``dtype="auto"`` takes bfloat16
+# on GPUs of compute capability 8 and later and on CPUs with AMX. Other CPUs
+# gain or lose by it; the figure above shows yours.
 
 reference = activations["cpu", "float32"]
 for (device, dtype), X in activations.items():

@@ -11,8 +11,9 @@ gigabyte; it also needs ``pip install datasets``.
 # %%
 # Data and splits
 # ---------------
-# Settings are chosen on the validation part of the training data. The test
-# texts are used once.
+# Settings are chosen on the validation part of the training data. The hub's
+# test split has no labels, so its validation split is the test set here. It is
+# used once.
 
 import numpy as np
 from datasets import load_dataset
