@@ -42,7 +42,7 @@ class NeuronHit:
 
 @dataclass(frozen=True, repr=False)
 class NeuronExplanation:
-    """The tokens that activate some neurons most; :func:`explain_neurons` makes it.
+    """The tokens that activate some neurons most; :func:`~skspin.explain_neurons` makes it.
 
     In a notebook it shows the tokens in their texts.
 

@@ -31,7 +31,7 @@ class TopToken(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenExplanation:
-    """What each token adds to each class's decision value; :func:`explain_tokens` makes it.
+    """What each token adds to each class's decision value; :func:`~skspin.explain_tokens` makes it.
 
     In a notebook it shows the texts with coloured tokens.
 
@@ -92,7 +92,13 @@ class TokenExplanation:
         return replace(self, tokens=words, contributions=contributions)
 
     def predicted_classes(self) -> np.ndarray:
-        """Say which class has the largest decision value, for each text; of shape (n_texts,)."""
+        """Say which class has the largest decision value.
+
+        Returns
+        -------
+        ndarray of shape (n_texts,)
+            One of ``classes`` for each text.
+        """
         values = self.decision_values
         best = (values[:, 0] > 0).astype(int) if self._two_sided else values.argmax(axis=1)
         return self.classes[best]
@@ -114,7 +120,18 @@ class TokenExplanation:
         return [sign * part[:, column] for part in self.contributions]
 
     def intercept_for_class(self, label) -> float:
-        """Look up the intercept in favour of one class."""
+        """Look up the intercept in favour of one class.
+
+        Parameters
+        ----------
+        label : class label
+            One of ``classes``.
+
+        Returns
+        -------
+        float
+            What the class's decision value is without tokens.
+        """
         column, sign = column_and_sign(label, self.classes, len(self.intercept))
         return float(sign * self.intercept[column])
 

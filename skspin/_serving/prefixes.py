@@ -45,7 +45,7 @@ def check_threshold(threshold: Any) -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PrefixScores:
-    """A classifier's scores after every token; :func:`score_prefixes` makes it.
+    """A classifier's scores after every token; :func:`~skspin.score_prefixes` makes it.
 
     Parameters
     ----------
@@ -104,7 +104,20 @@ class PrefixScores:
         return self._of_class(label, response_method)[1]
 
     def describe(self, label=None, *, response_method="auto") -> str:
-        """Say in words what `for_class` gives, such as "decision value for spam"."""
+        """Say in words what `for_class` gives.
+
+        Parameters
+        ----------
+        label : class label, default=None
+            As in `for_class`.
+        response_method : {"auto", "decision_function", "predict_proba"}, default="auto"
+            As there.
+
+        Returns
+        -------
+        str
+            Such as "decision value for spam".
+        """
         return self._of_class(label, response_method)[0]
 
     def _of_class(self, label: Any, response_method: str) -> tuple[str, list[np.ndarray]]:
