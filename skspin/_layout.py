@@ -285,9 +285,10 @@ class ActivationArray(np.ndarray):
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Join layouts where a FeatureUnion joins columns; what is written over loses its own."""
         result = super().__array_function__(func, types, args, kwargs)
-        written = args[:1] if result is None else ()  # as np.copyto does, which returns nothing
-        for array in (*written, kwargs.get("out")):
-            if isinstance(array, ActivationArray):
+        # np.copyto and the like return nothing, and write to what comes first.
+        first, out = (*args[:1], kwargs.get("dst")), (*args[2:], kwargs.get("out"))
+        for array in first if result is None else out:
+            if isinstance(array, ActivationArray) and (result is None or array is result):
                 array.layout = None
         joined = _join(*args, **kwargs) if func is np.concatenate else None
         return result if joined is None else ActivationArray(result, joined)

@@ -216,6 +216,8 @@ MOVED = {
     "put": lambda X: X.put([0, 1], [1, 0]),
     "arithmetic into it": lambda X: np.multiply(X, 2, out=X),
     "copyto": lambda X: np.copyto(X, np.asarray(X)[:, ::-1].copy()),
+    "copyto by name": lambda X: np.copyto(src=np.asarray(X)[:, ::-1].copy(), dst=X),
+    "concatenate": lambda X: np.concatenate([np.asarray(X)[:, ::-1]], 1, X),
     "putmask": lambda X: np.putmask(X, X > 3, np.asarray(X)[:, ::-1].copy()),
     "place": lambda X: np.place(X, X > 3, [1, 2]),
     "columns taken into it": lambda X: np.take(
