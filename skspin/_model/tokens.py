@@ -349,8 +349,8 @@ def _spans_of(encoding: Encoding, spans: list[Span]) -> np.ndarray:
     starts = starts - (starts == ends)  # some tokenizers give a token of blanks only its end
     found = np.full(len(starts), -1)
     for number, span in enumerate(spans):
-        if span.end > span.start:  # an empty text may lie within a token, e.g. within ""
-            found[(ends > span.start) & (starts < span.end)] = number
+        # An empty text may lie within a token, e.g. within "", which is not the text's then.
+        found[np.maximum(starts, span.start) < np.minimum(ends, span.end)] = number
     special = np.array(encoding.special_tokens_mask, dtype=bool)
     return np.where(special, -1, found)
 

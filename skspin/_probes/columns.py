@@ -78,7 +78,7 @@ class Columns:
         threads: Threads,
     ) -> None:
         self._X, self._mean, self._scale = X, mean, scale
-        self._given = X
+        self._given = X  # where it was: variances need float64, which not all devices have
         if device is None:
             self._load: Callable = partial(np.asarray, dtype=dtype)
             self._threads = threads

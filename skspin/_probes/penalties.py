@@ -26,7 +26,7 @@ _EDGE = 0.9
 _RIDGE = {np.dtype("float32"): 1e-6, np.dtype("float64"): 1e-12}
 # What a Newton step may leave of its model's gradient: the next step corrects it.
 _ACCURACY = 0.1
-_CONJUGATE_STEPS = 100  # after which the direction leads down, too
+_CONJUGATE_STEPS = 100  # after which a direct solution is worth its Gram matrix
 _ROUNDS = 30
 _STEPS_A_ROUND = 20
 _SOLVES_A_ROUND = 5

@@ -91,7 +91,8 @@ class WindowClassifier(Classifier):
         own = np.zeros(len(ids), dtype=bool)  # which tokens are the text's, not the prompt's
         for number, (begin, end) in enumerate(found.offsets):
             begin -= begin == end  # some tokenizers give a token of blanks only its end
-            inside = any(end > start and begin < stop for start, stop in spans)
+            # An empty text may lie within a token, which is not the text's then.
+            inside = any(max(begin, start) < min(end, stop) for start, stop in spans)
             own[number] = inside and not found.special_tokens_mask[number]
         pooled = own if settings["pool_over"] == "text" and own.any() else np.ones_like(own)
         tokens, around = np.flatnonzero(own), np.flatnonzero(~own)

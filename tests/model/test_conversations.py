@@ -265,7 +265,7 @@ def test_a_template_that_leaves_no_message_is_refused(chat):
 )
 def test_what_the_limit_cuts_off_is_named_with_advice_that_can_help(chat, max_length, says):
     fitted = transformer(chat, max_length=max_length, pool_over="assistant").fit(CONVERSATIONS)
-    with pytest.raises(ValueError, match=f"{says}.*") as refused:
+    with pytest.raises(ValueError, match=says) as refused:
         fitted.transform([say("so it goes " * 200, "fine")])
     assert "'<user> so it goes" in str(refused.value)
 

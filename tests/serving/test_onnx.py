@@ -214,6 +214,22 @@ def test_a_tokenizer_that_adds_no_tokens_is_served_too(tmp_path, monkeypatch):
     np.testing.assert_allclose(values, spin.decision_function(texts), **close)
 
 
+def test_an_empty_text_within_a_token_is_read_as_the_pipeline_reads_it(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["()"])
+    step = LLMActivationTransformer(
+        TINY["bert"].build(vocab_size=len(tokenizer)),
+        tokenizer=tokenizer,
+        layers=[1],
+        prompt="word1 ({text}) word2",
+        pool_over="text",
+    )
+    spin = make_pipeline(step, StandardScaler(), LogisticRegression()).fit(TEXTS, KINDS)
+    texts = ["", "word3", "", "word20 word21", ""]
+    _, values = run_card(export_onnx(spin, tmp_path / "model").folder, texts)
+    np.testing.assert_allclose(values, spin.decision_function(texts), **close)
+
+
 @LONG
 @pytest.mark.filterwarnings("ignore:The anyio:DeprecationWarning")  # old releases of starlette
 @pytest.mark.parametrize("name", ["serve_onnx", "serve_pipeline"])
